@@ -379,6 +379,7 @@ class SongRegressor:
     """
 
     SONG_FOLDS, ARTIST_FOLDS = 5, 10  # ten, because a tenth of the artists is what an evaluation holds out
+    AVERAGED, FEW_SONGS = 3, 50_000  # fewer songs leave more to chance: three fits of other seeds are averaged
     MAX_FIT_ROWS = 400_000  # rows the trees see; artists, albums and words are counted over all songs
     MAX_GENRES = 254        # HistGradientBoosting takes 255 categories; the rarer genres count as missing
     PRIOR_SONGS = 10        # a genre's mean is shrunk towards that of all songs as if it had so many more of them
@@ -404,9 +405,10 @@ class SongRegressor:
         residual = y - self._start(songs)
         X, rows = self._training_rows(songs, residual, settings["keys"], rng)
         X[:, np.isnan(X).all(axis=0)] = 0  # HistGradientBoosting cannot bin a column without a single value
-        self.trees_ = HistGradientBoostingRegressor(
+        self.trees_ = [HistGradientBoostingRegressor(
             categorical_features=[len(self.features_)], min_samples_leaf=40, l2_regularization=1.0, early_stopping=False,
-            random_state=SEED, **settings["trees"]).fit(X, residual[rows])
+            random_state=seed, **settings["trees"]).fit(X, residual[rows])
+            for seed in range(SEED, SEED + (self.AVERAGED if len(songs) < self.FEW_SONGS else 1))]
         return self
 
     def predict(self, songs) -> np.ndarray:
@@ -417,7 +419,8 @@ class SongRegressor:
         for key, levels in self.levels_.items():
             name, split = KEYS[key]
             known.append(summary(incidence(column(songs, name), split, levels)[0] @ self.totals_[key]))
-        return np.clip(self._start(songs) + self.trees_.predict(np.hstack(known)), *self.range_)
+        X = np.hstack(known)
+        return np.clip(self._start(songs) + np.mean([trees.predict(X) for trees in self.trees_], axis=0), *self.range_)
 
     def _training_rows(self, songs, residual, keys, rng):
         """Learn levels_ and totals_; return (X, rows): what the trees learn from, and which song each row of X is."""
@@ -471,9 +474,11 @@ class SongRegressor:
         return np.column_stack([column(songs, name).astype(float) for name in self.features_] + [self._genre_mean(songs)])
 
     def _audio(self, songs):
-        """Return songs x (features_, the genre's number and, where set, the counts), float32."""
+        """Return songs x (features_, the genre's number and, where set, the quadratic's value, the counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
+        if self.curve_ is not None:
+            table.append(self._start(songs).astype(np.float32))  # where on its scale a song starts says how far it strays
         return np.column_stack(table + [text_counts(songs)] * self.SETTINGS[self.target]["counts"])
 
 
