@@ -54,7 +54,7 @@ DRIFT_SHARE = 0.005     # change of a genre's share of all songs ...
 DRIFT_RATIO = 1.5       # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25 # change of a feature's mean, in standard deviations
 
-SILHOUETTE_SAMPLE = 5000  # songs: the silhouette compares each with every other
+SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
 QUERY_SAMPLE = 2000       # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
 MATRIX_GENRES = 12        # up to as many genres the picture shows a whole confusion matrix

@@ -138,6 +138,7 @@ def models_folder(models_dir=None, demo=None) -> Path:
 
 _locks = {}  # models directories this process holds: the command line takes the lock long before the flow asks for it
 HELD = ExitStack()
+EXIT = {"status": 1}  # what the command line ends with; 1 is Python's own for an error nobody caught
 
 
 @contextmanager
@@ -217,7 +218,15 @@ def wait_for_prefect(server):
     return temporary_settings(restore_defaults={PREFECT_API_URL})
 
 
+def leave() -> None:
+    """The last thing this process does, registered first: what Python does after it, for Prefect's threads, takes 2 s."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT["status"])
+
+
 def on_signal(number, _):
+    EXIT["status"] = 128 + number
     end_soon(128 + number)
     raise Stopped(128 + number)
 
@@ -231,6 +240,7 @@ def end_soon(status: int) -> None:
 
 def before_the_imports(options: argparse.Namespace):
     """Take the lock, find out what --failed means, start Prefect's server; return it, or None where Prefect has its own."""
+    atexit.register(leave)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     folder = models_folder(options.models_dir, options.demo)
@@ -238,6 +248,7 @@ def before_the_imports(options: argparse.Namespace):
         HELD.enter_context(one_run_at_a_time(folder))
     except Locked as error:
         print(error, file=sys.stderr)
+        EXIT["status"] = LOCKED
         sys.exit(LOCKED)
     except DataError:
         pass  # the flow will meet it again, and tells everybody
@@ -245,6 +256,7 @@ def before_the_imports(options: argparse.Namespace):
         options.only = models.owed(folder)
         if not options.only:
             print(f"nothing to do: the last run of every model in {folder} trained it")
+            EXIT["status"] = TRAINED
             sys.exit(TRAINED)
     return None if prefect_is_configured() else start_prefect_server()
 
@@ -253,7 +265,7 @@ if __name__ == "__main__":
     # First of all: --help and a wrong option answer at once, and the server boots while the imports take their seconds.
     OPTIONS = parse_options()
     SERVER = before_the_imports(OPTIONS)
-    for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline"):
+    for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure"):
         importlib.import_module(heavy)
 
 from prefect import flow, get_run_logger, runtime, task
@@ -564,4 +576,5 @@ def main(options: argparse.Namespace, server) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(OPTIONS, SERVER))
+    EXIT["status"] = main(OPTIONS, SERVER)
+    sys.exit(EXIT["status"])
