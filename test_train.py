@@ -1769,6 +1769,8 @@ def test_a_signal_ends_the_run_within_ten_seconds(table, tmp_path, discord, numb
     process.stderr.read()
     assert process.wait(timeout=15) == status and time.monotonic() - sent < 10
     assert "the run was stopped by" in json.dumps(discord.got[-1][0])
+    while processes_with(f"MARK={tmp_path}") and time.monotonic() - sent < 10:
+        time.sleep(0.1)
     assert processes_with(f"MARK={tmp_path}") == []
     with train.one_run_at_a_time(tmp_path):
         pass
