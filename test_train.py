@@ -39,6 +39,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 from psycopg2 import sql
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, top_k_accuracy_score
@@ -1423,9 +1424,13 @@ def models_dir(trained, songs, tmp_path_factory):
     return folder
 
 
+COMMAND = {}  # environment of every command: the running Prefect server; a temporary one of its own takes each run 5 s
+
+
 def command(*arguments, **environment):
     """Run `python …` beside the modules; return the finished process."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, **COMMAND, **environment},
+                          capture_output=True, text=True, timeout=300)
 
 
 def test_predict_adds_its_columns_to_the_rows(songs, models_dir, tmp_path):
@@ -1515,12 +1520,15 @@ def test_rollback_refuses_politely(models_dir):
 
 @pytest.fixture(scope="session")
 def prefect():
+    """A Prefect server for the flows of this process and, from then on, of those that command() starts."""
     with prefect_test_harness(server_startup_timeout=120):
+        COMMAND["PREFECT_API_URL"] = get_current_settings().api.url
         yield
+        del COMMAND["PREFECT_API_URL"]
 
 
 @pytest.fixture
-def table(url, monkeypatch):
+def table(prefect, url, monkeypatch):
     """600 demo songs in the table spotify_songs of the database that DATABASE_URL names."""
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.delenv("DISCORD_WEBHOOK_URL", raising=False)
@@ -1540,7 +1548,7 @@ def last_flow_run():
         return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
 
 
-def test_all_five_are_trained_saved_and_described(prefect, table, tmp_path):
+def test_all_five_are_trained_saved_and_described(table, tmp_path):
     result = train.ml_training_pipeline(models_dir=str(tmp_path / "models"))
     assert result["status"] == "completed" and result["exit_status"] == 0 and result["rows"] == 600
     assert list(result["models"]) == list(models.MODELS)
@@ -1554,7 +1562,7 @@ def test_all_five_are_trained_saved_and_described(prefect, table, tmp_path):
     assert (tmp_path / "models" / "report.png").stat().st_size > 10_000
 
 
-def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(prefect, table, tmp_path, monkeypatch, patient, discord):
+def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(table, tmp_path, monkeypatch, patient, discord):
     def broken(songs):
         raise OSError("the fan fell off")
     monkeypatch.setitem(models.MODELS, "energy", broken)
@@ -1571,7 +1579,7 @@ def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(prefect, ta
     assert models.owed(tmp_path) == ["genre", "energy", "popularity"]
 
 
-def test_what_can_heal_is_tried_again(prefect, table, tmp_path, monkeypatch, patient):
+def test_what_can_heal_is_tried_again(table, tmp_path, monkeypatch, patient):
     calls = []
     def flaky(songs):
         calls.append(len(songs))
@@ -1585,7 +1593,7 @@ def test_what_can_heal_is_tried_again(prefect, table, tmp_path, monkeypatch, pat
 
 
 @pytest.mark.parametrize("error", [DataError("no"), ValueError("no"), TypeError("no"), KeyError("no")])
-def test_what_the_same_input_brings_back_is_not_tried_again(prefect, table, tmp_path, monkeypatch, patient, error):
+def test_what_the_same_input_brings_back_is_not_tried_again(table, tmp_path, monkeypatch, patient, error):
     calls = []
     def hopeless(songs):
         calls.append(1)
@@ -1605,7 +1613,7 @@ def test_the_retries_are_those_promised():
     assert train.ml_training_pipeline.name == "ml-training-pipeline"
 
 
-def test_models_train_side_by_side_on_one_read(prefect, table, tmp_path, monkeypatch):
+def test_models_train_side_by_side_on_one_read(table, tmp_path, monkeypatch):
     together, seen = threading.Barrier(5, timeout=60), []
     def meet(songs, **settings):
         seen.append(id(songs))
@@ -1617,8 +1625,8 @@ def test_models_train_side_by_side_on_one_read(prefect, table, tmp_path, monkeyp
     assert len(set(seen)) == 1, "one read of the table, the same object for all five"
 
 
-def test_the_lock_is_held_during_a_run_and_free_after_it(prefect, table, tmp_path, monkeypatch):
-    code = "import sys, train; from pathlib import Path\nwith train.one_run_at_a_time(Path(sys.argv[1])): print('free')"
+def test_the_lock_is_held_during_a_run_and_free_after_it(table, tmp_path, monkeypatch):
+    code = "import sys, models; from pathlib import Path\nwith models.one_run_at_a_time(Path(sys.argv[1])): print('free')"
     during = []
     def look(songs):
         during.append(command("-c", code, tmp_path.resolve()))
@@ -1629,7 +1637,7 @@ def test_the_lock_is_held_during_a_run_and_free_after_it(prefect, table, tmp_pat
     assert command("-c", code, tmp_path.resolve()).stdout == "free\n"
 
 
-def test_a_held_back_model_is_a_partial_run(prefect, table, tmp_path, monkeypatch):
+def test_a_held_back_model_is_a_partial_run(table, tmp_path, monkeypatch):
     for figure, status, exit_status in ((0.5, "completed", 0), (0.4, "partial", 1)):
         monkeypatch.setitem(models.MODELS, "similar", lambda songs: ({"toy": figure}, {"figure": figure}))
         result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
@@ -1639,7 +1647,7 @@ def test_a_held_back_model_is_a_partial_run(prefect, table, tmp_path, monkeypatc
     assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"], force=True)["status"] == "completed"
 
 
-def test_drift_is_a_warning_of_the_run(prefect, table, tmp_path):
+def test_drift_is_a_warning_of_the_run(table, tmp_path):
     train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])
     assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])["warnings"] == []
     with db.connect(table) as cursor:
@@ -1682,7 +1690,7 @@ def test_only_one_model_from_the_command_line(table, tmp_path):
     assert not re.search(r"\x1b\[", done.stdout + done.stderr)
 
 
-def test_csv_table_truncate_and_clusters_together_then_failed(url, tmp_path):
+def test_csv_table_truncate_and_clusters_together_then_failed(prefect, url, tmp_path):
     db.demo_songs(600).assign(genre="pop").to_csv(tmp_path / "songs.csv", index=False)
     arguments = ("--csv-path", tmp_path / "songs.csv", "--table-name", "my songs", "--truncate", "--n-clusters", "3", "--models-dir", tmp_path / "models")
     done = ends_with(1, "4 of 5 models trained; failed: genre", *arguments, DATABASE_URL=url)
@@ -1705,7 +1713,7 @@ def test_csv_table_truncate_and_clusters_together_then_failed(url, tmp_path):
     ("CREATE TABLE spotify_songs (track_id text)", "lacks the columns artist_name"),
     (None, 'The table "spotify_songs" is empty'),
 ])
-def test_a_table_that_will_not_do(url, tmp_path, sql, sentence):
+def test_a_table_that_will_not_do(prefect, url, tmp_path, sql, sentence):
     with db.connect(url) as cursor:
         cursor.execute(sql or "CREATE TABLE spotify_songs (" + ", ".join(f"{c} text" for c in db.REQUIRED) + ")")
     ends_with(2, sentence, "--models-dir", tmp_path, DATABASE_URL=url)
@@ -1722,7 +1730,7 @@ def test_nothing_configured_and_nothing_in_the_embedded_database(tmp_path):
     assert (tmp_path / "models" / "metrics" / "history.jsonl").exists(), "default paths lie beside train.py"
 
 
-def test_a_database_that_stays_away(tmp_path, discord):
+def test_a_database_that_stays_away(prefect, tmp_path, discord):
     done = ends_with(3, "Nothing was trained: PostgreSQL at localhost:1/music", "--models-dir", tmp_path, DATABASE_RETRY_SECONDS="0.2",
                  DATABASE_URL="postgresql://me:geheim@localhost:1/music", DISCORD_WEBHOOK_URL=discord())
     assert "Retry 2/2" in done.stderr and "geheim" not in done.stdout + done.stderr
