@@ -800,16 +800,23 @@ def write_atomically(path: Path, write) -> None:
     """Call write(file) on a temporary file beside path and put it in path's place once it is safely on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it has no room for
-        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path):
+    """Let an OSError say which file it is about: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _write_json(path: Path, content) -> None:
@@ -1022,7 +1029,7 @@ def append_history(models_dir, lines: list[dict]) -> None:
     path = Path(models_dir) / "metrics" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.write(b"\n" * bool(torn) + "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
 
 

@@ -189,10 +189,11 @@ def conclude(result: dict, error: BaseException | None, enable_notifications: bo
     log.log(logging.INFO if result["status"] == "completed" else logging.ERROR, "%s", result["message"])
     stopped, picture = isinstance(error, Stopped), Path(result["models_dir"]) / "report.png"
     if result["models"] and not stopped:
-        for step, *arguments in ((notify.draw_report, result, models.read_history(result["models_dir"]), picture), (write_artifacts, result)):
+        history = models.read_history(result["models_dir"])
+        for what, step, *arguments in (("the picture", notify.draw_report, result, history, picture), ("Prefect's artifacts", write_artifacts, result)):
             _, trouble = attempt(step, *arguments)
             if trouble:
-                result["warnings"].append(f"{step.__name__}: {explain(trouble)}")
+                result["warnings"].append(f"{what} could not be made: {explain(trouble)}")
     if enable_notifications and notify.webhook_url():
         shown = picture if result["models"] and not stopped and picture.exists() else None
         notify.post_discord(result, notify.webhook_url(), shown, **{"seconds": STOPPED_POST_SECONDS} if stopped else {})
@@ -622,7 +623,9 @@ def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, dem
 def train_all(result: dict, songs, settings: dict, force: bool) -> None:
     """Train the models asked for side by side, publish each as soon as it is ready, note what became of it."""
     asked, data = result["asked"], models.describe(songs)
-    result["warnings"] += models.drift_since(data, result["table"], result["models_dir"])
+    for moved in models.drift_since(data, result["table"], result["models_dir"]):
+        log.warning("the songs are not those of the last training: %s", moved)
+        result["warnings"].append(moved)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // len(asked))
     log.info("training %s with %d thread%s each", ", ".join(asked), threads, "s" * (threads > 1))
