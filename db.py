@@ -366,6 +366,17 @@ def check_table(url, table, for_csv=False):
             "columns": list(columns), "rows": rows}
 
 
+def profile_table(url, table):
+    """(genres of five songs or more, {column: share of nulls}) of a table that check_table is content with."""
+    with connect(url, read_only=True) as cursor:
+        name, _, columns = _existing(cursor, table)
+        cursor.execute(sql.SQL("SELECT count(*) FROM (SELECT FROM {} GROUP BY genre HAVING count(genre) >= 5) g").format(name))
+        genres, used = cursor.fetchone()[0], [c for c in REQUIRED + OPTIONAL if c in columns]
+        cursor.execute(sql.SQL("SELECT {} FROM {}").format(sql.SQL(", ").join(
+            sql.SQL("avg(({} IS NULL)::int)::float").format(sql.Identifier(c)) for c in used), name))
+        return genres, dict(zip(used, cursor.fetchone()))
+
+
 def _target(cursor, table):
     """The table a CSV file goes into, created when absent. Returns (identifier, {column: type}, has unique track_id)."""
     name, oid, _ = _find(cursor, table)
@@ -880,6 +891,7 @@ def demo_songs(n, seed=0, genres=20):
 
 def load_demo(n, url, table, seed=0, progress=None):
     """Replace the table's content by `n` demo songs (through a temporary CSV file); returns what load_csv returns."""
-    with tempfile.NamedTemporaryFile(suffix=".csv") as file:
-        demo_songs(n, seed).to_csv(file.name, index=False)
-        return load_csv(file.name, url, table, truncate=True, progress=progress)
+    with tempfile.TemporaryFile("w+", newline="") as file:     # it has no name: it is gone however this process ends
+        demo_songs(n, seed).to_csv(file, index=False)
+        file.seek(0)
+        return load_csv(f"/dev/fd/{file.fileno()}", url, table, truncate=True, progress=progress)

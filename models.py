@@ -12,6 +12,7 @@ doing through the logger "models".
 scikit-learn and pandas are imported where they are used: they take two seconds, and `similar` needs neither.
 """
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -763,14 +765,64 @@ class SimilarSongs:
 # Saving and loading: models/NAME.joblib, models/metrics/NAME.json, models/versions/
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Locked(Exception):
+    """A run holds the models directory."""
+
+
+_locks = set()  # models directories this process holds: the command line takes the lock long before the flow asks for it
+
+
+@contextmanager
+def one_run_at_a_time(folder: Path):
+    """Hold MODELS_DIR/.lock. Raises Locked, saying who holds it since when. The kernel frees it when the holder dies."""
+    if folder in _locks:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise DataError(f"cannot write to the models directory {folder} ({error.strerror}); choose another: "
+                        f"--models-dir DIR") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)  # whoever took it a moment ago is about to write who he is
+            file.seek(0)
+            raise Locked(f"another run is training into {folder} ({file.read().strip()}); nothing was done") from None
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
+            file.flush()
+        _locks.add(folder)
+        try:
+            yield
+        finally:
+            _locks.remove(folder)
+
+
 def write_atomically(path: Path, write) -> None:
     """Call write(file) on a temporary file beside path and put it in path's place once it is safely on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path):
+    """Let an OSError say which file it is about: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _write_json(path: Path, content) -> None:
@@ -969,9 +1021,9 @@ def recover(models_dir=MODELS_DIR) -> None:
             following.unlink()
     for leftover in [*models_dir.glob(".*.tmp"), *models_dir.glob(".*.staged"), *models_dir.glob("*/.*.tmp")]:
         leftover.unlink()
-    for model in (models_dir / "versions").glob("*.joblib"):
-        if not model.with_suffix(".json").exists():
-            model.unlink()
+    for version in (models_dir / "versions").glob("*"):
+        if not version.with_suffix(".json" if version.suffix == ".joblib" else ".joblib").exists():
+            version.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -983,7 +1035,7 @@ def append_history(models_dir, lines: list[dict]) -> None:
     path = Path(models_dir) / "metrics" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.write(b"\n" * bool(torn) + "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
 
 
@@ -1209,7 +1261,11 @@ def predict_csv(options) -> int:
 
 def roll_back(options) -> int:
     """Put the previous version of a model back."""
-    report = rollback(options.model, options.models_dir)
+    folder = Path(options.models_dir).resolve()
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; say where the models are: --models-dir DIR")
+    with one_run_at_a_time(folder):
+        report = rollback(options.model, folder)
     metric, value = next(iter(report["metrics"].items()))
     print(f"{options.model} is again the version trained {report['trained_at']} ({metric} {value})")
     return 0
@@ -1240,9 +1296,9 @@ def main(arguments=None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return options.run(options)
-    except (DataError, ModelError, OSError) as error:
+    except (DataError, ModelError, Locked, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
-        return 2
+        return 75 if isinstance(error, Locked) else 2
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 """
 import contextlib
 import csv
+import gc
 import gzip
 import hashlib
 import http.server
@@ -15,6 +16,7 @@ import os
 import pty
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -39,6 +41,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 from psycopg2 import sql
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, top_k_accuracy_score
@@ -1423,9 +1426,13 @@ def models_dir(trained, songs, tmp_path_factory):
     return folder
 
 
+COMMAND = {}  # environment of every command: the running Prefect server; a temporary one of its own takes each run 5 s
+
+
 def command(*arguments, **environment):
     """Run `python …` beside the modules; return the finished process."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env={**os.environ, **COMMAND, **environment},
+                          capture_output=True, text=True, timeout=300)
 
 
 def test_predict_adds_its_columns_to_the_rows(songs, models_dir, tmp_path):
@@ -1515,12 +1522,15 @@ def test_rollback_refuses_politely(models_dir):
 
 @pytest.fixture(scope="session")
 def prefect():
+    """A Prefect server for the flows of this process and, from then on, of those that command() starts."""
     with prefect_test_harness(server_startup_timeout=120):
+        COMMAND["PREFECT_API_URL"] = get_current_settings().api.url
         yield
+        del COMMAND["PREFECT_API_URL"]
 
 
 @pytest.fixture
-def table(url, monkeypatch):
+def table(prefect, url, monkeypatch):
     """600 demo songs in the table spotify_songs of the database that DATABASE_URL names."""
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.delenv("DISCORD_WEBHOOK_URL", raising=False)
@@ -1540,7 +1550,7 @@ def last_flow_run():
         return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
 
 
-def test_all_five_are_trained_saved_and_described(prefect, table, tmp_path):
+def test_all_five_are_trained_saved_and_described(table, tmp_path):
     result = train.ml_training_pipeline(models_dir=str(tmp_path / "models"))
     assert result["status"] == "completed" and result["exit_status"] == 0 and result["rows"] == 600
     assert list(result["models"]) == list(models.MODELS)
@@ -1554,7 +1564,7 @@ def test_all_five_are_trained_saved_and_described(prefect, table, tmp_path):
     assert (tmp_path / "models" / "report.png").stat().st_size > 10_000
 
 
-def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(prefect, table, tmp_path, monkeypatch, patient, discord):
+def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(table, tmp_path, monkeypatch, patient, discord):
     def broken(songs):
         raise OSError("the fan fell off")
     monkeypatch.setitem(models.MODELS, "energy", broken)
@@ -1571,7 +1581,7 @@ def test_one_failure_does_not_stop_the_others_and_is_seen_everywhere(prefect, ta
     assert models.owed(tmp_path) == ["genre", "energy", "popularity"]
 
 
-def test_what_can_heal_is_tried_again(prefect, table, tmp_path, monkeypatch, patient):
+def test_what_can_heal_is_tried_again(table, tmp_path, monkeypatch, patient):
     calls = []
     def flaky(songs):
         calls.append(len(songs))
@@ -1585,7 +1595,7 @@ def test_what_can_heal_is_tried_again(prefect, table, tmp_path, monkeypatch, pat
 
 
 @pytest.mark.parametrize("error", [DataError("no"), ValueError("no"), TypeError("no"), KeyError("no")])
-def test_what_the_same_input_brings_back_is_not_tried_again(prefect, table, tmp_path, monkeypatch, patient, error):
+def test_what_the_same_input_brings_back_is_not_tried_again(table, tmp_path, monkeypatch, patient, error):
     calls = []
     def hopeless(songs):
         calls.append(1)
@@ -1605,7 +1615,7 @@ def test_the_retries_are_those_promised():
     assert train.ml_training_pipeline.name == "ml-training-pipeline"
 
 
-def test_models_train_side_by_side_on_one_read(prefect, table, tmp_path, monkeypatch):
+def test_models_train_side_by_side_on_one_read(table, tmp_path, monkeypatch):
     together, seen = threading.Barrier(5, timeout=60), []
     def meet(songs, **settings):
         seen.append(id(songs))
@@ -1617,8 +1627,8 @@ def test_models_train_side_by_side_on_one_read(prefect, table, tmp_path, monkeyp
     assert len(set(seen)) == 1, "one read of the table, the same object for all five"
 
 
-def test_the_lock_is_held_during_a_run_and_free_after_it(prefect, table, tmp_path, monkeypatch):
-    code = "import sys, train; from pathlib import Path\nwith train.one_run_at_a_time(Path(sys.argv[1])): print('free')"
+def test_the_lock_is_held_during_a_run_and_free_after_it(table, tmp_path, monkeypatch):
+    code = "import sys, models; from pathlib import Path\nwith models.one_run_at_a_time(Path(sys.argv[1])): print('free')"
     during = []
     def look(songs):
         during.append(command("-c", code, tmp_path.resolve()))
@@ -1629,7 +1639,7 @@ def test_the_lock_is_held_during_a_run_and_free_after_it(prefect, table, tmp_pat
     assert command("-c", code, tmp_path.resolve()).stdout == "free\n"
 
 
-def test_a_held_back_model_is_a_partial_run(prefect, table, tmp_path, monkeypatch):
+def test_a_held_back_model_is_a_partial_run(table, tmp_path, monkeypatch):
     for figure, status, exit_status in ((0.5, "completed", 0), (0.4, "partial", 1)):
         monkeypatch.setitem(models.MODELS, "similar", lambda songs: ({"toy": figure}, {"figure": figure}))
         result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
@@ -1639,7 +1649,7 @@ def test_a_held_back_model_is_a_partial_run(prefect, table, tmp_path, monkeypatc
     assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"], force=True)["status"] == "completed"
 
 
-def test_drift_is_a_warning_of_the_run(prefect, table, tmp_path):
+def test_drift_is_a_warning_of_the_run(table, tmp_path):
     train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])
     assert train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"])["warnings"] == []
     with db.connect(table) as cursor:
@@ -1682,7 +1692,7 @@ def test_only_one_model_from_the_command_line(table, tmp_path):
     assert not re.search(r"\x1b\[", done.stdout + done.stderr)
 
 
-def test_csv_table_truncate_and_clusters_together_then_failed(url, tmp_path):
+def test_csv_table_truncate_and_clusters_together_then_failed(prefect, url, tmp_path):
     db.demo_songs(600).assign(genre="pop").to_csv(tmp_path / "songs.csv", index=False)
     arguments = ("--csv-path", tmp_path / "songs.csv", "--table-name", "my songs", "--truncate", "--n-clusters", "3", "--models-dir", tmp_path / "models")
     done = ends_with(1, "4 of 5 models trained; failed: genre", *arguments, DATABASE_URL=url)
@@ -1705,7 +1715,7 @@ def test_csv_table_truncate_and_clusters_together_then_failed(url, tmp_path):
     ("CREATE TABLE spotify_songs (track_id text)", "lacks the columns artist_name"),
     (None, 'The table "spotify_songs" is empty'),
 ])
-def test_a_table_that_will_not_do(url, tmp_path, sql, sentence):
+def test_a_table_that_will_not_do(prefect, url, tmp_path, sql, sentence):
     with db.connect(url) as cursor:
         cursor.execute(sql or "CREATE TABLE spotify_songs (" + ", ".join(f"{c} text" for c in db.REQUIRED) + ")")
     ends_with(2, sentence, "--models-dir", tmp_path, DATABASE_URL=url)
@@ -1722,7 +1732,7 @@ def test_nothing_configured_and_nothing_in_the_embedded_database(tmp_path):
     assert (tmp_path / "models" / "metrics" / "history.jsonl").exists(), "default paths lie beside train.py"
 
 
-def test_a_database_that_stays_away(tmp_path, discord):
+def test_a_database_that_stays_away(prefect, tmp_path, discord):
     done = ends_with(3, "Nothing was trained: PostgreSQL at localhost:1/music", "--models-dir", tmp_path, DATABASE_RETRY_SECONDS="0.2",
                  DATABASE_URL="postgresql://me:geheim@localhost:1/music", DISCORD_WEBHOOK_URL=discord())
     assert "Retry 2/2" in done.stderr and "geheim" not in done.stdout + done.stderr
@@ -1775,3 +1785,640 @@ def test_a_signal_ends_the_run_within_ten_seconds(table, tmp_path, discord, numb
     with train.one_run_at_a_time(tmp_path):
         pass
     assert models.owed(tmp_path) == list(models.MODELS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The night: real processes, real signals, real servers, a real full disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+KILLS = 20
+PHASES = ("", "Beginning flow run", "songs read", "training", "genre: evaluating", "similar: fitting", "clusters: done", "similar: done",
+          "genre: done", "energy: fitting", "popularity: done", "energy: done", "models trained")
+
+
+def started(*arguments, phase="", program=ROOT / "train.py", **environment):
+    """Start train.py; return (process, lines it wrote) as soon as it has written `phase`, with everything it starts marked."""
+    process = subprocess.Popen([sys.executable, program, *map(str, arguments)], cwd="/", stderr=subprocess.STDOUT, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True, env={**os.environ, **COMMAND, **environment})
+    lines, seen = [], threading.Event()
+    def read():
+        for line in process.stdout:
+            lines.append(line)
+            if phase in line:
+                seen.set()
+        seen.set()
+    process.reader = threading.Thread(target=read, daemon=True)
+    process.reader.start()
+    if phase:
+        assert seen.wait(120)
+    return process, lines
+
+
+def is_free(folder):
+    with models.one_run_at_a_time(Path(folder).resolve()):
+        return True
+
+
+def answers(folder):
+    """{model: what it answers}, from the files; every model that loads belongs to its metrics."""
+    given = db.demo_songs(40, seed=9)
+    found = {}
+    for name in models.MODELS:
+        if not (folder / f"{name}.joblib").exists():
+            continue
+        loaded = models.load_model(name, folder)
+        digest = hashlib.sha256((folder / f"{name}.joblib").read_bytes()).hexdigest()
+        report = models.read_report(name, folder, digest)
+        assert report["sha256"] == digest and report["metrics"] == loaded["metrics"] and report["run"] == loaded["run"]
+        estimator = loaded["estimator"]
+        answer = estimator.neighbours(3)[0] if name == "similar" else estimator.predict(given[list(models.AUDIO)] if name == "clusters" else given)
+        found[name] = hashlib.sha256(np.asarray(answer).tobytes()).hexdigest()
+    return found
+
+
+def leftovers(folder):
+    return [path for path in Path(folder).rglob(".*") if path.name != ".lock"]
+
+
+
+def changed(url, step):
+    """Change the songs a little, so that a retrained model answers otherwise."""
+    execute(url, "UPDATE spotify_songs SET energy = least(1, energy + 0.0005 * %s), popularity = popularity + 0.01", step % 3 + 1)
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_moments_loses_nothing(table, tmp_path):
+    folder, rng, moments = tmp_path / "models", random.Random(20), []
+    assert command("train.py", "--models-dir", folder, DATABASE_URL=table).returncode == 0
+    old = answers(folder)
+    assert set(old) == set(models.MODELS)
+    for i in range(KILLS):
+        changed(table, i)
+        own_server = i % 5 == 4  # a Prefect server of its own that must not outlive it
+        mark, phase = f"{tmp_path}-{i}", PHASES[i % len(PHASES)]
+        process, lines = started("--models-dir", folder, phase=phase, DATABASE_URL=table, MARK=mark, **({"PREFECT_API_URL": ""} if own_server else {}))
+        time.sleep(rng.uniform(0, 4 if not phase else 0.4))
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not processes_with(f"MARK={mark}"), 5), processes_with(f"MARK={mark}")
+        process.reader.join()
+        assert is_free(folder)
+        new = answers(folder)
+        assert set(new) == set(old), "a model was lost"
+        run = models.read_history(folder)[-1]["run"]
+        for name in models.MODELS:
+            assert new[name] == old[name] or models.load_model(name, folder)["run"] == run
+        begun = {line["model"] for line in models.read_history(folder) if line["run"] == run}
+        still = [name for name in models.MODELS if name in begun and models.load_model(name, folder)["run"] != run]
+        assert models.owed(folder) == still
+        done = command("train.py", "--failed", "--models-dir", folder, DATABASE_URL=table)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said = re.search(r"training ([a-z, ]*) with", done.stderr)
+        assert (said[1].split(", ") if said else []) == still
+        assert models.owed(folder) == [] and leftovers(folder) == []
+        assert all(len(models.list_versions(name, folder)) <= models.KEEP_VERSIONS for name in models.MODELS)
+        old = answers(folder)
+        moments.append((lines[-1].split(" - ")[-1].strip()[:60] if lines else "before the first line", len(still)))
+    print(*(f"\n  killed after: {moment}; still owed: {count}" for moment, count in moments))
+
+
+def publish_for_ever(folder):
+    value = 1.0
+    while True:
+        value += 1
+        publish(folder, value)
+        if value % 7 == 0:
+            models.rollback("energy", folder)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
+    rng = random.Random(seed)
+    publish(tmp_path, 1.0)
+    for _ in range(25):
+        child = os.fork()
+        if not child:
+            try:
+                publish_for_ever(tmp_path)
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0.01, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert current_with_digest(tmp_path) == models.load_model("energy", tmp_path)["metrics"]["r2"]
+        models.recover(tmp_path)
+        kept = models.list_versions("energy", tmp_path)
+        assert current(tmp_path) and not list(tmp_path.rglob(".*"))
+        assert len(kept) <= models.KEEP_VERSIONS + 1 and all(path.exists() for path, _ in kept)
+        assert all(json.loads(path.with_suffix(".json").read_text())["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() for path, _ in kept)
+
+
+def current_with_digest(folder):
+    path = folder / "energy.joblib"
+    return models.read_report("energy", folder, hashlib.sha256(path.read_bytes()).hexdigest())["metrics"]["r2"]
+
+
+@pytest.mark.slow
+def test_kill_9_with_the_embedded_database(tmp_path):
+    for module in ("train.py", "models.py", "db.py", "notify.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    os.chmod(tmp_path, 0o755)
+    own = {"DATABASE_URL": "", "MARK": str(tmp_path), "TMPDIR": str(tmp_path / "tmp"), "PREFECT_API_URL": ""}
+    (tmp_path / "tmp").mkdir(mode=0o777)
+    rng, folder = random.Random(4), tmp_path / "demo" / "models"
+    for phase in ("", "embedded PostgreSQL", "songs loaded", "genre: evaluating"):
+        process, _ = started("--demo", "800", program=tmp_path / "train.py", phase=phase, **own)
+        time.sleep(rng.uniform(0.3, 1.5))
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not processes_with(f"MARK={tmp_path}"), 8), processes_with(f"MARK={tmp_path}")
+        assert is_free(folder)
+    done = subprocess.run([sys.executable, tmp_path / "train.py", "--demo", "800", "--failed"], env={**os.environ, **own}, capture_output=True, text=True)
+    assert done.returncode == 0 and "5 of 5 models trained" in done.stdout, done.stderr
+    assert wait_until(lambda: not processes_with(f"MARK={tmp_path}"), 8), processes_with(f"MARK={tmp_path}")
+    assert set(answers(folder)) == set(models.MODELS) and leftovers(folder) == []
+    assert [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("songs-")] == []
+
+
+def stopped(number, status, folder, discord, phase="", delay=0.0, group=False, **environment):
+    """Start a run, send it a signal, look at everything it must leave behind; return its output."""
+    mark, posted = f"{folder}-{phase}-{delay}", len(discord.got)
+    process, lines = started("--models-dir", folder, phase=phase, DISCORD_WEBHOOK_URL=discord(), MARK=mark, **environment)
+    time.sleep(delay)
+    (os.killpg if group else os.kill)(process.pid, number)
+    sent = time.monotonic()
+    assert process.wait(timeout=15) == status, "".join(lines)
+    seconds = time.monotonic() - sent
+    assert seconds < 10
+    process.reader.join()
+    assert wait_until(lambda: not processes_with(f"MARK={mark}"), 5), processes_with(f"MARK={mark}")
+    assert is_free(folder) and "Traceback" not in "".join(lines), "".join(lines)
+    assert len(discord.got) == posted + 1, "".join(lines)
+    assert f"the run was stopped by {'Ctrl-C' if status == 130 else 'SIGTERM'}" in json.dumps(discord.got[-1][0])
+    print(f"\n  {number.name} {delay:.2f} s after {phase or 'the start'!r}: gone after {seconds:.1f} s", end="")
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_at_any_moment_ends_the_run_and_is_told(table, tmp_path, discord, number, status):
+    rng = random.Random(status)
+    own = {"DATABASE_URL": table, "PREFECT_API_URL": ""}  # and so a Prefect server that must not outlive it
+    for delay in (0.4, 0.8, 1.5, 2.5, 4, 6):  # the imports, the wait for the server
+        stopped(number, status, tmp_path, discord, delay=delay, group=True, **own)
+    for phase in ("Beginning flow run", "training", "genre: evaluating", "similar: done", "energy: fitting", "genre: done"):
+        stopped(number, status, tmp_path, discord, phase, rng.uniform(0, 0.5), group=True, **own)
+    assert models.owed(tmp_path) != []
+    done = command("train.py", "--failed", "--models-dir", tmp_path, DATABASE_URL=table)
+    assert done.returncode == 0 and leftovers(tmp_path) == []
+
+
+def test_a_signal_before_the_flow_began_is_told(table, tmp_path, discord):
+    for name in models.MODELS:
+        publish(tmp_path, 0.5, name)
+    stopped(signal.SIGTERM, 143, tmp_path, discord, delay=1, DATABASE_URL=table)
+    assert models.owed(tmp_path) == list(models.MODELS), "the history knows that it had begun"
+
+
+def test_a_signal_while_a_query_waits_for_a_lock(table, tmp_path, discord):
+    with db.connect(table) as cursor:
+        cursor.execute("LOCK TABLE spotify_songs IN ACCESS EXCLUSIVE MODE")
+        stopped(signal.SIGTERM, 143, tmp_path, discord, "Beginning flow run", 1, DATABASE_URL=table)
+
+
+# ---- the disk is full ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, discord):
+    folder = small_disk / "models"
+    assert command("train.py", "--models-dir", folder, DATABASE_URL=table).returncode == 0
+    old = answers(folder)
+    for i, free in enumerate((0, 4, 40, 250, 900, None)):  # KiB: from no room for a line of history to none for the picture
+        changed(table, i)
+        if free == 0:  # the page of the history is full as well
+            history = folder / "metrics" / "history.jsonl"
+            history.write_bytes(history.read_bytes() + b"\n" * (4095 - history.stat().st_size % 4096))
+        if free is None:
+            files = [path.stat().st_size for path in (*folder.glob("*.joblib"), *folder.glob("metrics/*.json"), *folder.glob("metrics/*.json"))]
+            free = sum(-(-size // 4096) * 4 for size in files) + 24
+        room = os.statvfs(small_disk)
+        with open(small_disk / "filler", "wb") as file:
+            file.truncate(0)
+            os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_bsize - free * 1024)
+        done = command("train.py", "--models-dir", folder, DATABASE_URL=table, DISCORD_WEBHOOK_URL=discord())
+        new, trained = answers(folder), re.findall(r"^(\w+) +trained", done.stdout, re.M)
+        print(f"\n  {free:5d} KiB free: exit {done.returncode}, published {', '.join(trained) or 'nothing'}; no space for",
+              *sorted(set(re.findall(r"no space left for \S*/(\S+);", done.stdout))), end="")
+        assert set(new) == set(old) and {name for name in new if new[name] != old[name]} <= set(trained)
+        assert done.returncode == (0 if len(trained) == 5 else 1 if trained else 3), done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        assert re.search(f"there is no space left for .*{folder}.*; make room on that disk and run it again", done.stdout), done.stdout
+        assert "there is no space left" in json.dumps(discord.got[-1][0])
+        (small_disk / "filler").unlink()
+        assert leftovers(folder) == []
+        done = command("train.py", "--failed", "--models-dir", folder, DATABASE_URL=table)
+        assert done.returncode == 0 and models.owed(folder) == [], done.stdout + done.stderr
+        old = answers(folder)
+
+
+def test_a_model_that_does_not_fit_on_the_disk(tmp_path):
+    publish(tmp_path, 0.5)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            models.append_history(tmp_path, [{"long": "x" * 4990}])
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+            try:
+                models.append_history(tmp_path, [{"run": 1}])
+            except OSError as error:
+                assert error.filename == str(tmp_path / "metrics" / "history.jsonl")
+                assert len(models.read_history(tmp_path)) == 1
+            (tmp_path / "metrics" / "history.jsonl").unlink()
+            try:
+                models.publish("energy", {"toy": np.zeros(10**6)}, {"r2": 0.9}, {"run": "2", "settings": {}}, tmp_path)
+            except OSError as error:
+                status = 0 if train.explain(error) == f"there is no space left for {tmp_path}/.energy.joblib.staged; make room on that disk and run it again" else 2
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+# ---- the database goes away ----------------------------------------------------------------------------------------
+@pytest.fixture
+def server(locked, prefect):
+    """(URI, control) of the second server, running, with 800 demo songs in spotify_songs, and `slow_songs`, a view whose read takes 4 s."""
+    port, control = locked
+    uri = f"postgresql://owner:{PASSWORD}@127.0.0.1:{port}/postgres"
+    control("start")
+    db.load_demo(800, uri, "spotify_songs")
+    execute(uri, "CREATE OR REPLACE FUNCTION slow(x float) RETURNS float STABLE LANGUAGE plpgsql AS "
+                 "'BEGIN PERFORM pg_sleep(0.005); RETURN x; END'")
+    execute(uri, "DROP VIEW IF EXISTS slow_songs; CREATE VIEW slow_songs AS SELECT " + ", ".join(
+        "slow(valence) valence" if c == "valence" else c for c in db.REQUIRED) + " FROM spotify_songs")
+    yield uri, control
+    control("start")
+
+
+def finished(process, lines):
+    status = process.wait(timeout=200)
+    process.reader.join()
+    text = "".join(lines)
+    assert "s3cr" not in text and "Traceback" not in text, text
+    return status, text
+
+
+def wait_for(lines, text, seconds=60):
+    assert wait_until(lambda: any(text in line for line in list(lines)), seconds), "".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heals", [True, False], ids=["comes back", "stays away"])
+@pytest.mark.parametrize("moment", ["before the run", "during the read", "during the load"])
+def test_the_database_is_stopped(server, tmp_path, discord, moment, heals):
+    uri, control = server
+    arguments, stop = ["--models-dir", tmp_path / "models", "--only", "clusters"], ("-m", "immediate", "stop")
+    count = lambda: execute(uri, "SELECT count(*), count(*) FILTER (WHERE track_id LIKE 'demo000007%%') FROM spotify_songs")[0]
+    own = dict(DATABASE_URL=uri, DATABASE_RETRY_SECONDS="4" if heals else "0.5", DISCORD_WEBHOOK_URL=discord())
+    if moment == "before the run":
+        control(*stop)
+        process, lines = started(*arguments, **own)
+    elif moment == "during the read":
+        process, lines = started(*arguments, "--table-name", "slow_songs", phase="check-database", **own)
+        time.sleep(1)
+        control(*stop)
+    else:
+        db.demo_songs(150_000, seed=7).to_csv(tmp_path / "big.csv", index=False)
+        process, lines = started(*arguments, "--csv-path", tmp_path / "big.csv", "--truncate", phase="loading the CSV: 25 %", **own)
+        control(*stop)
+    wait_for(lines, "Retry 1/2")
+    if heals:
+        control("start")
+        assert count() in ((800, 0), (150_000, 150_000)), "half-loaded"
+    status, text = finished(process, lines)
+    print(f"\n  stopped {moment}: exit {status}; {[line for line in lines if 'trained' in line][-1:]}", end="")
+    control("start")
+    assert count() == ((150_000, 150_000) if heals and moment == "during the load" else (800, 0))
+    assert status == (0 if heals else 3), text
+    assert len(discord.got) == 1 and ("1 of 1 models trained" if heals else "Nothing was trained: PostgreSQL at 127.0.0.1") in json.dumps(discord.got[0][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heals", [True, False], ids=["freed", "kept"])
+def test_no_connection_slot_is_free(server, tmp_path, heals):
+    uri, _ = server
+    with contextlib.suppress(psycopg2.errors.DuplicateObject):
+        execute(uri, "CREATE ROLE guest LOGIN PASSWORD 'x'; GRANT SELECT ON spotify_songs TO guest")
+    guest, held = uri.replace(f"owner:{PASSWORD}", "guest:x"), []
+    with pytest.raises(psycopg2.OperationalError):
+        while True:
+            held.append(psycopg2.connect(guest))
+    process, lines = started("--models-dir", tmp_path, "--only", "clusters", phase="Retry 1/2", DATABASE_URL=guest, DATABASE_RETRY_SECONDS="2" if heals else "0.5")
+    if heals:
+        [connection.close() for connection in held]
+    status, text = finished(process, lines)
+    [connection.close() for connection in held]
+    assert status == (0 if heals else 3) and "connection slots are taken: raise max_connections or close idle connections" in text, text
+
+
+@pytest.mark.slow
+def test_a_lock_on_the_table_is_waited_for_said_and_survived(table, tmp_path):
+    with db.connect(table) as cursor:
+        cursor.execute("LOCK TABLE spotify_songs IN ACCESS EXCLUSIVE MODE")
+        process, lines = started("--models-dir", tmp_path, "--only", "clusters", phase="Retry 1/2", DATABASE_URL=table, DATABASE_RETRY_SECONDS="2")
+    status, text = finished(process, lines)
+    assert status == 0 and "Somebody else held a lock on the table for 30 s" in text
+
+
+def test_a_query_that_takes_too_long_ends_the_run(prefect, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", server[0])
+    monkeypatch.setattr(db, "STATEMENT_MS", 300)
+    monkeypatch.setattr(train, "load_songs", train.load_songs.with_options(retry_delay_seconds=0))
+    with pytest.raises(train.PipelineFailed, match="canceling statement due to statement timeout.*is the server busy") as failed:
+        train.ml_training_pipeline(models_dir=str(tmp_path), table_name="slow_songs", only=["clusters"])
+    assert failed.value.result["exit_status"] == 3
+
+
+@pytest.mark.slow
+def test_a_role_that_may_not_and_a_replica(server, tmp_path):
+    uri, _ = server
+    with contextlib.suppress(psycopg2.errors.DuplicateObject):
+        execute(uri, "CREATE ROLE stranger LOGIN PASSWORD 'x'; CREATE ROLE replica LOGIN PASSWORD 'x'; GRANT ALL ON spotify_songs TO replica; "
+                     "ALTER ROLE replica SET default_transaction_read_only = on")
+    db.demo_songs(300, seed=3).to_csv(tmp_path / "a.csv", index=False)
+    stranger, replica = (uri.replace(f"owner:{PASSWORD}", f"{role}:x") for role in ("stranger", "replica"))
+    arguments = ("--only", "clusters", "--models-dir", tmp_path / "models")
+    ends_with(2, "permission denied for table spotify_songs. Ask its owner for: GRANT SELECT ON spotify_songs TO stranger", *arguments, DATABASE_URL=stranger)
+    ends_with(2, "Ask its owner for: GRANT SELECT, INSERT, UPDATE, TRUNCATE ON spotify_songs TO stranger", *arguments, "--csv-path", tmp_path / "a.csv", DATABASE_URL=stranger)
+    ends_with(2, "Use the primary server, not a replica or a read-only role", *arguments, "--csv-path", tmp_path / "a.csv", DATABASE_URL=replica)
+    ends_with(0, "1 of 1 models trained", *arguments, DATABASE_URL=replica)
+    assert execute(uri, "SELECT count(*) FROM spotify_songs") == [(800,)]
+
+
+# ---- several runs at once ------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_of_ten_runs_at_once_one_trains(table, tmp_path):
+    begun = time.monotonic()
+    runs = [started("--models-dir", tmp_path, "--only", "clusters", DATABASE_URL=table) for _ in range(10)]
+    ended, winner = {}, None
+    while len(ended) < 10 and time.monotonic() - begun < 120:
+        ended |= {i: time.monotonic() - begun for i, (process, _) in enumerate(runs) if i not in ended and process.poll() is not None}
+        time.sleep(0.02)
+    statuses = [process.returncode for process, _ in runs]
+    assert sorted(statuses) == [0] + [75] * 9
+    winner = statuses.index(0)
+    for i, (process, lines) in enumerate(runs):
+        process.reader.join()
+        if i != winner:
+            assert ended[i] < 8, "they share two cores while they start"
+            assert re.fullmatch(rf"another run is training into {tmp_path} \(process {runs[winner][0].pid} since .* UTC\); nothing was done\n", "".join(lines))
+    print(f"\n  nine gone after {min(ended.values()):.1f} to {sorted(ended.values())[-2]:.1f} s, the tenth trained in {ended[winner]:.1f} s")
+
+
+@pytest.mark.slow
+def test_three_first_runs_at_once_where_prefect_never_ran(table, tmp_path):
+    runs = [started("--models-dir", tmp_path / str(i), "--only", "clusters", DATABASE_URL=table, PREFECT_API_URL="", PREFECT_HOME=str(tmp_path / "prefect")) for i in range(3)]
+    for process, lines in runs:
+        assert process.wait(timeout=200) == 0, "".join(lines)
+
+
+# ---- the gate, night after night -----------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_shuffled_genres_are_held_back_then_repaired(table, tmp_path, discord):
+    execute(table, "UPDATE spotify_songs SET genre = 'demo-' || left(md5(artist_name), 1)")
+    arguments, own = ("--models-dir", tmp_path), dict(DATABASE_URL=table, DISCORD_WEBHOOK_URL=discord())
+    ends_with(0, "5 of 5 models trained", *arguments, **own)
+    first, before = models.read_report("genre", tmp_path), answers(tmp_path)
+    execute(table, "ALTER TABLE spotify_songs ADD kept text; UPDATE spotify_songs SET kept = genre; "
+                   "UPDATE spotify_songs SET genre = 'demo-' || left(md5(track_id), 1)")
+    done = ends_with(1, "held back: genre", *arguments, **own)
+    print("\n ", re.search(r"\d of 5 models.*", done.stdout)[0])
+    reason = re.search(r"genre held back: held back: (accuracy fell to [0-9.]+, the current model has ([0-9.]+))", done.stdout)
+    assert reason and reason[2] == f"{first['metrics']['accuracy']:.4f}"
+    embed = discord.got[-1][0]["embeds"][0]
+    assert embed["color"] == 0xF1C40F and reason[1] in json.dumps(embed).replace("\\\\", "") and "train.py --failed" in embed["description"]
+    after, held = answers(tmp_path), models.owed(tmp_path)
+    assert after["genre"] == before["genre"] and set(held) <= {"genre", "similar", "popularity"}
+    assert all(models.load_model(name, tmp_path)["run"] != first["run"] for name in models.MODELS if name not in held)
+    assert len([report for _, report in models.list_versions("genre", tmp_path) if report["status"] == "held_back"]) == 1
+    execute(table, "UPDATE spotify_songs SET genre = kept")
+    done = ends_with(0, f"{len(held)} of {len(held)} models trained", "--failed", *arguments, **own)
+    assert models.load_model("genre", tmp_path)["run"] != first["run"] and models.owed(tmp_path) == []
+    execute(table, "UPDATE spotify_songs SET genre = 'demo-' || left(md5(track_id), 1)")
+    ends_with(0, "1 of 1 models trained", "--only", "genre", "--force", *arguments, **own)
+    done = command("models.py", "rollback", "genre", "--models-dir", tmp_path)
+    assert done.returncode == 0 and models.load_model("genre", tmp_path)["metrics"]["accuracy"] > reason_figure(reason)
+
+
+def reason_figure(reason):
+    return float(re.search(r"fell to ([0-9.]+)", reason[1])[1])
+
+
+@pytest.mark.parametrize("change, warned", [
+    ("DELETE FROM spotify_songs WHERE track_id IN (SELECT track_id FROM spotify_songs ORDER BY md5(track_id) LIMIT 300)",
+     ["the table has 300 songs; at the last training it had 600"]),
+    ("INSERT INTO spotify_songs (track_id, genre, {rest}) SELECT n || track_id, genre, {rest} FROM spotify_songs, generate_series(1, 2) n "
+     "WHERE genre = 'demo-jazz'", [r"genre demo-jazz makes up [0-9.]+% of the songs; it was [0-9.]+%"]),
+    ("UPDATE spotify_songs SET loudness = loudness - 6", [r"mean loudness is -[0-9.]+; it was -[0-9.]+ \(standard deviation"]),
+], ids=["half its rows gone", "a genre tripled", "loudness shifted by 6 dB"])
+def test_drift_is_warned_about_everywhere_and_the_same_table_is_not(prefect, table, tmp_path, monkeypatch, discord, caplog, change, warned):
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", discord())
+    run = lambda: train.ml_training_pipeline(models_dir=str(tmp_path), only=["clusters"], force=True)
+    assert run()["warnings"] == run()["warnings"] == [] and "⚠️" not in json.dumps(discord.got[-1][0], ensure_ascii=False)
+    rest = ", ".join(column for column in (*db.REQUIRED, *db.OPTIONAL) if column not in ("track_id", "genre"))
+    execute(table, change.format(rest=rest))
+    drawn, text = [], notify._write
+    monkeypatch.setattr(notify, "_write", lambda axes, x, y, words, *a, **b: drawn.append(words) or text(axes, x, y, words, *a, **b))
+    result = run()
+    for pattern in warned:
+        assert any(re.match(pattern, warning) for warning in result["warnings"])
+        assert re.search(pattern, caplog.text) and any(re.search(pattern, str(words)) for words in drawn if "warning" in str(words))
+    assert discord.got[-1][0]["embeds"][0]["color"] == 0xF1C40F
+    assert notify.escape(result["warnings"][0]) in discord.got[-1][0]["embeds"][0]["description"]
+    assert run()["warnings"] == []
+
+
+# ---- --check -------------------------------------------------------------------------------------------------------
+def test_check_looks_at_everything_and_changes_nothing(url, tmp_path, discord):
+    db.load_demo(600, url, "spotify_songs")
+    execute(url, "UPDATE spotify_songs SET popularity = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
+                 "ALTER TABLE spotify_songs DROP COLUMN year")
+    tables = "SELECT relname, relfilenode, n_tup_ins, n_tup_upd FROM pg_class LEFT JOIN pg_stat_user_tables USING (relname) WHERE relkind = 'r' ORDER BY 1"
+    before = execute(url, tables)
+    begun = time.monotonic()
+    done = ends_with(0, "ok PostgreSQL 1", "--check", "--models-dir", tmp_path / "models", DATABASE_URL=url, DISCORD_WEBHOOK_URL=discord())
+    assert time.monotonic() - begun < 5
+    for line in ("table             ok       spotify_songs has 600 rows", "genres            ok       20 genres of 5 songs or more",
+                 "columns           ok       all required columns; not there, and not needed: year", "nulls             warning  popularity 10.0%",
+                 f"models directory  ok       {tmp_path / 'models'} is writable; it will be made", "space             ok",
+                 "Discord           ok       the Discord webhook answers", "Prefect           ok"):
+        assert line in done.stdout, done.stdout
+    assert discord.got == [None], "a GET, no message" 
+    assert execute(url, tables) == before and list(tmp_path.iterdir()) == []
+    (tmp_path / "new.csv").write_text("x")
+    ends_with(0, "new.csv may be loaded into another (0 rows)", "--check", "--csv-path", tmp_path / "new.csv", "--table-name", "another", DATABASE_URL=url)
+    assert execute(url, tables) == before
+
+
+def test_check_names_each_problem_with_its_fix(url, tmp_path):
+    (tmp_path / "file").touch()
+    done = ends_with(2, "Load songs into it: python train.py --csv-path songs.csv", "--check", "--models-dir", tmp_path / "file" / "x", DATABASE_URL=url,
+                     DISCORD_WEBHOOK_URL="http://127.0.0.1:9/api/webhooks/1/" + TOKEN, PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert f"models directory  problem  cannot write to {tmp_path / 'file'}; choose another: --models-dir DIR" in done.stdout
+    assert re.search("^Discord           problem  no connection", done.stdout, re.M) and TOKEN not in done.stdout
+    assert re.search("^Prefect           problem  http://127.0.0.1:9/api does not answer as a Prefect API.*prefect server start", done.stdout, re.M)
+    ends_with(2, "PostgreSQL at localhost:1/music", "--check", DATABASE_URL="postgresql://me:geheim@localhost:1/music")
+    ends_with(2, "--csv-path /nowhere.csv: No such file or directory; give a CSV file", "--check", "--csv-path", "/nowhere.csv", DATABASE_URL=url)
+
+
+def test_check_does_not_wait_for_what_never_answers(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        at, begun = f"127.0.0.1:{deaf.getsockname()[1]}", time.monotonic()
+        done = ends_with(2, "no answer within 4 s", "--check", "--models-dir", tmp_path, DATABASE_URL=f"postgresql://me:geheim@{at}/music",
+                         DISCORD_WEBHOOK_URL=f"http://{at}/api/webhooks/1/{TOKEN}", PREFECT_API_URL=f"http://{at}/api")
+    assert time.monotonic() - begun < 6 and done.stdout.count("problem") == 3
+
+
+def test_check_imports_nothing_heavy_and_makes_no_database(tmp_path):
+    for module in ("train.py", "models.py", "db.py", "notify.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    done = subprocess.run([sys.executable, "-B", "-X", "importtime", tmp_path / "train.py", "--check"], env={**os.environ, "DATABASE_URL": "", "PREFECT_API_URL": ""},
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "there is no embedded database yet; try: python train.py --csv-path songs.csv" in done.stdout
+    assert not re.search(r"\| +(prefect|pandas|sklearn|scipy|matplotlib)\b", done.stderr)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.py", "models.py", "db.py", "notify.py"}
+
+
+# ---- secrets -------------------------------------------------------------------------------------------------------
+BREAK = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+import models
+def broken(songs):
+    raise RuntimeError("no luck with " + os.environ["DATABASE_URL"] + " and " + os.environ["DISCORD_WEBHOOK_URL"])
+models.MODELS["energy"] = broken
+import prefect
+sys.argv = ["train.py", *sys.argv[1:]]
+runpy.run_path({train!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_no_secret_is_written_or_posted_by_any_failure(server, tmp_path, discord):
+    uri, control = server
+    home, folder, texts = tmp_path / "prefect", tmp_path / "models", []
+    own = {"PREFECT_API_URL": "", "PREFECT_HOME": str(home), "PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_DEBUG_MODE": "1", "PREFECT_LOGGING_ROOT_LEVEL": "DEBUG",
+           "DATABASE_URL": uri, "DISCORD_WEBHOOK_URL": discord(), "DATABASE_RETRY_SECONDS": "0.3"}
+    def run(status, *arguments, **changes):
+        done = command(*(arguments if arguments[:1] == ("-c",) else ("train.py", *arguments)), "--models-dir", folder, **(own | changes))
+        texts.append(done.stdout + done.stderr)
+        assert done.returncode == status, texts[-1]
+    run(0)
+    run(1, "-c", BREAK.format(root=HERE, train=str(ROOT / "train.py")), "--only", "energy,clusters")
+    assert "Retry 3/3" in texts[-1] and "no luck with" in texts[-1]
+    run(2, "--table-name", "nothing")
+    run(2, DATABASE_URL=uri.replace("s3cr", "s4cr"))
+    run(0, "--only", "clusters", DISCORD_WEBHOOK_URL=discord("gone"))
+    run(0, "--only", "clusters", DISCORD_WEBHOOK_URL=discord("refused"))
+    execute(uri, "UPDATE spotify_songs SET genre = left(md5(track_id), 1)")
+    run(1, "--only", "genre,clusters")
+    process, lines = started("--models-dir", folder, phase="genre: evaluating", **own)
+    process.terminate()
+    assert process.wait(20) == 143
+    process.reader.join()
+    texts.append("".join(lines))
+    control("-m", "fast", "stop")
+    run(3)
+    run(2, "--check")
+    assert all("DEBUG" in text for text in texts[:-1])
+    written = [path for root in (home, folder) for path in root.rglob("*") if path.is_file()]
+    assert any(path.name == "prefect.db" and path.stat().st_size > 100_000 for path in written)
+    posted = [json.dumps(got) + repr(files) for got, files in filter(None, discord.got)]
+    assert len(posted) >= 8
+    for secret in ("s3cr:et/@", "s3cr%3Aet", "s4cr%3Aet", "s4cr:et", "3cr:et", TOKEN):
+        for text in texts + posted:
+            assert secret not in text, text[max(0, text.index(secret) - 2000):][:2500]
+        for path in written:
+            content = path.read_bytes()
+            assert secret.encode() not in content, (path, content[max(0, content.index(secret.encode()) - 300):][:600])
+
+
+# ---- hostile content -----------------------------------------------------------------------------------------------
+HOSTILE = ['say "hi"', "two\nlines", "🎸 émoji 🏳️‍🌈", "עברית \u202eright to left", "x" * 10_000, "@everyone", "**bold** `code` ```fence", "[link](http://evil.example)",
+           "=cmd()", "+1+cmd|' /C calc'!A0", "NA", "null", "None", "nan", "'; DROP TABLE spotify_songs; --", "<@&123> <script>", "\\", "%s {} {0}", " ", "\t x"]
+
+
+def test_hostile_content_from_the_csv_to_the_message(prefect, url, tmp_path, discord):
+    songs = db.demo_songs(700, seed=5)
+    hostile = np.array([text for text in HOSTILE if text.strip()], object)
+    at = np.arange(len(songs)) % len(hostile)
+    songs["artist_name"] = np.where(np.arange(len(songs)) < 400, hostile[at], songs.artist_name)
+    songs["genre"] = hostile[(songs.genre.factorize()[0] + np.arange(len(songs)) // 200) % len(hostile)]
+    songs.loc[:len(HOSTILE) - 1, "track_name"] = HOSTILE
+    path = tmp_path / "hostile.csv"
+    songs.to_csv(path, index=False)
+    with open(path, "a") as file:
+        file.write("nul\0byte,a,b,c\n" + ",".join(["x"] * 100_000) + "\nonly,three,fields\n")
+    folder = tmp_path / "models"
+    done = command("train.py", "--csv-path", path, "--models-dir", folder, DATABASE_URL=url, DISCORD_WEBHOOK_URL=discord())
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    loaded = db.load_songs(url, "spotify_songs").set_index("track_id")
+    usable = songs[songs.track_name.str.strip() != ""].set_index("track_id")
+    for column in ("artist_name", "track_name", "genre"):
+        assert loaded[column].to_dict() == usable[column].to_dict()
+    assert len(list(csv.reader(open(folder / "rejected_rows.csv", newline="", encoding="utf-8")))) >= 4
+    embed = discord.got[-1][0]["embeds"][0]
+    said = json.dumps(embed, ensure_ascii=False)
+    assert objections(discord.got[-1][0]) == [] and "@everyone" not in said and "\u202e" not in said + done.stdout
+    assert (folder / "report.png").stat().st_size > 10_000
+    given = tmp_path / "given.csv"
+    usable.reset_index().to_csv(given, index=False)
+    done = command("models.py", "predict", given, "--out", tmp_path / "out.csv", "--models-dir", folder)
+    out = pd.read_csv(tmp_path / "out.csv", keep_default_na=False, dtype=str)
+    assert done.returncode == 0 and out.artist_name.tolist() == usable.artist_name.tolist() and out.track_name.tolist() == usable.track_name.tolist()
+    assert set(out.genre_predicted) <= set(songs.genre)
+    for title in ('say "hi"', "two\nlines", "@everyone", "NA", "=cmd()", "x" * 10_000, "\\"):
+        done = command("models.py", "similar", title, "--json", "--models-dir", folder)
+        assert done.returncode == 0 and json.loads(done.stdout)["song"]["track_name"] == title, done.stderr
+    assert command("models.py", "similar", "None", "--models-dir", folder).returncode == 0
+
+
+# ---- two hundred nights --------------------------------------------------------------------------------------------
+NIGHTS = int(os.environ.get("NIGHTS", 200))
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_in_one_process_let_nothing_grow(prefect, table, tmp_path, discord, monkeypatch):
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", discord())
+    folder, temporary = tmp_path / "models", Path(tempfile.gettempdir())
+    prefect_db = Path(get_current_settings().server.database.connection_url.get_secret_value().removeprefix("sqlite+aiosqlite:///"))
+    def measure():
+        gc.collect()
+        rss = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+        return {"MB": rss, "open files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(), "temporary files": len(list(temporary.iterdir())),
+                "files of ours": sum(path.is_file() for path in folder.rglob("*")), "kB of ours": sum(path.stat().st_size for path in folder.rglob("*")) / 1000,
+                "connections": execute(table, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")[0][0],
+                "MB of Prefect": sum(path.stat().st_size for path in prefect_db.parent.glob(prefect_db.name + "*")) / 1e6}
+    begun, seen = time.monotonic(), {}
+    for night in range(1, NIGHTS + 1):
+        result = train.ml_training_pipeline(models_dir=str(folder), only=["clusters"])
+        assert result["exit_status"] == 0 and len(discord.got) == 1
+        discord.got.clear()
+        if night in (10, NIGHTS // 2, NIGHTS):
+            seen[night] = measure()
+            print(f"\n  after {night} runs, {time.monotonic() - begun:.0f} s:", ", ".join(f"{value:.0f} {what}" for what, value in seen[night].items()), end="")
+    early, late = seen[10], seen[NIGHTS]
+    for what in ("open files", "threads", "temporary files", "files of ours", "connections"):
+        assert late[what] <= early[what] + 3, what
+    assert late["MB"] - seen[NIGHTS // 2]["MB"] < 40 and late["kB of ours"] - early["kB of ours"] < NIGHTS * 1.0

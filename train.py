@@ -4,6 +4,7 @@
     python train.py --only similar                    # one model; repeat or comma-separate for more
     python train.py --csv-path songs.csv --table-name spotify_songs --truncate --n-clusters 2
     python train.py --demo 50000                      # made-up songs, embedded database, no set-up at all
+    python train.py --check                           # look at everything, train nothing
     python train.py --failed                          # only the models that the last run still owes
     python -m train                                   # the same as python train.py
 
@@ -18,7 +19,7 @@ flow, the command line.
 import argparse
 import atexit
 import ctypes
-import fcntl
+import errno
 import importlib
 import json
 import logging
@@ -26,6 +27,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,12 +37,14 @@ import time
 import urllib.request
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import db
 import models
 import notify
 from db import DatabaseUnavailable, DataError
+from models import Locked, one_run_at_a_time
 
 NAME = "ml-training-pipeline"
 ROOT = Path(__file__).resolve().parent
@@ -54,6 +58,8 @@ DATABASE_DELAY = float(os.environ.get("DATABASE_RETRY_SECONDS", 30))
 SERVER_START_SECONDS = 120  # a first start makes Prefect's database, which takes 15 s and more on a small machine
 LAST_WORDS_SECONDS = 8      # from a signal to the end of the process, whatever is still computing
 STOPPED_POST_SECONDS = 5    # of them for Discord
+CHECK_SECONDS = 4           # for all that --check looks at, side by side
+SPACE_NEEDED = 100 << 20    # bytes free for a night: five models, their versions and a picture
 
 # Exit statuses.
 TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
@@ -75,12 +81,8 @@ log = logging.getLogger("train")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Before the heavy imports: the options, the lock, Prefect's server
+# What a run says about itself: one description for the terminal, the picture, Discord, Prefect and the exit status
 # ---------------------------------------------------------------------------------------------------------------------
-
-class Locked(Exception):
-    """Another run holds the models directory."""
-
 
 class Stopped(SystemExit):
     """SIGTERM or Ctrl-C."""
@@ -88,6 +90,139 @@ class Stopped(SystemExit):
     def __str__(self):
         return f"the run was stopped by {'Ctrl-C' if self.code == INTERRUPTED else 'SIGTERM'}"
 
+
+class PipelineFailed(Exception):
+    """Nothing could be trained. `result` is the description of the run."""
+
+    def __init__(self, result: dict):
+        super().__init__(result["message"])
+        self.result = result
+
+
+def attempt(step, *arguments):
+    """Run a step whose failure must not stop the next one; return (what it returned, None) or (None, the error)."""
+    try:
+        return step(*arguments), None
+    except Exception as error:
+        if not isinstance(error, EXPECTED):
+            log.error("%s failed", getattr(step, "__name__", "step"), exc_info=error)
+        return None, error
+
+
+EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError)  # their text says it all
+
+
+def secure_logs() -> None:
+    """Let our log lines through, and no secret in them."""
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in (*OUR_LOGGERS, "prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(plain_and_without_secrets)
+
+
+def plain_and_without_secrets(record: logging.LogRecord) -> bool:
+    """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
+    record.msg, record.args = db.redact(record.getMessage()), ()
+    if record.exc_info and isinstance(record.exc_info[1], EXPECTED):
+        record.exc_info = None
+    elif record.exc_info:
+        record.exc_text = db.redact(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
+def explain(error: BaseException) -> str:
+    """Return an error as a sentence without secrets."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"there is no space left for {error.filename or 'a file'}; make room on that disk and run it again"
+    return db.redact(str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}")
+
+
+def blank_result(table_name: str, demo, folder: Path) -> dict:
+    return {"status": "failed", "message": "", "error": None, "started_at": datetime.now(timezone.utc).isoformat(),
+            "clock": time.monotonic(), "untold": True, "seconds": 0.0, "read_seconds": None, "peak_mb": None, "host": socket.gethostname(),
+            "table": table_name, "rows": None, "models_dir": str(folder), "demo": demo is not None, "warnings": [],
+            "csv": None, "asked": [], "models": {}, "finish_command": None}
+
+
+def entry(report: dict, folder: str) -> dict:
+    """Return the result's entry of a model from its metrics file."""
+    return {key: report[key] for key in ("status", "error", "metrics", "plot", "previous", "bytes", "rows", "seconds")} | {
+        "path": str(Path(folder) / f"{report['model']}.joblib") if report["status"] == "trained" else None}
+
+
+def failed_entry(error: BaseException) -> dict:
+    return {"status": "failed", "error": explain(error), "metrics": {}, "plot": {}, "previous": None, "bytes": None,
+            "rows": None, "seconds": None, "path": None}
+
+
+def write_history(result: dict, names: list[str], status: str) -> None:
+    """Append a line per model to the history: at the start, so that a killed run is known to owe them, and at the end."""
+    lines = []
+    for name in names:
+        model = result["models"].get(name, {})
+        metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
+        lines.append({"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
+                      "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
+                      "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")})
+    models.append_history(result["models_dir"], lines)
+
+
+def peak_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (1024 if sys.platform == "linux" else 1024 ** 2)
+
+
+def conclude(result: dict, error: BaseException | None, enable_notifications: bool) -> None:
+    """Decide what the run was, then tell everybody, once. Whatever fails here is a warning and breaks nothing."""
+    if not result.pop("untold", False):
+        return
+    statuses = [model["status"] for model in result["models"].values()]
+    if error:
+        result["error"] = explain(error)
+    if not statuses or statuses.count("failed") == len(statuses):
+        result["status"], result["exit_status"] = "failed", WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
+    elif error or statuses.count("trained") < len(statuses):
+        result["status"], result["exit_status"] = "partial", PARTIAL
+    else:
+        result |= {"status": "completed", "exit_status": TRAINED, "finish_command": None}
+    result |= {"message": message(result), "seconds": time.monotonic() - result["clock"], "peak_mb": peak_mb()}
+    log.log(logging.INFO if result["status"] == "completed" else logging.ERROR, "%s", result["message"])
+    stopped, picture = isinstance(error, Stopped), Path(result["models_dir"]) / "report.png"
+    if result["models"] and not stopped:
+        history = models.read_history(result["models_dir"])
+        for what, step, *arguments in (("the picture", notify.draw_report, result, history, picture), ("Prefect's artifacts", write_artifacts, result)):
+            _, trouble = attempt(step, *arguments)
+            if trouble:
+                result["warnings"].append(f"{what} could not be made: {explain(trouble)}")
+    if enable_notifications and notify.webhook_url():
+        shown = picture if result["models"] and not stopped and picture.exists() else None
+        notify.post_discord(result, notify.webhook_url(), shown, **{"seconds": STOPPED_POST_SECONDS} if stopped else {})
+
+
+def message(result: dict) -> str:
+    """Return one sentence for the whole run."""
+    by_status = {status: [name for name, model in result["models"].items() if model["status"] == status]
+                 for status in ("trained", "held_back", "failed")}
+    if not result["models"]:
+        return f"Nothing was trained: {result['error']}"
+    parts = [f"{len(by_status['trained'])} of {len(result['asked'])} models trained"]
+    parts += [f"{status.replace('_', ' ')}: {', '.join(by_status[status])}" for status in ("held_back", "failed") if by_status[status]]
+    return "; ".join(parts + [result["error"]] * bool(result["error"]))
+
+
+def finish_command(models_dir, table_name, n_clusters, demo, force, notifications, csv_path=None, truncate_table=False) -> str:
+    """Return the command that trains what this run will not have trained, with the options it was started with."""
+    words = ["python", "train.py", "--failed"]
+    words += ["--table-name", table_name] * (table_name != "spotify_songs") + ["--n-clusters", str(n_clusters)] * (n_clusters != 2)
+    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--demo", str(demo)] * (demo is not None)
+    words += ["--csv-path", csv_path] * bool(csv_path) + ["--truncate"] * truncate_table
+    words += ["--force"] * force + ["--no-notify"] * (not notifications)
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the heavy imports: the options, the lock, Prefect's server
+# ---------------------------------------------------------------------------------------------------------------------
 
 def parse_options(arguments=None) -> argparse.Namespace:
     """Read the command line. A wrong option prints the usage and exits with 2."""
@@ -102,6 +237,7 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser.add_argument("--failed", action="store_true", help="train only the models whose last run failed, was held back or was killed")
     parser.add_argument("--force", action="store_true", help="publish a model even if it is worse than the current one")
     parser.add_argument("--demo", nargs="?", type=int, const=10_000, metavar="N", help="train on N made-up songs in the embedded database (default: 10000)")
+    parser.add_argument("--check", action="store_true", help="look at everything a run needs, train nothing and change nothing")
     parser.add_argument("--no-notify", action="store_true", help="do not post to Discord")
     parser.add_argument("--models-dir", metavar="DIR", help=f"where the models go (default: models, or demo/models with --demo, beside train.py)")
     options = parser.parse_args(arguments)
@@ -136,47 +272,22 @@ def models_folder(models_dir=None, demo=None) -> Path:
     return Path(models_dir or (models.MODELS_DIR if demo is None else DEMO_DIR)).resolve()
 
 
-_locks = {}  # models directories this process holds: the command line takes the lock long before the flow asks for it
-HELD = ExitStack()
-EXIT = {"status": 1}  # what the command line ends with; 1 is Python's own for an error nobody caught
+HELD = ExitStack()  # the lock of a run from the command line
+EXIT = {"status": 1}  # what it ends with; 1 is Python's own for an error nobody caught
+BEGUN = {}          # its result, what went wrong already and whether to notify: whoever ends it before the flow begins says so
 
 
-@contextmanager
-def one_run_at_a_time(folder: Path):
-    """Hold MODELS_DIR/.lock. Raises Locked, saying who holds it since when. The kernel frees it when the holder dies."""
-    if folder in _locks:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")
-    except OSError as error:
-        raise DataError(f"cannot write to the models directory {folder} ({error.strerror}); choose another: "
-                        f"--models-dir DIR") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise Locked(f"another run is training into {folder} ({file.read().strip()}); nothing was done") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
-        file.flush()
-        _locks[folder] = file
-        try:
-            yield
-        finally:
-            del _locks[folder]
+def prefect_files() -> str:
+    """Return what stands in the files where Prefect's settings may be."""
+    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
+    files = (home / "profiles.toml", Path("prefect.toml"), Path("pyproject.toml"), Path(".env"))
+    return "\n".join(file.read_text(errors="replace") for file in files if file.is_file())
 
 
 def prefect_is_configured() -> bool:
     """Return whether Prefect has a server or Cloud of its own to talk to: then it is left alone."""
-    if os.environ.get("PREFECT_API_URL") or os.environ.get("PREFECT_PROFILE"):
-        return True
-    home = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect"))
-    files = (home / "profiles.toml", Path("prefect.toml"), Path("pyproject.toml"), Path(".env"))
-    texts = [file.read_text(errors="replace") for file in files if file.is_file()]
-    return any(re.search(r'(?im)api_url|^\s*\[.*prefect.*api|^\s*\[api\]|^\s*active\s*=\s*"(?!ephemeral)', text) for text in texts)
+    return bool(os.environ.get("PREFECT_API_URL") or os.environ.get("PREFECT_PROFILE") or re.search(
+        r'(?im)api_url|^\s*\[.*prefect.*api|^\s*\[api\]|^\s*active\s*=\s*"(?!ephemeral)', prefect_files()))
 
 
 def start_prefect_server():
@@ -191,7 +302,8 @@ def start_prefect_server():
         port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_die_with_parent)
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=_die_with_parent)  # Ctrl-C reaches the run alone, which still needs its server
     atexit.register(server.terminate)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     return server
@@ -226,8 +338,9 @@ def leave() -> None:
 
 
 def on_signal(number, _):
+    """Tell everybody that the run was stopped, unless the flow's own handlers will; unwind to the exit."""
     EXIT["status"] = 128 + number
-    end_soon(128 + number)
+    conclude(BEGUN["result"], Stopped(128 + number), BEGUN["notify"]) if BEGUN else None
     raise Stopped(128 + number)
 
 
@@ -238,32 +351,149 @@ def end_soon(status: int) -> None:
     watchdog.start()
 
 
-def before_the_imports(options: argparse.Namespace):
-    """Take the lock, find out what --failed means, start Prefect's server; return it, or None where Prefect has its own."""
-    atexit.register(leave)
+def watch_for_signals() -> None:
+    """Handle SIGTERM and Ctrl-C, also where the main thread is deep in C code, waiting for a lock on a table, say.
+
+    A handler in Python has to wait until that returns; the byte in the pipe is there at once.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    folder = models_folder(options.models_dir, options.demo)
-    try:
-        HELD.enter_context(one_run_at_a_time(folder))
-    except Locked as error:
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def last_words():
+        while (number := os.read(read, 1)[0]) not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        end_soon(128 + number)
+        time.sleep(LAST_WORDS_SECONDS - STOPPED_POST_SECONDS)
+        conclude(BEGUN["result"], Stopped(128 + number), BEGUN["notify"]) if BEGUN else None
+    threading.Thread(target=last_words, daemon=True, name="last words").start()
+
+
+def begin(result: dict, failed: bool, lock: ExitStack) -> None:
+    """Take the lock, clean up after a killed run, find out what `--failed` means, write down what is about to be trained."""
+    lock.enter_context(one_run_at_a_time(Path(result["models_dir"])))
+    models.recover(result["models_dir"])
+    if failed:
+        result["asked"] = models.owed(result["models_dir"])
+    write_history(result, result["asked"], "started")
+
+
+def before_the_imports(options: argparse.Namespace):
+    """Begin the run and start Prefect's server; return it, or None where Prefect has its own."""
+    atexit.register(leave)
+    secure_logs()
+    watch_for_signals()
+    result = blank_result(options.table_name, options.demo, models_folder(options.models_dir, options.demo))
+    result |= {"asked": options.only, "finish_command": finish_command(
+        options.models_dir, options.table_name, options.n_clusters, options.demo, options.force, not options.no_notify,
+        options.csv_path, options.truncate)}
+    _, error = attempt(begin, result, options.failed, HELD)
+    if isinstance(error, Locked):
         print(error, file=sys.stderr)
         EXIT["status"] = LOCKED
         sys.exit(LOCKED)
-    except DataError:
-        pass  # the flow will meet it again, and tells everybody
-    if options.failed:
-        options.only = models.owed(folder)
-        if not options.only:
-            print(f"nothing to do: the last run of every model in {folder} trained it")
-            EXIT["status"] = TRAINED
-            sys.exit(TRAINED)
+    if not result["asked"]:
+        print(f"nothing to do: the last run of every model in {result['models_dir']} trained it")
+        EXIT["status"] = TRAINED
+        sys.exit(TRAINED)
+    BEGUN.update(result=result, error=error, notify=not options.no_notify)
     return None if prefect_is_configured() else start_prefect_server()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --check: a line per thing that a run needs: (what, ok or warning or problem, a sentence with the fix)
+# ---------------------------------------------------------------------------------------------------------------------
+
+def check(options: argparse.Namespace) -> int:
+    """Look at everything at once, change nothing; print the lines; return the exit status."""
+    secure_logs()
+    looks = {"database": check_songs, "models directory": check_folder, "Discord": check_discord, "Prefect": check_prefect}
+    answers = {}
+    threads = [threading.Thread(target=lambda what=what, look=look: answers.update({what: attempt(look, options)}), daemon=True)
+               for what, look in looks.items()]
+    for thread in threads:
+        thread.start()
+    deadline, lines = time.monotonic() + CHECK_SECONDS, []
+    for what, thread in zip(looks, threads):
+        thread.join(max(0, deadline - time.monotonic()))
+        found, error = answers.get(what, (None, TimeoutError(f"no answer within {CHECK_SECONDS} s; is it busy or out of reach?")))
+        lines += [(what, "problem", explain(error))] if error else found
+    for what, state, sentence in lines:
+        print(f"{what:18}{state:9}{notify.plain(sentence, 1000)}")
+    return WRONG_INPUT if any(state == "problem" for _, state, _ in lines) else TRAINED
+
+
+def check_songs(options):
+    if options.demo is not None:
+        return [("database", "ok", "made-up songs need no table")]
+    if options.csv_path and not re.match("https?://", options.csv_path):
+        try:
+            open(options.csv_path, "rb").close()
+        except OSError as error:
+            raise DataError(f"--csv-path {options.csv_path}: {error.strerror}; give a CSV file") from None
+    embedded = db.ROOT / ".postgres"
+    if db.setting("DATABASE_URL"):
+        url = db.database_url()
+    elif (embedded / "data" / "PG_VERSION").exists():
+        url = db.start_server(embedded, "postgres").replace("/postgres?", "/music?")
+    elif options.csv_path:
+        return [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
+    else:
+        raise DataError("DATABASE_URL is not set and there is no embedded database yet; try: python train.py --csv-path songs.csv")
+    found = db.check_table(url, options.table_name, for_csv=bool(options.csv_path))
+    lines = [("database", "ok", f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}")]
+    if options.csv_path:
+        return lines + [("table", "ok", f"{options.csv_path} may be loaded into {options.table_name} ({found['rows']:,} rows)")]
+    genres, nulls = db.profile_table(url, options.table_name)
+    without = [name for name in db.OPTIONAL if name not in nulls]
+    holes = {name: share for name, share in nulls.items() if share > (0 if name in db.REQUIRED else 0.5)}
+    few = found["rows"] < models.MIN_SONGS
+    return lines + [
+        ("table", "problem" if few else "ok", f"{options.table_name} has {found['rows']:,} rows" + f"; {models.MIN_SONGS} are needed" * few),
+        ("columns", "ok", "all required columns" + (f"; not there, and not needed: {', '.join(without)}" if without else " and all optional ones")),
+        ("genres", "ok" if genres >= 2 else "warning", f"{genres} genres of {models.MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
+        ("nulls", "warning" if holes else "ok", ", ".join(f"{name} {share:.1%}" for name, share in holes.items()) +
+         ": songs without a required value are left out, optional ones are treated as missing" if holes else "none that matter")]
+
+
+def check_folder(options):
+    folder = models_folder(options.models_dir, options.demo)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
+    free = shutil.disk_usage(there).free
+    state = "problem" if free < SPACE_NEEDED else "warning" if free < 10 * SPACE_NEEDED else "ok"
+    return [("models directory", "ok", f"{folder} is writable" + "; it will be made" * (there != folder)),
+            ("space", state, f"{notify.size(free) or '0 B'} free" + f"; make room on the disk of {there}" * (state != "ok"))]
+
+
+def check_discord(options):
+    if options.no_notify:
+        return [("Discord", "ok", "--no-notify: nothing is posted")]
+    fine, sentence = notify.check_webhook(notify.webhook_url())
+    return [("Discord", "ok" if fine else "problem", sentence)]
+
+
+def check_prefect(options):
+    stated = re.search(r'(?im)^\s*(?:prefect_)?api_url\s*=\s*["\']?(https?://[^\s"\']+)', prefect_files())
+    url = os.environ.get("PREFECT_API_URL") or (stated[1] if stated else None)
+    if not url:
+        return [("Prefect", "ok", "a profile of yours (see: prefect config view)" if prefect_is_configured() else "a temporary server per run")]
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=CHECK_SECONDS).close()
+    except OSError as error:
+        if getattr(error, "code", None) not in (401, 403):  # Cloud answers, to those who say who they are
+            raise DataError(f"{url} does not answer as a Prefect API ({error}); correct PREFECT_API_URL or start it: prefect server start") from error
+    return [("Prefect", "ok", f"{url} answers")]
 
 
 if __name__ == "__main__":
     # First of all: --help and a wrong option answer at once, and the server boots while the imports take their seconds.
     OPTIONS = parse_options()
+    if OPTIONS.check:
+        sys.exit(check(OPTIONS))
     SERVER = before_the_imports(OPTIONS)
     for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure"):
         importlib.import_module(heavy)
@@ -321,14 +551,6 @@ train_tasks = {
 # The flow
 # ---------------------------------------------------------------------------------------------------------------------
 
-class PipelineFailed(Exception):
-    """Nothing could be trained. `result` is the description of the run."""
-
-    def __init__(self, result: dict):
-        super().__init__(result["message"])
-        self.result = result
-
-
 def run_name() -> str:
     parameters = runtime.flow_run.parameters
     return f"{datetime.now():%Y-%m-%d %H:%M} {parameters['table_name'] if parameters['demo'] is None else 'demo songs'}"
@@ -355,14 +577,12 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
     A model that fails does not raise: its entry has status "failed" and an error. Raises PipelineFailed when nothing
     could be trained, Locked when another run holds the models directory.
     """
-    for name in OUR_LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO)
-    for name in (*OUR_LOGGERS, "prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(plain_and_without_secrets)
-    result = blank_result(table_name, demo, models_folder(models_dir, demo))
+    secure_logs()
+    result = BEGUN.get("result") or blank_result(table_name, demo, models_folder(models_dir, demo))
     with ExitStack() as lock:
         try:
-            _, error = attempt(train_into, result, lock, csv_path, table_name, truncate_table, n_clusters, only, demo, force, models_dir)
+            _, error = attempt(train_into, result, lock, csv_path, table_name, truncate_table, n_clusters, only, demo, force,
+                               models_dir, enable_notifications)
         except (Stopped, TerminationSignal) as stop:  # in a flow it is Prefect that catches SIGTERM
             status = getattr(stop, "code", TERMINATED)
             end_soon(status)
@@ -376,17 +596,20 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
     return Completed(name="Partial" if result["status"] == "partial" else None, message=result["message"], data=result)
 
 
-def train_into(result: dict, lock: ExitStack, csv_path, table_name, truncate_table, n_clusters, only, demo, force, models_dir) -> None:
-    """Everything from the lock to the last model published; what happened goes into the result."""
-    result["asked"] = chosen(only)
-    if n_clusters < 2:
-        raise DataError(f"n_clusters must be 2 or more; it is {n_clusters}")
-    lock.enter_context(one_run_at_a_time(Path(result["models_dir"])))
-    models.recover(result["models_dir"])
-    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, csv_path, truncate_table)
-    write_history(result, result["asked"], "started")
+def train_into(result: dict, lock: ExitStack, csv_path, table_name, truncate_table, n_clusters, only, demo, force,
+               models_dir, notifications) -> None:
+    """Everything from the lock (which the command line has taken) to the last model published, noted in the result."""
+    if BEGUN:
+        if BEGUN["error"]:
+            raise BEGUN["error"]
+    else:
+        result["asked"] = chosen(only)
+        if n_clusters < 2:
+            raise DataError(f"n_clusters must be 2 or more; it is {n_clusters}")
+        result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, force, notifications, csv_path, truncate_table)
+        begin(result, False, lock)
     songs = get_songs(result, csv_path, table_name, truncate_table, demo)
-    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo)
+    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, force, notifications)
     train_all(result, songs, {"clusters": {"n_clusters": n_clusters}}, force)
 
 
@@ -412,7 +635,9 @@ def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, dem
 def train_all(result: dict, songs, settings: dict, force: bool) -> None:
     """Train the models asked for side by side, publish each as soon as it is ready, note what became of it."""
     asked, data = result["asked"], models.describe(songs)
-    result["warnings"] += models.drift_since(data, result["table"], result["models_dir"])
+    for moved in models.drift_since(data, result["table"], result["models_dir"]):
+        log.warning("the songs are not those of the last training: %s", moved)
+        result["warnings"].append(moved)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // len(asked))
     log.info("training %s with %d thread%s each", ", ".join(asked), threads, "s" * (threads > 1))
@@ -434,108 +659,6 @@ def train_all(result: dict, songs, settings: dict, force: bool) -> None:
                 extra={"model": name, "phase": "done" if entries[name]["status"] == "trained" else entries[name]["status"]})
 
 
-def attempt(step, *arguments):
-    """Run a step whose failure must not stop the next one; return (what it returned, None) or (None, the error)."""
-    try:
-        return step(*arguments), None
-    except Exception as error:
-        if not isinstance(error, EXPECTED):
-            log.error("%s failed", getattr(step, "__name__", "step"), exc_info=error)
-        return None, error
-
-
-EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, Stopped, OSError)  # their text says all there is to say
-
-
-def plain_and_without_secrets(record: logging.LogRecord) -> bool:
-    """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
-    record.msg, record.args = db.redact(record.getMessage()), ()
-    if record.exc_info and isinstance(record.exc_info[1], EXPECTED):
-        record.exc_info = None
-    elif record.exc_info:
-        record.exc_text = db.redact(logging.Formatter().formatException(record.exc_info))
-    return True
-
-
-def explain(error: BaseException) -> str:
-    """Return an error as a sentence without secrets."""
-    return db.redact(str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run says about itself: one description for the terminal, the picture, Discord, Prefect and the exit status
-# ---------------------------------------------------------------------------------------------------------------------
-
-def blank_result(table_name: str, demo, folder: Path) -> dict:
-    return {"status": "failed", "message": "", "error": None, "started_at": datetime.now(timezone.utc).isoformat(),
-            "clock": time.monotonic(), "seconds": 0.0, "read_seconds": None, "peak_mb": None, "host": socket.gethostname(),
-            "table": table_name, "rows": None, "models_dir": str(folder), "demo": demo is not None, "warnings": [],
-            "csv": None, "asked": [], "models": {}, "finish_command": None}
-
-
-def entry(report: dict, folder: str) -> dict:
-    """Return the result's entry of a model from its metrics file."""
-    return {key: report[key] for key in ("status", "error", "metrics", "plot", "previous", "bytes", "rows", "seconds")} | {
-        "path": str(Path(folder) / f"{report['model']}.joblib") if report["status"] == "trained" else None}
-
-
-def failed_entry(error: BaseException) -> dict:
-    return {"status": "failed", "error": explain(error), "metrics": {}, "plot": {}, "previous": None, "bytes": None,
-            "rows": None, "seconds": None, "path": None}
-
-
-def write_history(result: dict, names: list[str], status: str) -> None:
-    """Append a line per model to the history: at the start, so that a killed run is known to owe them, and at the end."""
-    lines = []
-    for name in names:
-        model = result["models"].get(name, {})
-        metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
-        lines.append({"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
-                      "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
-                      "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")})
-    models.append_history(result["models_dir"], lines)
-
-
-def peak_mb() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 if sys.platform == "linux" else 1024 ** 2)
-
-
-def conclude(result: dict, error: BaseException | None, enable_notifications: bool) -> None:
-    """Decide what the run was, then tell everybody. Whatever fails here is a warning and breaks nothing."""
-    statuses = [model["status"] for model in result["models"].values()]
-    if error:
-        result["error"] = explain(error)
-    if not statuses or statuses.count("failed") == len(statuses):
-        result["status"], result["exit_status"] = "failed", WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
-    elif error or statuses.count("trained") < len(statuses):
-        result["status"], result["exit_status"] = "partial", PARTIAL
-    else:
-        result |= {"status": "completed", "exit_status": TRAINED, "finish_command": None}
-    result |= {"message": message(result), "seconds": time.monotonic() - result.pop("clock"), "peak_mb": peak_mb()}
-    log.log(logging.INFO if result["status"] == "completed" else logging.ERROR, "%s", result["message"])
-    stopped, picture = isinstance(error, Stopped), Path(result["models_dir"]) / "report.png"
-    if result["models"] and not stopped:
-        for step, *arguments in ((notify.draw_report, result, models.read_history(result["models_dir"]), picture), (write_artifacts, result)):
-            _, trouble = attempt(step, *arguments)
-            if trouble:
-                result["warnings"].append(f"{step.__name__}: {explain(trouble)}")
-    if enable_notifications and notify.webhook_url():
-        shown = picture if result["models"] and not stopped and picture.exists() else None
-        notify.post_discord(result, notify.webhook_url(), shown, **{"seconds": STOPPED_POST_SECONDS} if stopped else {})
-
-
-def message(result: dict) -> str:
-    """Return one sentence for the whole run."""
-    by_status = {status: [name for name, model in result["models"].items() if model["status"] == status]
-                 for status in ("trained", "held_back", "failed")}
-    if not result["models"]:
-        return f"Nothing was trained: {result['error']}"
-    parts = [f"{len(by_status['trained'])} of {len(result['asked'])} models trained"]
-    parts += [f"{status.replace('_', ' ')}: {', '.join(by_status[status])}" for status in ("held_back", "failed") if by_status[status]]
-    return "; ".join(parts + [result["error"]] * bool(result["error"]))
-
-
 def write_artifacts(result: dict) -> None:
     """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose history accumulates."""
     rows = [{"model": name, "status": model["status"], "seconds": model["seconds"], "previous": model["previous"], **{
@@ -548,15 +671,6 @@ def write_artifacts(result: dict) -> None:
                                  f"| metric | value |\n|---|---|\n{figures}", key=f"model-{name}")
 
 
-def finish_command(models_dir, table_name, n_clusters, demo, csv_path=None, truncate_table=False) -> str:
-    """Return the command that trains what this run will not have trained."""
-    words = ["python", "train.py", "--failed"]
-    words += ["--table-name", table_name] * (table_name != "spotify_songs") + ["--n-clusters", str(n_clusters)] * (n_clusters != 2)
-    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--demo", str(demo)] * (demo is not None)
-    words += ["--csv-path", csv_path] * bool(csv_path) + ["--truncate"] * truncate_table
-    return shlex.join(words)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,13 +678,12 @@ def finish_command(models_dir, table_name, n_clusters, demo, csv_path=None, trun
 def main(options: argparse.Namespace, server) -> int:
     """Run the flow once; print what happened; return the exit status."""
     with wait_for_prefect(server) if server else nullcontext():
-        try:
-            result = ml_training_pipeline(
-                csv_path=options.csv_path, table_name=options.table_name, truncate_table=options.truncate,
-                n_clusters=options.n_clusters, only=options.only, enable_notifications=not options.no_notify,
-                models_dir=options.models_dir, demo=options.demo, force=options.force)
-        except PipelineFailed as failed:
-            result = failed.result
+        _, error = attempt(partial(
+            ml_training_pipeline, csv_path=options.csv_path, table_name=options.table_name, truncate_table=options.truncate,
+            n_clusters=options.n_clusters, only=BEGUN["result"]["asked"], enable_notifications=not options.no_notify,
+            models_dir=options.models_dir, demo=options.demo, force=options.force))
+    result = BEGUN["result"]
+    conclude(result, error, BEGUN["notify"])  # where Prefect failed before the flow could say anything
     notify.print_summary(result)
     return result["exit_status"]
 
