@@ -8,14 +8,11 @@ Whatever goes wrong is a DataError (the same input brings it back) or a Database
 """
 import contextlib
 import csv
-import difflib
 import fcntl
 import gzip
-import hashlib
 import http.client
 import importlib.util
 import io
-import json
 import logging
 import os
 import re
@@ -23,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 import types
 import urllib.error
 import urllib.request
@@ -61,11 +58,10 @@ MISSING = ("", "na", "nan", "n/a", "null", "none")   # in a CSV column of number
 CONNECT_SECONDS = 10
 STATEMENT_MS = 30 * 60_000      # a query that hangs must not hang the night
 LOCK_MS = 30_000                # how long to wait for a table that somebody else has locked
-SORT_MEMORY = "128MB"           # work_mem for the sorts and joins of a read or a load
-BLOCK = 1 << 20                 # bytes of CSV looked at in one go
-PARSE_BLOCK = 8 << 20           # bytes of COPY output parsed in one go
-MAX_RECORD = 1 << 20            # bytes; a quoted field that runs on for longer was never closed
-MAX_LINE = 64 << 20
+SORT_MEMORY = "256MB"           # work_mem for the sorts and joins of a read or a load
+BLOCK = 1 << 20                 # bytes of CSV given to COPY in one go
+PARSE_ROWS = 50_000             # of a table, parsed in one go
+MAX_LINE = 16 << 20             # bytes
 HTTP_SECONDS = 30
 START_SECONDS = 120             # the embedded server, crash recovery on a slow disk included
 
@@ -90,11 +86,10 @@ def redact(text):
     """`text` without the password of DATABASE_URL, the webhook's token, or anything that looks like either."""
     text, url, webhook = str(text), setting("DATABASE_URL"), setting("DISCORD_WEBHOOK_URL")
     secrets = [webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD"),
-               *re.findall(r"://[^:/@]*:(.*)@|password\s*=\s*'?([^'\s]+)", url)[:1]]
-    secrets = [secret for found in secrets for secret in ([found] if isinstance(found, str) else found)]
+               *re.findall(r"://[^:/@]*:(.*)@", url), *re.findall(r"password\s*=\s*'?([^'\s]+)", url)]
     with contextlib.suppress(psycopg2.Error):
-        secrets.append(psycopg2.extensions.parse_dsn(url).get("password", "") if url else "")
-    forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), json.dumps(s)[1:-1], repr(s)[1:-1])}
+        secrets.append(psycopg2.extensions.parse_dsn(url).get("password", ""))
+    forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), repr(s)[1:-1])}
     for form in sorted(forms - {""}, key=len, reverse=True):    # a password "music" must not eat into "musician"
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", "***", text)
     text = re.sub(r"(://[^\s:/@]*:)[^\s/]*@", r"\1***@", text)
@@ -109,27 +104,26 @@ def database_url(demo=False):
     if not demo and (url := setting("DATABASE_URL")):
         _parse_url(url)
         return url
-    folder, database = ROOT / ".postgres", "demo" if demo else "music"
-    why = "demo songs" if demo else "DATABASE_URL is not set"
-    log.info("%s: using the embedded PostgreSQL in %s, database %s", why, folder, database)
-    return start_server(folder, database)
+    log.info("%s: using the embedded PostgreSQL in %s", "demo songs" if demo else "DATABASE_URL is not set", ROOT / ".postgres")
+    return start_server(ROOT / ".postgres", "demo" if demo else "music")
 
 
 # ---- embedded server -----------------------------------------------------------------------------------------------
 # Every user holds a shared lock. A guardian process waits for the exclusive one and stops the server, which so goes
 # down with its last user, however that user ends.
 GUARDIAN = """
-import fcntl, subprocess, sys
-users, only, uid, gid, *stop = sys.argv[1:]
+import contextlib, fcntl, os, signal, sys, time
+users, only, postmaster = sys.argv[1:]
 only = open(only, "a")
 try: fcntl.flock(only, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError: sys.exit()
 users = open(users)
 fcntl.flock(users, fcntl.LOCK_EX)
-subprocess.run(stop, **(dict(user=int(uid), group=int(gid), extra_groups=[]) if uid else {}))
+with contextlib.suppress(OSError, ValueError, IndexError):
+    while os.path.exists(postmaster): os.kill(int(open(postmaster).readline()), signal.SIGINT), time.sleep(.1)
 only.close()
 """
-_servers, _starting = {}, threading.Lock()      # {folder: open lock file} of this process
+_servers = {}       # {folder: open lock file} of this process
 
 
 def start_server(folder, database):
@@ -137,23 +131,21 @@ def start_server(folder, database):
 
     Several processes share it; it stops with the last of them. Raises DataError when none can be started."""
     folder = Path(folder).resolve()
-    with _starting:
-        try:
-            binaries, user = _binaries(), _server_user(folder)
-            if folder not in _servers:
-                _servers[folder] = lock = open(folder / "users.lock", "a")
-                fcntl.flock(lock, fcntl.LOCK_SH)        # waits while the server is being stopped
-                arguments = [folder / "users.lock", folder / "guardian.lock", user.get("user", ""), user.get("group", ""),
-                             binaries / "pg_ctl", "-D", folder / "data", "-m", "fast", "-w", "stop"]
-                subprocess.Popen([sys.executable, "-S", "-c", GUARDIAN, *map(str, arguments)], start_new_session=True,
-                                 cwd="/", stdin=-3, stdout=-3, stderr=-3)
-            with open(folder / "start.lock", "a") as starting:
-                fcntl.flock(starting, fcntl.LOCK_EX)
-                return _ensure_running(folder, binaries, user, database)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()[-600:]
-            raise DataError(f"The embedded PostgreSQL in {folder} cannot be started: {said}. Make that folder writable "
-                            "for this user, or set DATABASE_URL=postgresql://user:password@host:5432/music") from error
+    try:
+        binaries, user = _binaries(), _server_user(folder)
+        if folder not in _servers:
+            _servers[folder] = open(folder / "users.lock", "a")
+            fcntl.flock(_servers[folder], fcntl.LOCK_SH)        # waits while the server is being stopped
+            files = [str(folder / name) for name in ("users.lock", "guardian.lock", "data/postmaster.pid")]
+            subprocess.Popen([sys.executable, "-S", "-c", GUARDIAN, *files], start_new_session=True, cwd="/",
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(folder / "start.lock", "a") as starting:
+            fcntl.flock(starting, fcntl.LOCK_EX)
+            return _ensure_running(folder, binaries, user, database)
+    except (OSError, LookupError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()[-600:]
+        raise DataError(f"The embedded PostgreSQL in {folder} cannot be started: {said}. Make that folder writable "
+                        "for this user, or set DATABASE_URL=postgresql://user:password@host:5432/music") from error
 
 
 def _binaries():
@@ -173,8 +165,7 @@ def _server_user(folder):
     if os.geteuid() != 0:
         return {}
     if folder.stat().st_uid == 0:
-        if subprocess.run(["id", "pgserver"], capture_output=True).returncode:
-            subprocess.run(["useradd", "--system", "pgserver"], check=True, capture_output=True, text=True)
+        subprocess.run(["useradd", "--system", "pgserver"], capture_output=True)      # if there is none yet
         shutil.chown(folder, "pgserver", "pgserver")
     for parent in {*folder.parents, *_binaries().parents, _binaries()}:
         if not parent.stat().st_mode & 0o001:      # passing through is enough, nobody needs to list it
@@ -186,18 +177,19 @@ def _server_user(folder):
 def _ensure_running(folder, binaries, user, database):
     """Under the start lock: initdb, start and CREATE DATABASE, each only where still needed. Returns the URI."""
     def run(program, *args):
-        subprocess.run([str(binaries / program), *args], **user, check=True, cwd="/", stdin=-3, stdout=-3,
-                       stderr=subprocess.PIPE, text=True, timeout=START_SECONDS)
+        subprocess.run([str(binaries / program), *args], **user, check=True, cwd="/", timeout=START_SECONDS,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     data = sockets = folder / "data"        # closed to other users
     if len(str(folder)) > 80:               # the path of a socket ends after some 100 bytes
-        sockets = Path(tempfile.gettempdir(), "songs-" + hashlib.sha256(str(folder).encode()).hexdigest()[:12])
+        sockets = Path(tempfile.gettempdir(), f"songs-{zlib.crc32(str(folder).encode()):x}")
         sockets.mkdir(mode=0o700, exist_ok=True)
         if sockets.lstat().st_uid not in (os.geteuid(), user.get("user")):
             raise OSError(f"{sockets} belongs to another user")
         os.chown(sockets, user.get("user", -1), user.get("group", -1))
     if not (data / "PG_VERSION").exists():
-        fresh = folder / "new"              # renamed when complete: an initdb may be killed
-        shutil.rmtree(fresh, ignore_errors=True)
+        for killed in folder.glob("new-*"):
+            shutil.rmtree(killed, ignore_errors=True)
+        fresh = folder / f"new-{time.time_ns()}"    # renamed when complete; what is left of a killed initdb may go on
         run("initdb", "--auth=trust", "--encoding=UTF8", "--locale=C", "-U", "postgres", "-D", str(fresh))
         fresh.rename(data)
     uri = f"postgresql://postgres@/{{}}?host={quote(str(sockets), safe='')}"
@@ -206,12 +198,11 @@ def _ensure_running(folder, binaries, user, database):
     except psycopg2.OperationalError:
         options = f"-h '' -k '{sockets}' -c wal_level=minimal -c max_wal_senders=0 -c max_wal_size=4GB"
         run("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-t", str(START_SECONDS), "-w", "-o", options, "start")
-    with contextlib.closing(psycopg2.connect(uri.format("postgres"), connect_timeout=CONNECT_SECONDS)) as connection:
+    with contextlib.closing(psycopg2.connect(uri.format("postgres"))) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database])
-            if not cursor.fetchone():
-                cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database])
+        if not cursor.fetchone():
+            cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
     return uri.format(database)
 
 
@@ -249,10 +240,23 @@ def connect(url, read_only=False):
             connection.close()
 
 
+@contextlib.contextmanager
+def _in_thread(cursor, call, *args):
+    """The future of a long call to the server; whatever ends the block before it, a signal's exit too, cancels it.
+
+    psycopg2 itself does not look up before the server has answered."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call, *args)
+        try:
+            yield future
+        except BaseException:
+            cursor.connection.cancel()
+            raise
+
+
 def _place(parts):
-    host = parts.get("host") or os.environ.get("PGHOST") or "localhost"
     database = parts.get("dbname") or os.environ.get("PGDATABASE") or parts.get("user", "")
-    return f"{host}:{parts.get('port') or os.environ.get('PGPORT') or 5432}/{database}"
+    return f"{parts.get('host') or os.environ.get('PGHOST') or 'localhost'}:{parts.get('port') or 5432}/{database}"
 
 
 ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; the fix): the first that matches counts
@@ -306,16 +310,12 @@ def _existing(cursor, table):
     """Like _find, but a table that is missing or lacks required columns is a DataError that says what there is."""
     name, oid, columns = _find(cursor, table)
     if oid is None:
-        cursor.execute("SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || relname, "
-                       "(SELECT count(*) FROM pg_attribute a WHERE attrelid = c.oid AND attname = ANY(%s)) = %s "
-                       "FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE relkind IN ('r','p','v','m','f') "
-                       "AND nspname !~ '^pg_|^information_schema$' ORDER BY 1", [list(REQUIRED), len(REQUIRED)])
-        tables = dict(cursor.fetchall())
-        fitting = [other for other, fits in tables.items() if fits][:10]
-        close = difflib.get_close_matches(table, tables, 1)
-        raise DataError(f'The table "{table[:200]}" does not exist. ' + (f'Did you mean "{close[0]}"? ' if close else "") +
-                        (f"Tables with the required columns: {', '.join(fitting)}; choose one with --table-name" if fitting
-                         else "Load songs into it: python train.py --csv-path songs.csv"))
+        cursor.execute("SELECT attrelid::regclass::text FROM pg_attribute WHERE attname = ANY(%s) GROUP BY attrelid "
+                       "HAVING count(*) = %s ORDER BY 1 LIMIT 10", [list(REQUIRED), len(REQUIRED)])
+        fitting = ", ".join(other for other, in cursor.fetchall())
+        raise DataError(f'The table "{table[:200]}" does not exist. ' + (
+            f"Tables with the required columns: {fitting}; choose one with --table-name" if fitting else
+            "Load songs into it: python train.py --csv-path songs.csv"))
     if missing := [column for column in REQUIRED if column not in columns]:
         raise DataError(f'The table "{table}" lacks the columns {", ".join(missing)}; it has {", ".join(columns)}. '
                         "Rename them, or make a view with these names and give it as --table-name")
@@ -387,28 +387,20 @@ def load_songs(url, table):
     Songs without id, artist, title, genre or with a required number that is none are left out, with a warning.
     Raises DataError (missing table or columns, nothing left) or DatabaseUnavailable."""
     import pandas as pd
-    rows, size, parts = [], 0, []
-    with ThreadPoolExecutor(1) as parser, connect(url, read_only=True) as cursor:
+    rows, parts = [], []
+    with connect(url, read_only=True) as cursor:
         name, _, columns = _existing(cursor, table)
         used, select = _select(name, columns)
-
-        def write(row):     # a thread parses what is here while the server goes on sending
-            nonlocal size
-            rows.append(row)
-            size += len(row)
-            if size > PARSE_BLOCK:
-                submit()
-
-        def submit():
-            nonlocal size
-            if len(parts) > 1:
-                parts[-2].result()      # no more than two blocks wait, whatever the size of the table
-            parts.append(parser.submit(_parse, b"".join(rows), used))
-            rows.clear()
-            size = 0
-        cursor.copy_expert(sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select), types.SimpleNamespace(write=write))
-        submit()
-    frames, counts = zip(*(part.result() for part in parts))
+        query = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
+        with _in_thread(cursor, cursor.copy_expert, query, types.SimpleNamespace(write=rows.append)) as copy:
+            while rows or not copy.done():      # while the server sends, parse what is here
+                if len(rows) < PARSE_ROWS and not copy.done():
+                    time.sleep(.01)
+                    continue
+                block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
+                parts.append(_parse(block, used))
+            copy.result()
+    frames, counts = zip(*parts or [_parse(b"", used)])
     songs, left_out = pd.concat(frames, ignore_index=True), sum(counts, Counter())
     if (songs.track_id.to_numpy()[1:] == songs.track_id.to_numpy()[:-1]).any():
         left_out["repeated track_id"] = int(songs.track_id.duplicated().sum())
@@ -427,9 +419,10 @@ def _parse(block, used):
     """The songs of a block of COPY output that can be used, and a Counter of the reasons why the others cannot."""
     import pandas as pd
     numbers, texts = [c for c in used if c not in TEXT], [c for c in used if c in TEXT]
-    songs = pd.read_csv(io.BytesIO(block), header=None, names=used, keep_default_na=False, encoding="utf-8",
-                        na_values=dict.fromkeys(numbers, ["", "NaN"]),
-                        dtype={**dict.fromkeys(numbers, "float32"), **dict.fromkeys(texts, object)})
+    with np.errstate(over="ignore"):        # 1e300 is infinite as a float32
+        songs = pd.read_csv(io.BytesIO(block), header=None, names=used, keep_default_na=False, encoding="utf-8",
+                            na_values=dict.fromkeys(numbers, ["", "NaN"]),
+                            dtype={**dict.fromkeys(numbers, "float32"), **dict.fromkeys(texts, object)})
     keep, left_out = np.ones(len(songs), bool), Counter()
     for column in used:
         values = songs[column].to_numpy()
@@ -495,11 +488,9 @@ class _Csv:
 
     def __init__(self, file, path, rejected_path):
         self.file, self.path, self.rejected_path, self.rejected_file = file, path, rejected_path, None
-        self.line, self.rejected, self.examples, first = 1, Counter(), [], "\n"
-        while first and not first.strip():
-            data = file.readline(MAX_LINE)
-            first = self._text(data).removeprefix("\ufeff")
-            self.line += 1
+        self.line, self.again, self.end, self.rejected, self.examples = 0, [], b"\n", Counter(), []
+        line = next((line for line in iter(self._readline, b"") if line.strip(b"\xef\xbb\xbf\r\n \t")), b"")
+        first = self._text(line).removeprefix("\ufeff")
         if not first:
             raise DataError(f"{path} is empty; a CSV file with a header is needed")
         try:
@@ -512,11 +503,11 @@ class _Csv:
             hint = "rename or add them" if self.columns else "the first line must name the columns, separated by commas"
             raise DataError(f"{path} lacks the columns {', '.join(missing)}; found: {found}. Fix: {hint}")
         self.numbers = sorted(i for name, i in self.columns.items() if name not in TEXT + ("explicit", "year"))
-        self.end = b"\r\n" if data.endswith(b"\r\n") else b"\n"     # COPY wants the same line end everywhere
-        self.plain = self._pattern()
+        self.end = b"\r\n" if line.endswith(b"\r\n") else b"\n"     # COPY wants the same line end everywhere
+        self.plain = self._pattern().fullmatch
 
     def _pattern(self):
-        """Regular expression of any number of rows that COPY and the csv module understand alike and that can be loaded."""
+        """Regular expression of a row that COPY and the csv module understand alike and that can be loaded."""
         plain, quoted = rb'[^,"\r\n\0]*', rb'[^"\0]*(?:""[^"\0]*)*"'
         kinds = dict.fromkeys(range(self.width), b'(?:"%b|%b)' % (quoted, plain))
         for name, i in self.columns.items():
@@ -527,62 +518,54 @@ class _Csv:
                 kinds[i] = rb'(?:[^\0-\x20",]%b|"(?:[^\0-\x20"]|"")%b)' % (plain, quoted)
             elif name not in TEXT:
                 kinds[i] = rb'(?:%b|"%b"%b)' % (value, value, b'|""|' if name in OPTIONAL else b"")
-        return re.compile(rb"(?>%b%b)*+" % (b",".join(kinds[i] for i in range(self.width)), self.end))
+        return re.compile(rb"(?>%b%b)" % (b",".join(kinds[i] for i in range(self.width)), self.end))
 
     def _text(self, data):
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = self.line + data.count(b"\n", 0, error.start)
-            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}); convert it: "
+            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {self.line}); convert it: "
                             f"iconv -f latin1 -t utf-8 {self.path} > songs-utf8.csv") from error
 
-    def blocks(self):
-        """Yield clean CSV without header, `width` columns."""
-        block, last = b"", False
-        while not last:
-            more = self.file.read(BLOCK)
-            more += self.file.readline(MAX_LINE)
-            if len(more) > MAX_LINE:
-                raise DataError(f"{self.path} has a line longer than {MAX_LINE >> 20} MB near line {self.line}; is it a CSV file?")
-            block, last = block + more, not more
-            self._text(block)
-            if block and not block.endswith(b"\n"):
-                block += self.end
-            start = 0
-            while start < len(block):
-                end = self.plain.match(block, start).end()
-                self.line += block.count(b"\n", start, end)
-                yield block[start:end]
-                start, row = self._row(block, end, last) if end < len(block) else (end, b"")
-                if start is None:       # a quoted field that goes on in the next block
-                    start = end
-                    break
-                yield row
-            block = block[start:]
+    def _readline(self):
+        line = self.again.pop() if self.again else self.file.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise DataError(f"{self.path} has a line longer than {MAX_LINE >> 20} MB near line {self.line}; is it a CSV file?")
+        self.line += 1
+        return line if line.endswith(b"\n") or not line else line + self.end
 
-    def _row(self, block, start, last):
-        """(where the next row starts, this one as a line of CSV or b""); (None, b"") if it goes on behind the block."""
-        ends = [start]
+    def blocks(self):
+        """Yield clean CSV without header, `width` columns, in blocks of many rows."""
+        block, size = [], 0
+        for line in iter(self._readline, b""):
+            block.append(line if self.plain(line) and self._text(line) else self._row(line))
+            size += len(line)
+            if size > BLOCK:
+                yield b"".join(block)
+                block, size = [], 0
+        yield b"".join(block)
+
+    def _row(self, line):
+        """The row that begins with `line` and may go on behind it, as a line of CSV; b"" if it cannot be loaded."""
+        taken, first = [line], self.line
 
         def lines():
-            while ends[-1] < len(block) and ends[-1] - start < MAX_RECORD:
-                ends.append(block.index(b"\n", ends[-1]) + 1)
-                yield block[ends[-2]:ends[-1]].decode()
-        try:
+            yield self._text(line)
+            for more in iter(self._readline, b""):
+                taken.append(more)
+                yield self._text(more)
+        try:        # a quoted field that was never closed ends at the csv module's limit, 131072 characters
             fields = next(csv.reader(lines(), strict=True))
-            reason = f"{len(fields)} fields instead of {self.width}" if len(fields) != self.width else ""
+            reason = f"{len(fields)} fields instead of {self.width}" if fields and len(fields) != self.width else ""
         except csv.Error as error:
-            fields, reason = None, f"not CSV: {error}"
-            if not last and ends[-1] == len(block) and len(block) - start < MAX_RECORD:
-                return None, b""
-        if reason and len(ends) > 2:        # perhaps a stray quote: only its own line is lost
-            fields, ends = None, ends[:2]
-        reason, row = (reason, "") if reason or not fields else self._clean(fields)
-        if reason and fields != []:
-            self._reject(reason, fields or [block[start:ends[1]].decode().rstrip("\r\n")])
-        self.line += len(ends) - 1
-        return ends[-1], row.encode()
+            fields, reason = [], f"not CSV: {error}"
+        if reason and len(taken) > 1:        # perhaps a stray quote: only its own line is lost
+            self.again += reversed(taken[1:])
+            self.line, fields = first, []
+        reason, row = self._clean(fields) if fields and not reason else (reason, "")
+        if reason:
+            self._reject(first, reason, fields or [line.decode().rstrip("\r\n")])
+        return row.encode()
 
     def _clean(self, fields):
         """(why the row cannot be loaded or "", line of CSV)."""
@@ -613,17 +596,17 @@ class _Csv:
                 out[i] = repr(number if abs(number) > 1e-300 else 0.0)
         return "", ",".join(out) + self.end.decode()
 
-    def _reject(self, reason, fields):
+    def _reject(self, line, reason, fields):
         self.rejected[reason] += 1
         if len(self.examples) < 3:
             shown = ",".join(fields[:self.width])
-            self.examples.append(f"line {self.line}: {reason}: {shown[:150]}{'…' * (len(shown) > 150)}")
+            self.examples.append(f"line {line}: {reason}: {shown[:150]}{'…' * (len(shown) > 150)}")
             log.warning("Rejected %s", self.examples[-1])
         if self.rejected_path:
             if not self.rejected_file:
                 self.rejected_file = open(self.rejected_path, "w", encoding="utf-8", newline="")
                 csv.writer(self.rejected_file).writerow(["line", "reason", *self.header])
-            csv.writer(self.rejected_file).writerow([self.line, reason, *fields])
+            csv.writer(self.rejected_file).writerow([line, reason, *fields])
 
     def close(self):
         if self.rejected_file:
@@ -659,7 +642,7 @@ def _stage(cursor, reader, tell):
     """COPY the file into the temporary table "staging", column i as c<i>. Returns the number of rows."""
     columns = (f"c{i} {'double precision' if i in reader.numbers else 'text'}" for i in range(reader.width))
     cursor.execute(f"CREATE TEMP TABLE staging ({', '.join(columns)}) ON COMMIT DROP")
-    blocks, problem = filter(None, reader.blocks()), []
+    blocks, problem = _ahead(reader.blocks()), []
 
     def read(_size):
         try:
@@ -681,10 +664,20 @@ def _stage(cursor, reader, tell):
     return cursor.rowcount
 
 
+def _ahead(blocks):
+    """The same blocks; the next one is made in a thread while the server is busy with the last."""
+    blocks = filter(None, blocks)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, blocks, b"")
+        while block := future.result():
+            future = pool.submit(next, blocks, b"")
+            yield block
+
+
 def _value(column, i, kind):
     """SQL for the value of staging column c<i> as the SQL type `kind` of the table's column."""
     if column == "explicit":
-        truth = f"CASE WHEN lower(trim(c{i})) IN {TRUE} THEN true WHEN c{i} <> '' THEN false END"
+        truth = f"CASE WHEN c{i} <> '' THEN lower(trim(c{i})) IN {TRUE} END"
         return f"({truth})::{kind}" if kind in ("boolean", "text") else f"({truth})::int::{kind}"
     if column == "year":
         return f"nullif(left(trim(c{i}), 4), '')::int::{kind}"
@@ -698,14 +691,9 @@ def _merge(cursor, name, kinds, reader, truncate):
              "values": sql.SQL(", ".join(values.values())), "same": sql.SQL(f"t.track_id = {values['track_id']}"),
              "old": sql.SQL(", ").join(sql.Identifier("t", column) for column in values)}
 
-    def run(query):     # in a thread, so that a signal ends it at once: psycopg2 does not look up before it is done
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(cursor.execute, sql.SQL(query).format(**parts))
-            try:
-                future.result()
-            except BaseException:
-                cursor.connection.cancel()
-                raise
+    def run(query):
+        with _in_thread(cursor, cursor.execute, sql.SQL(query).format(**parts)) as future:
+            future.result()
     run("DELETE FROM staging USING (SELECT {key} AS id, max(ctid) AS last FROM staging GROUP BY 1 HAVING count(*) > 1) repeated "
         "WHERE {key} = id AND staging.ctid < last")
     repeated = cursor.rowcount
