@@ -104,7 +104,8 @@ def database_url(demo=False):
     if not demo and (url := setting("DATABASE_URL")):
         _parse_url(url)
         return url
-    log.info("%s: using the embedded PostgreSQL in %s", "demo songs" if demo else "DATABASE_URL is not set", ROOT / ".postgres")
+    why = "demo songs" if demo else "DATABASE_URL is not set"
+    log.info("%s: using the embedded PostgreSQL in %s", why, ROOT / ".postgres")
     return start_server(ROOT / ".postgres", "demo" if demo else "music")
 
 
@@ -197,7 +198,7 @@ def _ensure_running(folder, binaries, user, database):
         psycopg2.connect(uri.format("postgres"), connect_timeout=5).close()
     except psycopg2.OperationalError:
         options = f"-h '' -k '{sockets}' -c wal_level=minimal -c max_wal_senders=0 -c max_wal_size=4GB"
-        run("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-t", str(START_SECONDS), "-w", "-o", options, "start")
+        run("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-t", str(START_SECONDS), "-o", options, "start")
     with contextlib.closing(psycopg2.connect(uri.format("postgres"))) as connection, connection.cursor() as cursor:
         connection.autocommit = True
         cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database])
@@ -250,7 +251,8 @@ def _in_thread(cursor, call, *args):
         try:
             yield future
         except BaseException:
-            cursor.connection.cancel()
+            if not future.done():
+                cursor.connection.cancel()
             raise
 
 
@@ -263,12 +265,12 @@ ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; t
     ("^-.*(password|authentication failed)", False,
      "Correct user and password in DATABASE_URL (in a password write %40 for @, %3A for :, %2F for /)"),
     ('^-.*(role|database) "[^"]*" does not exist', False, "Create it (createuser, createdb) or correct DATABASE_URL"),
-    ("^-.*(pg_hba|not permitted to log in|permission denied|SSL was required|certificate|invalid (sslmode|connection|URI|port|integer))", False,
+    ("^-.*(pg_hba|not permitted|permission denied|SSL was required|certificate|invalid (ssl|conn|URI|port))", False,
      "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"),
     ("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
     ("^42501", False, "Ask its owner for: {grant}"),
     ("^25006", False, "Use the primary server, not a replica or a read-only role, in DATABASE_URL"),
-    ("^57014.*statement timeout", True, f"The query took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"),
+    ("^57014.*statement timeout", True, f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"),
     ("^55P03", True, f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"),
     ("^53300|^-.*(too many|slots)", True, "Its connection slots are taken: raise max_connections or close idle ones"),
     ("^(08|40|53|55|57|58|XX|42P07)", True, "Is the server all right? Its log and its free disk space say more"),
@@ -297,7 +299,7 @@ def _find(cursor, table):
     if not table or "\0" in table or max(len(part.encode()) for part in table.split(".", 1)) > 63:
         raise DataError("--table-name must have 1 to 63 bytes and no NUL")
     for name in [[table]] + ([table.split(".", 1)] if "." in table.strip(".") else []):
-        cursor.execute("SELECT c.oid FROM pg_class c WHERE c.oid = to_regclass(%s) AND c.relkind IN ('r','p','v','m','f')",
+        cursor.execute("SELECT oid FROM pg_class WHERE oid = to_regclass(%s) AND relkind IN ('r','p','v','m','f')",
                        [".".join('"' + part.replace('"', '""') + '"' for part in name)])
         if found := cursor.fetchone():
             cursor.execute("SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = %s AND "
@@ -349,8 +351,8 @@ def _target(cursor, table):
         columns = sql.SQL(", ").join(sql.Identifier(c) + sql.SQL(" " + TYPES[c]) for c in REQUIRED + OPTIONAL)
         cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(name, columns))
     name, oid, columns = _existing(cursor, table)
-    cursor.execute("SELECT relkind IN ('v','m','f'), has_table_privilege(oid, 'SELECT') AND has_table_privilege(oid, 'INSERT') "
-                   "AND has_table_privilege(oid, 'UPDATE') FROM pg_class WHERE oid = %s", [oid])
+    cursor.execute("SELECT relkind IN ('v','m','f'), (SELECT bool_and(has_table_privilege(oid, needed)) FROM "
+                   "unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) needed) FROM pg_class WHERE oid = %s", [oid])
     view, allowed = cursor.fetchone()
     if view:
         raise DataError(f'"{table}" is a view; load the CSV file into a table (--table-name)')
@@ -393,7 +395,7 @@ def load_songs(url, table):
         used, select = _select(name, columns)
         query = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
         with _in_thread(cursor, cursor.copy_expert, query, types.SimpleNamespace(write=rows.append)) as copy:
-            while rows or not copy.done():      # while the server sends, parse what is here
+            while not copy.done() or rows:      # while the server sends, parse what is here
                 if len(rows) < PARSE_ROWS and not copy.done():
                     time.sleep(.01)
                     continue
@@ -408,8 +410,8 @@ def load_songs(url, table):
     if left_out:
         log.warning('Left out of "%s": %s', table, ", ".join(f"{n} songs ({why})" for why, n in left_out.items()))
     if songs.empty:
-        raise DataError(f'The table "{table}" has no song that can be used' +
-                        (f" ({', '.join(left_out)})" if left_out else "; load songs: python train.py --csv-path songs.csv"))
+        why = f" ({', '.join(left_out)})" if left_out else "; load songs: python train.py --csv-path songs.csv"
+        raise DataError(f'The table "{table}" has no song that can be used{why}')
     if empty := [column for column in used if column not in TEXT and songs[column].isna().all()]:
         log.warning('Without a number in "%s", treated as missing: %s', table, ", ".join(empty))
     return songs.drop(columns=empty)
@@ -428,7 +430,8 @@ def _parse(block, used):
         values = songs[column].to_numpy()
         good = values != "" if column in TEXT else np.isfinite(values)
         if column in REQUIRED and not good.all():
-            left_out[f"no {column}" if column in TEXT else f"{column} is not a finite number"] += int((keep & ~good).sum())
+            why = f"no {column}" if column in TEXT else f"{column} is not a finite number"
+            left_out[why] += int((keep & ~good).sum())
             keep &= good
         elif column in numbers and not good.all():
             songs[column] = np.where(good, values, np.float32("nan"))
@@ -464,18 +467,18 @@ def _open_csv(path):
 
 
 def _fetch(url, file):
-    """Download. A "no" from the server is a DataError; one that stumbles or breaks off, DatabaseUnavailable: try again."""
+    """Download it. A "no" is a DataError; a server that stumbles or breaks off is DatabaseUnavailable: it may heal."""
     request = urllib.request.Request(url, headers={"User-Agent": "ml-training-pipeline"})
     try:
         with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
             shutil.copyfileobj(answer, file, 1 << 20)
-            if file.tell() < int(answer.headers.get("Content-Length") or 0):
-                raise ConnectionError(f"it ended after {file.tell():,} of {int(answer.headers['Content-Length']):,} bytes")
+            size = int(answer.headers.get("Content-Length") or 0)
+            if file.tell() < size:
+                raise ConnectionError(f"it ended after {file.tell():,} of {size:,} bytes")
     except urllib.error.HTTPError as error:
+        kind, fix = (DataError, "") if error.code < 500 else (DatabaseUnavailable, "try again later, or ")
         said = f"{redact(url)} answered {error.code} {error.reason}"
-        if error.code < 500:
-            raise DataError(f"{said}; check the address given as --csv-path") from error
-        raise DatabaseUnavailable(f"{said}; try again later, or give another address as --csv-path") from error
+        raise kind(f"{said}; {fix}check the address given as --csv-path") from error
     except (OSError, http.client.HTTPException) as error:
         raise DatabaseUnavailable(f"{redact(url)} could not be fetched ({error}); is that server all right?") from error
     file.seek(0)
@@ -484,7 +487,7 @@ def _fetch(url, file):
 class _Csv:
     """A CSV file as clean blocks for COPY; rows that cannot be loaded are counted and kept aside.
 
-    Rows that match one strict pattern, nearly all, pass as they are; the others go through the csv module one by one."""
+    Rows that match one strict pattern, nearly all, pass as they are; the others go through the csv module."""
 
     def __init__(self, file, path, rejected_path):
         self.file, self.path, self.rejected_path, self.rejected_file = file, path, rejected_path, None
@@ -510,27 +513,27 @@ class _Csv:
         """Regular expression of a row that COPY and the csv module understand alike and that can be loaded."""
         plain, quoted = rb'[^,"\r\n\0]*', rb'[^"\0]*(?:""[^"\0]*)*"'
         kinds = dict.fromkeys(range(self.width), b'(?:"%b|%b)' % (quoted, plain))
+        number = {**dict.fromkeys(self.columns, rb"-?[0-9]{1,15}(?:\.[0-9]{1,25})?(?:[eE][-+]?[0-9]{1,2})?"),
+                  **dict.fromkeys(INTEGERS, rb"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"),
+                  "explicit": rb"(?:[Tt]rue|[Ff]alse|TRUE|FALSE|[01])", "year": rb"[0-9]{4}(?:[-/.T ]%b)?" % plain}
         for name, i in self.columns.items():
-            value = {"explicit": rb"(?:[Tt]rue|[Ff]alse|TRUE|FALSE|[01])", "year": rb"[0-9]{4}(?:[-/.T ]%b)?" % plain}.get(
-                name, rb"-?[0-9]{1,9}(?:\.[0-9]{1,9})?" if name in INTEGERS else
-                rb"-?[0-9]{1,15}(?:\.[0-9]{1,25})?(?:[eE][-+]?[0-9]{1,2})?")
             if name in TEXT and name in REQUIRED:       # begins with what is no white space, so it is not blank
                 kinds[i] = rb'(?:[^\0-\x20",]%b|"(?:[^\0-\x20"]|"")%b)' % (plain, quoted)
             elif name not in TEXT:
-                kinds[i] = rb'(?:%b|"%b"%b)' % (value, value, b'|""|' if name in OPTIONAL else b"")
+                kinds[i] = rb'(?:%b|"%b"%b)' % (number[name], number[name], b'|""|' if name in OPTIONAL else b"")
         return re.compile(rb"(?>%b%b)" % (b",".join(kinds[i] for i in range(self.width)), self.end))
 
     def _text(self, data):
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {self.line}); convert it: "
-                            f"iconv -f latin1 -t utf-8 {self.path} > songs-utf8.csv") from error
+            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {self.line}); convert "
+                            f"it: iconv -f latin1 -t utf-8 {self.path} > songs-utf8.csv") from error
 
     def _readline(self):
         line = self.again.pop() if self.again else self.file.readline(MAX_LINE)
         if len(line) == MAX_LINE:
-            raise DataError(f"{self.path} has a line longer than {MAX_LINE >> 20} MB near line {self.line}; is it a CSV file?")
+            raise DataError(f"Line {self.line + 1} of {self.path} exceeds {MAX_LINE >> 20} MB; is it a CSV file?")
         self.line += 1
         return line if line.endswith(b"\n") or not line else line + self.end
 
@@ -623,7 +626,7 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
     if rejected_path:
         Path(rejected_path).unlink(missing_ok=True)
     with _open_csv(csv_path) as (file, raw), contextlib.closing(_Csv(file, csv_path, rejected_path)) as reader:
-        total = raw.seek(0, os.SEEK_CUR) and os.fstat(raw.fileno()).st_size
+        total = os.fstat(raw.fileno()).st_size
         with connect(url) as cursor:
             name, kinds = _target(cursor, table)
             staged = _stage(cursor, reader, lambda: progress and progress(raw.tell(), total))
@@ -641,6 +644,7 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
 def _stage(cursor, reader, tell):
     """COPY the file into the temporary table "staging", column i as c<i>. Returns the number of rows."""
     columns = (f"c{i} {'double precision' if i in reader.numbers else 'text'}" for i in range(reader.width))
+    copy = f"COPY staging FROM STDIN (FORMAT csv, FORCE_NULL ({', '.join(f'c{i}' for i in reader.numbers)}))"
     cursor.execute(f"CREATE TEMP TABLE staging ({', '.join(columns)}) ON COMMIT DROP")
     blocks, problem = _ahead(reader.blocks()), []
 
@@ -652,8 +656,7 @@ def _stage(cursor, reader, tell):
             problem.append(error)
             raise
     try:
-        cursor.copy_expert(f"COPY staging FROM STDIN (FORMAT csv, FORCE_NULL ({', '.join(f'c{i}' for i in reader.numbers)}))",
-                           types.SimpleNamespace(read=read))
+        cursor.copy_expert(copy, types.SimpleNamespace(read=read))
     except psycopg2.Error:
         if problem:
             raise problem[0]
@@ -685,34 +688,38 @@ def _value(column, i, kind):
 
 
 def _merge(cursor, name, kinds, reader, truncate):
-    """Move the staged songs into the table: update those that changed, insert the new. Returns the number of repeats."""
+    """Move the staged songs into the table: update what changed, insert what is new. Returns how many were repeats."""
     values = {column: _value(column, i, kinds[column]) for column, i in reader.columns.items() if column in kinds}
-    parts = {"t": name, "columns": sql.SQL(", ").join(map(sql.Identifier, values)), "key": sql.SQL(f"c{reader.columns['track_id']}"),
+    parts = {"t": name, "key": sql.SQL(f"c{reader.columns['track_id']}"),
+             "columns": sql.SQL(", ").join(map(sql.Identifier, values)),
              "values": sql.SQL(", ".join(values.values())), "same": sql.SQL(f"t.track_id = {values['track_id']}"),
              "old": sql.SQL(", ").join(sql.Identifier("t", column) for column in values)}
 
     def run(query):
         with _in_thread(cursor, cursor.execute, sql.SQL(query).format(**parts)) as future:
             future.result()
-    run("DELETE FROM staging USING (SELECT {key} AS id, max(ctid) AS last FROM staging GROUP BY 1 HAVING count(*) > 1) repeated "
-        "WHERE {key} = id AND staging.ctid < last")
+    run("DELETE FROM staging USING (SELECT {key} id, max(ctid) last FROM staging GROUP BY 1 HAVING count(*) > 1) twice "
+        "WHERE {key} = id AND staging.ctid < twice.last")
     repeated = cursor.rowcount
     run("TRUNCATE {t}" if truncate else "LOCK TABLE {t} IN SHARE ROW EXCLUSIVE MODE")
     run("SELECT EXISTS (SELECT FROM {t})")
     new = ""
     if cursor.fetchone()[0]:
-        run("UPDATE {t} t SET ({columns}) = ROW({values}) FROM staging WHERE {same} AND ({old}) IS DISTINCT FROM ({values})")
+        run("UPDATE {t} t SET ({columns}) = ROW({values}) FROM staging "
+            "WHERE {same} AND ({old}) IS DISTINCT FROM ({values})")
         new = "WHERE NOT EXISTS (SELECT FROM {t} t WHERE {same}) "
-    run("INSERT INTO {t} ({columns}) SELECT {values} FROM staging " + new + 'ORDER BY {key} COLLATE "C"')   # its index grows faster so
+    # in the order of its key an index grows faster, and the nightly read follows it
+    run("INSERT INTO {t} ({columns}) SELECT {values} FROM staging " + new + 'ORDER BY {key} COLLATE "C"')
     return repeated
 
 
 # ---- demo songs ----------------------------------------------------------------------------------------------------
-WORDS = ("Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal Midnight Silver "
-         "Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden Mirror Thunder Honey Ocean Desert "
-         "Morning Engine Window Letter Dancer Harbour Lantern Meadow Planet Signal Static Tiger Valley Whisper").split()
-GENRES = ("acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie jazz metal pop "
-          "punk reggae rock soul").split()
+WORDS = ("Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal Midnight "
+         "Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden Mirror Thunder Honey "
+         "Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow Planet Signal Static Tiger Valley "
+         "Whisper").split()
+GENRES = ("acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie jazz metal "
+          "pop punk reggae rock soul").split()
 
 
 def demo_songs(n, seed=0, genres=20):
@@ -727,14 +734,15 @@ def demo_songs(n, seed=0, genres=20):
     artist = rng.choice(artists, n, p=weight / weight.sum())
     home = rng.integers(0, genres, artists)
     genre = np.where(rng.random(n) < .85, home[artist], rng.integers(0, genres, n))
-    sound = rng.normal(0, 1.1, (genres, 9))[genre] + rng.normal(0, .45, (artists, 9))[artist] + rng.normal(0, .8, (n, 9))
-    unit = lambda x: (1 / (1 + np.exp(-x))).round(4)
-    intensity = sound[:, 0]
+    sound = rng.normal(0, 1.1, (genres, 9))[genre] + rng.normal(0, .45, (artists, 9))[artist]
+    sound += rng.normal(0, .8, (n, 9))
+    unit, intensity = lambda x: (1 / (1 + np.exp(-x))).round(4), sound[:, 0]
     fame = rng.normal(0, 11, artists)[artist] + rng.normal(0, 9, genres)[genre]
     albums = artist * 7 + rng.integers(0, 1 + rng.integers(1, 7, artists)[artist])
     year = np.clip(2024 - rng.exponential(10, artists)[artist].astype(int) - rng.integers(0, 4, n), 1950, 2024)
     word = np.array(WORDS, object)
-    first, second, number = word[rng.integers(0, len(word), n)], word[rng.integers(0, len(word), n)], rng.integers(1, 99, n)
+    title = word[rng.integers(0, len(word), n)] + " " + word[rng.integers(0, len(word), n)]
+    title += np.array([f" No. {i}" for i in range(100)], object)[rng.integers(1, 99, n)]
     artist_names = np.array([f"Demo Artist {i + 1}" for i in range(artists)], object)
     with_guest, guest = rng.random(n) < .08, rng.choice(artists, n, p=weight / weight.sum())
     with_guest &= guest != artist
@@ -743,8 +751,7 @@ def demo_songs(n, seed=0, genres=20):
     order = rng.permutation(n)
     return pd.DataFrame({
         "track_id": [f"demo{seed % 10**6:06d}{i:012d}" for i in order],
-        "artist_name": credit, "track_name": first + " " + second + np.array([f" No. {i}" for i in range(100)], object)[number],
-        "genre": names[genre],
+        "artist_name": credit, "track_name": title, "genre": names[genre],
         "popularity": np.clip(35 + fame + 4 * unit(sound[:, 1]) + rng.normal(0, 9, n), 0, 100).round().astype(int),
         "danceability": unit(.3 + .6 * sound[:, 1]), "energy": unit(.5 + intensity),
         "loudness": (-9 + 3.4 * intensity + rng.normal(0, 1.3, n)).clip(-55, 2).round(3),
@@ -753,8 +760,8 @@ def demo_songs(n, seed=0, genres=20):
         "valence": unit(.6 * sound[:, 5] + .3 * sound[:, 1]), "liveness": unit(-1.5 + .8 * sound[:, 6]),
         "tempo": (119 + 17 * sound[:, 7]).clip(45, 220).round(3), "key": rng.integers(0, 12, n),
         "mode": (rng.random(n) < .64).astype(int), "duration_ms": (np.exp(12.2 + .25 * sound[:, 8])).astype(int),
-        "time_signature": rng.choice([3, 4, 5], n, p=[.08, .9, .02]), "explicit": rng.random(n) < unit(sound[:, 2] - 2.5),
-        "year": year, "album_name": np.array([f"Demo Album {i + 1}" for i in range(artists * 7 + 7)], object)[albums]})
+        "time_signature": rng.choice([3, 4, 5], n, p=[.08, .9, .02]),
+        "explicit": rng.random(n) < unit(sound[:, 2] - 2.5), "year": year, "album_name": np.array([f"Demo Album {i + 1}" for i in range(artists * 7 + 7)], object)[albums]})
 
 
 def load_demo(n, url, table, seed=0, progress=None):

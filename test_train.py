@@ -451,7 +451,7 @@ def test_http(shared, tmp_path):
     assert db.load_csv(base + "/a.csv.gz", shared, "web")["loaded"] == 1
     content = plain
     for path, kind, text in [("404", db.DataError, "answered 404.*check the address given as --csv-path"),
-                             ("503", db.DatabaseUnavailable, "answered 503 Service Unavailable; try again later"),
+                             ("503", db.DatabaseUnavailable, "answered 503 Service Unavailable; try again later, or check the address"),
                              ("cut", db.DatabaseUnavailable, "could not be fetched .it ended after [0-9]+ of [0-9]+ bytes"),
                              ("chunks", db.DatabaseUnavailable, "could not be fetched .*IncompleteRead")]:
         with pytest.raises(kind, match=text):
