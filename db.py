@@ -748,9 +748,8 @@ def demo_songs(n, seed=0, genres=20):
     with_guest &= guest != artist
     credit = artist_names[artist]
     credit[with_guest] += ";" + artist_names[guest[with_guest]]
-    order = rng.permutation(n)
     return pd.DataFrame({
-        "track_id": [f"demo{seed % 10**6:06d}{i:012d}" for i in order],
+        "track_id": [f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
         "artist_name": credit, "track_name": title, "genre": names[genre],
         "popularity": np.clip(35 + fame + 4 * unit(sound[:, 1]) + rng.normal(0, 9, n), 0, 100).round().astype(int),
         "danceability": unit(.3 + .6 * sound[:, 1]), "energy": unit(.5 + intensity),
@@ -761,7 +760,8 @@ def demo_songs(n, seed=0, genres=20):
         "tempo": (119 + 17 * sound[:, 7]).clip(45, 220).round(3), "key": rng.integers(0, 12, n),
         "mode": (rng.random(n) < .64).astype(int), "duration_ms": (np.exp(12.2 + .25 * sound[:, 8])).astype(int),
         "time_signature": rng.choice([3, 4, 5], n, p=[.08, .9, .02]),
-        "explicit": rng.random(n) < unit(sound[:, 2] - 2.5), "year": year, "album_name": np.array([f"Demo Album {i + 1}" for i in range(artists * 7 + 7)], object)[albums]})
+        "explicit": rng.random(n) < unit(sound[:, 2] - 2.5), "year": year,
+        "album_name": np.array([f"Demo Album {i + 1}" for i in range(artists * 7 + 7)], object)[albums]})
 
 
 def load_demo(n, url, table, seed=0, progress=None):
