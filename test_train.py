@@ -66,6 +66,9 @@ def postgres():
     folder = Path(tempfile.mkdtemp(prefix="pg"))
     os.chmod(folder, 0o755)
     yield db.start_server(folder, "tests").replace("/tests?", "/{}?")
+    db._servers.pop(folder).close()     # its last user is gone: the guardian stops it
+    wait_until(lambda: not alive(folder))
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,7 @@ def test_three_first_starts_at_once_and_the_last_one_out_stops_it(folder):
     time.sleep(1)
     assert alive(folder)
     users[2].communicate("\n")
-    assert users[2].returncode == 0 and not alive(folder)
+    assert users[2].returncode == 0 and wait_until(lambda: not alive(folder), 5)
 
 
 def test_server_goes_when_its_only_user_is_killed_and_starts_again(folder):
@@ -290,12 +293,15 @@ def test_connection_failures(locked, tmp_path):
 
 
 def test_read_only_server(url, tmp_path):
-    database = execute(url, "SELECT current_database()")[0][0]
-    execute(url, f"ALTER DATABASE {database} SET default_transaction_read_only = on")
-    with db.connect(url, read_only=True) as cursor, pytest.raises(psycopg2.errors.ReadOnlySqlTransaction):
-        cursor.execute("CREATE TABLE x ()")
-    with db.connect(url) as cursor:
-        cursor.execute("SHOW transaction_read_only")
+    """Songs can be read from a replica, nothing can be loaded into it, and the sentence says what to do."""
+    path = write(tmp_path / "a.csv", [GOOD])
+    db.load_csv(path, url, "songs")
+    execute(url, f"ALTER DATABASE {execute(url, 'SELECT current_database()')[0][0]} SET default_transaction_read_only = on")
+    assert db.check_table(url, "songs")["rows"] == len(db.load_songs(url, "songs")) == 1
+    for table in ("songs", "new"):
+        for call in (db.check_table, url, table, True), (db.load_csv, path, url, table):
+            fails(db.DataError, "read-only transaction. Use the primary server, not a replica or a read-only role, in DATABASE_URL", *call)
+    assert len(db.load_songs(url, "songs")) == 1
 
 
 def test_statement_and_lock_timeout(url, tmp_path, monkeypatch):
@@ -362,7 +368,7 @@ def test_missing_table_column_and_empty_table(url, tmp_path):
         db.check_table(url, "songs")
     assert db.check_table(url, "songs", for_csv=True)["rows"] == 0
     db.load_csv(write(tmp_path / "a.csv", [GOOD]), url, "songs")
-    with pytest.raises(db.DataError, match='Did you mean "songs"\\? Tables with the required columns: songs'):
+    with pytest.raises(db.DataError, match="Tables with the required columns: songs; choose one with --table-name"):
         db.check_table(url, "song")
     execute(url, "CREATE TABLE less AS SELECT track_id, energy FROM songs")
     with pytest.raises(db.DataError, match="lacks the columns artist_name, .*; it has track_id, energy"):
@@ -376,6 +382,15 @@ def test_missing_table_column_and_empty_table(url, tmp_path):
     with pytest.raises(db.DataError, match="is a view"):
         db.load_csv(tmp_path / "a.csv", url, "seen")
     assert db.load_csv(tmp_path / "a.csv", url, "music.songs")["loaded"] == 1
+
+
+def test_numbers_that_are_none_in_a_table(url, caplog):
+    execute(url, "CREATE TABLE songs (" + ", ".join(f"{c} {'text' if c in db.TEXT else 'float'}" for c in [*HEADER, "tempo"]) + ")")
+    for i, (energy, tempo) in enumerate([(.5, 120), ("NaN", 1), ("Infinity", 1), (None, 1), (.5, "-Infinity"), (1e300, 1)]):
+        execute(url, "INSERT INTO songs VALUES (" + ", ".join(["%s"] * 13) + ")", *song(track_id=f"id{i}")[:6], energy, *GOOD[7:], tempo)
+    songs = db.load_songs(url, "songs")
+    assert list(songs.track_id) == ["id0", "id4"] and songs.tempo[0] == 120 and np.isnan(songs.tempo[1])
+    assert "4 songs (energy is not a finite number)" in caplog.text
 
 
 def test_text_and_infinite_numbers_in_a_table(url, caplog):
@@ -422,21 +437,32 @@ def test_a_directory_is_no_file(shared, tmp_path):
 
 def test_http(shared, tmp_path):
     write(tmp_path / "a.csv", [GOOD])
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    content = (tmp_path / "a.csv").read_bytes()
+    class Web(http.server.BaseHTTPRequestHandler):
         log_message = lambda *_: None
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+        def do_GET(self):
+            name = self.path.strip("/")
+            self.send_response(int(name) if name.isdigit() else 200)
+            self.send_header(*(("Transfer-Encoding", "chunked") if name == "chunks" else ("Content-Length", len(content) + (name == "cut"))))
+            self.end_headers()
+            self.wfile.write(b"fff\r\n" + content if name == "chunks" else content)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
     assert db.load_csv(base + "/a.csv", shared, "web")["loaded"] == 1
+    content, plain = gzip.compress(content), content
     assert db.load_csv(base + "/a.csv.gz", shared, "web")["loaded"] == 1
-    with pytest.raises(db.DataError, match="answered 404.*check the address"):
-        db.load_csv(base + "/b.csv", shared, "web")
+    content = plain
+    for path, kind, text in [("404", db.DataError, "answered 404.*check the address given as --csv-path"),
+                             ("503", db.DatabaseUnavailable, "answered 503 Service Unavailable; try again later, or check the address"),
+                             ("cut", db.DatabaseUnavailable, "could not be fetched .it ended after [0-9]+ of [0-9]+ bytes"),
+                             ("chunks", db.DatabaseUnavailable, "could not be fetched .*IncompleteRead")]:
+        with pytest.raises(kind, match=text):
+            db.load_csv(f"{base}/{path}", shared, "web", truncate=True)
     server.shutdown(), server.server_close()
-    with pytest.raises(OSError):
+    with pytest.raises(db.DatabaseUnavailable, match="could not be fetched .*refused"):
         db.load_csv(base + "/a.csv", shared, "web")
+    assert len(db.load_songs(shared, "web")) == 1
 
 
 REJECTED = [
