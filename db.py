@@ -229,7 +229,7 @@ def connect(url, read_only=False):
                 "keepalives_interval": 10, "keepalives_count": 3, "client_encoding": "UTF8"}
     try:
         connection = psycopg2.connect(**{**defaults, **parts})
-        connection.set_session(readonly=read_only or None)
+        connection.set_session(readonly=read_only or None)      # None: where the server says read-only, it is
         with connection, connection.cursor() as cursor:
             cursor.execute("SELECT set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true), "
                            "set_config('work_mem', %s, true)", [str(STATEMENT_MS), str(LOCK_MS), SORT_MEMORY])

@@ -2029,7 +2029,7 @@ def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, discord):
     folder = small_disk / "models"
     assert command("train.py", "--models-dir", folder, DATABASE_URL=table).returncode == 0
     old = answers(folder)
-    for i, free in enumerate((0, 4, 40, 250, 900, None)):  # KiB: from no room for a line of history to none for the picture
+    for i, free in enumerate((None, 0, 4, 40, 250, 900)):  # KiB: no room for the picture, for a line of history, ...
         changed(table, i)
         if free == 0:  # the page of the history is full as well
             history = folder / "metrics" / "history.jsonl"
@@ -2327,6 +2327,10 @@ def test_check_imports_nothing_heavy_and_makes_no_database(tmp_path):
 
 
 # ---- secrets -------------------------------------------------------------------------------------------------------
+def prefect_db():
+    return Path(get_current_settings().server.database.connection_url.get_secret_value().removeprefix("sqlite+aiosqlite:///"))
+
+
 BREAK = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
@@ -2343,8 +2347,8 @@ runpy.run_path({train!r}, run_name="__main__")
 @pytest.mark.slow
 def test_no_secret_is_written_or_posted_by_any_failure(server, tmp_path, discord):
     uri, control = server
-    home, folder, texts = tmp_path / "prefect", tmp_path / "models", []
-    own = {"PREFECT_API_URL": "", "PREFECT_HOME": str(home), "PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_DEBUG_MODE": "1", "PREFECT_LOGGING_ROOT_LEVEL": "DEBUG",
+    folder, texts = tmp_path / "models", []
+    own = {"PREFECT_LOGGING_LEVEL": "DEBUG", "PREFECT_DEBUG_MODE": "1", "PREFECT_LOGGING_ROOT_LEVEL": "DEBUG",
            "DATABASE_URL": uri, "DISCORD_WEBHOOK_URL": discord(), "DATABASE_RETRY_SECONDS": "0.3"}
     def run(status, *arguments, **changes):
         done = command(*(arguments if arguments[:1] == ("-c",) else ("train.py", *arguments)), "--models-dir", folder, **(own | changes))
@@ -2368,8 +2372,8 @@ def test_no_secret_is_written_or_posted_by_any_failure(server, tmp_path, discord
     run(3)
     run(2, "--check")
     assert all("DEBUG" in text for text in texts[:-1])
-    written = [path for root in (home, folder) for path in root.rglob("*") if path.is_file()]
-    assert any(path.name == "prefect.db" and path.stat().st_size > 100_000 for path in written)
+    written = [path for path in folder.rglob("*") if path.is_file()] + [*prefect_db().parent.glob(prefect_db().name + "*")]
+    assert any(b"no luck with" in path.read_bytes() for path in written if "prefect" in path.name)
     posted = [json.dumps(got) + repr(files) for got, files in filter(None, discord.got)]
     assert len(posted) >= 8
     for secret in ("s3cr:et/@", "s3cr%3Aet", "s4cr%3Aet", "s4cr:et", "3cr:et", TOKEN):
@@ -2428,14 +2432,13 @@ NIGHTS = int(os.environ.get("NIGHTS", 200))
 def test_two_hundred_runs_in_one_process_let_nothing_grow(prefect, table, tmp_path, discord, monkeypatch):
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", discord())
     folder, temporary = tmp_path / "models", Path(tempfile.gettempdir())
-    prefect_db = Path(get_current_settings().server.database.connection_url.get_secret_value().removeprefix("sqlite+aiosqlite:///"))
     def measure():
         gc.collect()
         rss = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
         return {"MB": rss, "open files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count(), "temporary files": len(list(temporary.iterdir())),
                 "files of ours": sum(path.is_file() for path in folder.rglob("*")), "kB of ours": sum(path.stat().st_size for path in folder.rglob("*")) / 1000,
                 "connections": execute(table, "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")[0][0],
-                "MB of Prefect": sum(path.stat().st_size for path in prefect_db.parent.glob(prefect_db.name + "*")) / 1e6}
+                "MB of Prefect": sum(path.stat().st_size for path in prefect_db().parent.glob(prefect_db().name + "*")) / 1e6}
     begun, seen = time.monotonic(), {}
     for night in range(1, NIGHTS + 1):
         result = train.ml_training_pipeline(models_dir=str(folder), only=["clusters"])

@@ -37,7 +37,7 @@ import time
 import urllib.request
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime, timezone
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import db
@@ -56,6 +56,7 @@ DATABASE_RETRIES = 2
 DATABASE_DELAY = float(os.environ.get("DATABASE_RETRY_SECONDS", 30))
 
 SERVER_START_SECONDS = 120  # a first start makes Prefect's database, which takes 15 s and more on a small machine
+SERVER_END_SECONDS = 2      # for Prefect's server to write its last lines; one that is still starting takes no notice
 LAST_WORDS_SECONDS = 8      # from a signal to the end of the process, whatever is still computing
 STOPPED_POST_SECONDS = 5    # of them for Discord
 CHECK_SECONDS = 4           # for all that --check looks at, side by side
@@ -304,7 +305,7 @@ def start_prefect_server():
         [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-services", "--no-ui"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True, preexec_fn=_die_with_parent)  # Ctrl-C reaches the run alone, which still needs its server
-    atexit.register(server.terminate)
+    atexit.register(end_prefect_server, server)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     return server
 
@@ -312,7 +313,15 @@ def start_prefect_server():
 def _die_with_parent():
     """Ask Linux to end this child when its parent dies, however it dies; elsewhere atexit must do."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG; a server that is still starting ignores SIGTERM
+
+
+def end_prefect_server(server) -> None:
+    server.terminate()
+    try:
+        server.wait(SERVER_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        server.kill()
 
 
 def wait_for_prefect(server):
@@ -534,14 +543,26 @@ def train_model(name: str, songs, threads: int, settings: dict):
     return estimator, metrics, time.monotonic() - start
 
 
+def without_secrets(step):
+    """Return the step with errors whose text holds no secret: Prefect writes it into states and events, not only into logs."""
+    @wraps(step)
+    def safe(*arguments, **settings):
+        try:
+            return step(*arguments, **settings)
+        except Exception as error:
+            error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
+            raise
+    return safe
+
+
 # NO_CACHE: Prefect's default would pickle and hash every song for every task.
 from_database = dict(retries=DATABASE_RETRIES, retry_delay_seconds=DATABASE_DELAY, retry_condition_fn=can_heal, cache_policy=NO_CACHE)
-check_database = task(db.check_table, name="check-database", **from_database)
-load_csv = task(db.load_csv, name="load-csv", **from_database)
-load_demo = task(db.load_demo, name="load-demo", **from_database)
-load_songs = task(db.load_songs, name="load-songs", **from_database)
+check_database = task(without_secrets(db.check_table), name="check-database", **from_database)
+load_csv = task(without_secrets(db.load_csv), name="load-csv", **from_database)
+load_demo = task(without_secrets(db.load_demo), name="load-demo", **from_database)
+load_songs = task(without_secrets(db.load_songs), name="load-songs", **from_database)
 train_tasks = {
-    name: task(train_model, name=f"train-{name}", task_run_name=f"train-{name}", retries=TRAINING_RETRIES,
+    name: task(without_secrets(train_model), name=f"train-{name}", task_run_name=f"train-{name}", retries=TRAINING_RETRIES,
                retry_delay_seconds=TRAINING_DELAYS, retry_jitter_factor=JITTER, retry_condition_fn=can_heal,
                cache_policy=NO_CACHE, persist_result=False)
     for name in models.MODELS}
