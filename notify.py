@@ -344,7 +344,7 @@ def _draw_model(axes, name, model):
     words = f"{plain(name, 20)}: {metric}" + (f" ({change})" if change else "")
     if status != "trained":
         words = f"{plain(name, 20)}: {STATUS[status][0]}" + (f" at {metric}" if metric else "")
-    _write(axes, 0, 1.1, words, 60, size=15, weight="bold", status=status if status != "trained" else None)
+    _write(axes, 0, 1.12, words, 60, size=15, weight="bold", status=status if status != "trained" else None)
     if status == "failed":
         return _say(axes, model.get("error") or "no reason was given", "failed")
     detail = ", ".join(f"{METRICS[key]} {number(metrics[key])}" for key in METRICS if key in list(metrics)[1:])
@@ -359,7 +359,7 @@ def _draw_model(axes, name, model):
 
 def _draw_matrix(axes, plot):
     """Few genres: the confusion matrix, shares of the actual genre."""
-    rows, labels = plot["matrix"]["rows"], [_drawable(name, 10) for name in plot["matrix"]["labels"]]
+    rows, labels = plot["matrix"]["rows"], [_drawable(name, 9) for name in plot["matrix"]["labels"]]
     few = len(rows) < 4
     axes.imshow(rows, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for y, x in ((y, x) for y in range(len(rows)) for x in range(len(rows))):
@@ -399,7 +399,7 @@ def _draw_clusters(axes, plot):
     axes.set(xticks=[], yticks=[], ylim=(low - (high - low) * 0.1 * math.ceil(min(len(sizes), CLUSTERS_NAMED) / 2), high))
     _finish(axes, "first principal component", "second")
     axes.legend(loc="lower left", ncols=2, frameon=False, borderaxespad=0.1, markerscale=2.5, handletextpad=0.1,
-                columnspacing=0.4, handlelength=1.2, fontsize=10)
+                columnspacing=0.4, handlelength=1.2, fontsize=9.5)
 
 
 def _draw_density(axes, plot):
@@ -409,6 +409,7 @@ def _draw_density(axes, plot):
     image = axes.imshow(counts, origin="lower", extent=(low, high, low, high), cmap="cividis", aspect="auto", norm="log")
     axes.plot([low, high], [low, high], color=PALETTE[3], linestyle="--", linewidth=2)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30, format="{x:,.0f}")
+    bar.ax.yaxis.set_minor_formatter("")
     bar.set_label("songs", color=GREY, size=11)
     bar.outline.set_visible(False)
     _finish(axes, "predicted", "actual")
@@ -456,14 +457,16 @@ def _draw_history(axes, result, history):
     _write(axes, 0, 1.1, f"last {len(runs)} runs" if len(runs) > 1 else "first run", size=15, weight="bold")
     if not label_at:
         return _say(axes, "no run has trained a model yet")
-    _write(axes, 1, 1.02, "× failed or held back", size=10, color=GREY, ha="right")
+    if any(status != "trained" for (run, _), (status, _) in points.items() if run in runs):
+        _write(axes, 1, 1.02, "× failed or held back", size=10, color=GREY, ha="right")
     (low, high), at = axes.get_ylim(), -math.inf
     for name in sorted(label_at, key=label_at.get):
         at = max(label_at[name], at + (high - low) / 12)  # moved up where it would lie on the one below
         _write(axes, 1.01, at, plain(name, 14), transform=axes.get_yaxis_transform(), va="center", size=13,
                weight="bold", color=PALETTE[names.index(name) % len(PALETTE)])
     ticks = sorted({round(k * (len(runs) - 1) / 4) for k in range(5)})
-    axes.set_xticks(ticks, [runs[at][5:10] for at in ticks])
+    part = slice(5, 10) if runs[0][:10] != runs[-1][:10] else slice(11, 16)  # the day, or the time of the day
+    axes.set_xticks(ticks, [runs[at][part] for at in ticks])
     axes.set_xlim(-0.5, max(len(runs) - 0.5, 0.5))
     _finish(axes, "", "", grid=True)
 

@@ -296,10 +296,10 @@ def train_model(name: str, songs, threads: int, settings: dict):
 
 # NO_CACHE: Prefect's default would pickle and hash every song for every task.
 from_database = dict(retries=DATABASE_RETRIES, retry_delay_seconds=DATABASE_DELAY, retry_condition_fn=can_heal, cache_policy=NO_CACHE)
-check_database = task(db.check_table, name="check-database", **from_database)
-load_csv = task(db.load_csv, name="load-csv", **from_database)
-load_demo = task(db.load_demo, name="load-demo", **from_database)
-load_songs = task(db.load_songs, name="load-songs", **from_database)
+check_database = task(db.check_table, name="check-database", task_run_name="check-database", **from_database)
+load_csv = task(db.load_csv, name="load-csv", task_run_name="load-csv", **from_database)
+load_demo = task(db.load_demo, name="load-demo", task_run_name="load-demo", **from_database)
+load_songs = task(db.load_songs, name="load-songs", task_run_name="load-songs", **from_database)
 train_tasks = {
     name: task(train_model, name=f"train-{name}", task_run_name=f"train-{name}", retries=TRAINING_RETRIES,
                retry_delay_seconds=TRAINING_DELAYS, retry_jitter_factor=JITTER, retry_condition_fn=can_heal,
@@ -545,15 +545,20 @@ def message(result: dict) -> str:
 
 
 def write_artifacts(result: dict) -> None:
-    """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose history accumulates."""
-    rows = [{"model": name, "status": model["status"], "seconds": model["seconds"], "previous": model["previous"], **{
-        key: value for key, value in model["metrics"].items() if isinstance(value, (int, float))}}
-        for name, model in result["models"].items()]
-    create_table_artifact(rows, key="metrics", description=result["message"])
+    """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose versions accumulate."""
+    rows, history = [], models.read_history(result["models_dir"])
     for name, model in result["models"].items():
-        figures = "\n".join(f"| {key} | {value} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
-        create_markdown_artifact(f"# {name}: {model['status'].replace('_', ' ')}\n\n{model['error'] or ''}\n\n"
-                                 f"| metric | value |\n|---|---|\n{figures}", key=f"model-{name}")
+        metric, change = notify.metric_and_change(model)
+        rows.append({"model": name, "status": model["status"].replace("_", " "), "metric": metric, "change": change,
+                     "time": notify.duration(model["seconds"] or 0), "size": notify.size(model["bytes"])})
+        figures = "\n".join(f"| {key} | {notify.number(value)} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
+        runs = "\n".join(f"| {row['run'][:16].replace('T', ' ')} | {row['status'].replace('_', ' ')} | {notify.number(row['value'])} |"
+                         for row in history[::-1] if row["model"] == name and row["status"] != "started")
+        create_markdown_artifact(
+            f"# {name}: {notify.reason(model) or metric + f' ({change})'}\n\n| metric | value |\n|---|---|\n{figures}\n\n"
+            f"## Runs\n\n| started (UTC) | status | metric |\n|---|---|---|\n{runs}",
+            key=f"model-{name}", description=f"{name}, {model['status'].replace('_', ' ')}")
+    create_table_artifact(rows, key="metrics", description=result["message"])
 
 
 def finish_command(models_dir, table_name, n_clusters, demo, csv_path=None, truncate_table=False) -> str:
