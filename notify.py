@@ -227,11 +227,11 @@ class LiveStatus(logging.Filter):
 
     def __rich__(self):
         from rich.text import Text
-        lines = []
+        lines, width = [], max(map(len, self.lines))
         for name, (phase, text, ended) in self.lines.items():
             sign, style = self.SIGNS.get(phase, ("▶", "cyan"))
             clock = f"{(ended or time.monotonic()) - self.begun:4.0f} s  "
-            lines.append(Text.assemble((sign, style), f" {name:<{max(map(len, self.lines))}}", (clock, "dim"), (text, style)))
+            lines.append(Text.assemble((sign, style), f" {name:<{width}}", (clock, "dim"), (text, style)))
         return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
 
 
@@ -300,11 +300,12 @@ def report_figure(result, history):
     started, warnings = result.get("started_at"), result.get("warnings")
     when = [f"{datetime.fromisoformat(started).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"] if started else []
     more = f" (and {len(warnings) - 1} more)" if warnings and len(warnings) > 1 else ""
-    for inches, text, width, style in (
-            (0.62, result.get("message") or result["status"], 80, {"size": 25, "weight": "bold", "status": result["status"]}),
-            (0.95, " · ".join(when + facts(result)), 145, {"size": 14}),
-            (1.25, f"warning: {plain(warnings[0], 110)}{more}" if warnings else "", 150, {"size": 13.5, "status": "partial"})):
-        _write(figure, 0.015, 1 - inches / height, text, width, **style)
+    lines = [(0.62, result.get("message") or result["status"], 80, 25, result["status"]),
+             (0.95, " · ".join(when + facts(result)), 145, 14, None),
+             (1.25, f"warning: {plain(warnings[0], 110)}{more}" if warnings else "", 150, 13.5, "partial")]
+    for inches, text, width, size_, status in lines:
+        _write(figure, 0.015, 1 - inches / height, text, width, size=size_, status=status,
+               weight="bold" if size_ == 25 else None)
     return figure
 
 
@@ -360,12 +361,13 @@ def _draw_model(axes, name, model):
 def _draw_matrix(axes, plot):
     """Few genres: the confusion matrix, shares of the actual genre."""
     rows, labels = plot["matrix"]["rows"], [_drawable(name, 9) for name in plot["matrix"]["labels"]]
-    few = len(rows) < 4
+    few, points = len(rows) < 4, 15 if len(rows) < 6 else 10 if len(rows) < 9 else 8
     axes.imshow(rows, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for y, x in ((y, x) for y in range(len(rows)) for x in range(len(rows))):
         axes.text(x, y, f"{rows[y][x]:.0%}" if len(rows) < 6 else f"{100 * rows[y][x]:.0f}", ha="center", va="center",
-                  color="white" if rows[y][x] < 0.55 else "black", size=15 if len(rows) < 6 else 10 if len(rows) < 9 else 8)
-    axes.set_xticks(range(len(rows)), labels, rotation=0 if few else 30, ha="center" if few else "right", rotation_mode="anchor")
+                  color="white" if rows[y][x] < 0.55 else "black", size=points)
+    tilt = {} if few else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(rows)), labels, **tilt)
     axes.set_yticks(range(len(rows)), labels)
     _finish(axes, "predicted", "actual", 11 if few else 8.5)
 
@@ -386,7 +388,8 @@ def _draw_confusions(axes, plot):
 
 def _draw_clusters(axes, plot):
     """The songs on their first two principal components, coloured and numbered by cluster."""
-    sizes, halo = plot["sizes"], {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "boxstyle": "circle,pad=0.2"}
+    sizes, halo = plot["sizes"], {"fc": "white", "alpha": 0.85, "ec": "none", "boxstyle": "circle,pad=0.2"}
+    legend = math.ceil(min(len(sizes), CLUSTERS_NAMED) / 2)  # lines, that need room
     for i, label in enumerate(plot["labels"]):
         x, y = ([point[axis] for point in plot["points"] if point[2] == i] for axis in (0, 1))
         name = f"{_drawable(f'{i + 1} {label}', 21)} {sizes[i] / max(1, sum(sizes)):.0%}"
@@ -395,8 +398,8 @@ def _draw_clusters(axes, plot):
         if x:
             axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i + 1, ha="center", va="center", size=14,
                       weight="bold", bbox=halo)
-    low, high = axes.get_ylim()  # room for the legend
-    axes.set(xticks=[], yticks=[], ylim=(low - (high - low) * 0.1 * math.ceil(min(len(sizes), CLUSTERS_NAMED) / 2), high))
+    low, high = axes.get_ylim()
+    axes.set(xticks=[], yticks=[], ylim=(low - (high - low) * 0.1 * legend, high))
     _finish(axes, "first principal component", "second")
     axes.legend(loc="lower left", ncols=2, frameon=False, borderaxespad=0.1, markerscale=2.5, handletextpad=0.1,
                 columnspacing=0.4, handlelength=1.2, fontsize=9.5)
@@ -404,9 +407,11 @@ def _draw_clusters(axes, plot):
 
 def _draw_density(axes, plot):
     """Predicted against actual: how many songs, on a logarithmic colour scale; the dashed line is a right guess."""
+    from matplotlib.colors import LogNorm
     low, high, _ = plot["edges"]
     counts = [[count or math.nan for count in row] for row in plot["density"]]
-    image = axes.imshow(counts, origin="lower", extent=(low, high, low, high), cmap="cividis", aspect="auto", norm="log")
+    scale = LogNorm(1, max(2, *(max(row) for row in plot["density"])))
+    image = axes.imshow(counts, origin="lower", extent=(low, high) * 2, cmap="cividis", aspect="auto", norm=scale)
     axes.plot([low, high], [low, high], color=PALETTE[3], linestyle="--", linewidth=2)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30, format="{x:,.0f}")
     bar.ax.yaxis.set_minor_formatter("")
@@ -453,7 +458,8 @@ def _draw_history(axes, result, history):
         before, label_at[name] = known[0], known[-1]
         for (at, *_), value in zip(mine, good):
             before = value if value == value else before  # a cross stands at the height of the last good value
-            axes.plot([at] * (value != value), [before] * (value != value), **style | {"marker": "x"}, markersize=10, mew=2.5)
+            if value != value:
+                axes.plot(at, before, **style | {"marker": "x"}, markersize=10, markeredgewidth=2.5)
     _write(axes, 0, 1.1, f"last {len(runs)} runs" if len(runs) > 1 else "first run", size=15, weight="bold")
     if not label_at:
         return _say(axes, "no run has trained a model yet")
