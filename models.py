@@ -14,6 +14,7 @@ scikit-learn and pandas are imported where they are used: they take two seconds,
 import argparse
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -1166,17 +1167,28 @@ def predict(songs, models_dir=MODELS_DIR):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+PIPED_WIDTH = 160  # columns of a table where there is no terminal to ask
+
+
 def _table(title, columns, rows):
     """Print a table; `columns` maps each heading to left or right."""
+    from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
-    table = Table(title=title, title_justify="left", header_style="bold")
+    from rich.text import Text
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading, side in columns.items():
-        table.add_column(heading, justify=side, overflow="fold", no_wrap=heading == "track_id")
+        table.add_column(heading, justify=side, overflow="fold", no_wrap=heading not in ("title", "artist"))
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    Console(markup=True, highlight=False).print(table)
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:  # no escape codes, and nothing that an old encoding cannot show
+        table.box, console = None, Console(markup=False, highlight=False, width=PIPED_WIDTH, file=io.StringIO())
+    console.print(Text(title, "bold"), table)
+    if console.file is not sys.stdout:
+        encoding = sys.stdout.encoding or "utf-8"
+        lines = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        print(lines.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _age(when: str) -> str:
@@ -1190,6 +1202,7 @@ def _age(when: str) -> str:
 
 def show(options) -> int:
     """Print the current models; 0 if every one of them can be loaded, 2 if none is there."""
+    import notify
     rows, reports, trouble = [], {}, []
     for name in MODELS:
         path, _ = _paths(name, options.models_dir)
@@ -1200,10 +1213,8 @@ def show(options) -> int:
             continue
         versions = len(list_versions(name, options.models_dir))
         reports[name] = {key: value for key, value in report.items() if key not in ("plot", "data")} | {"versions_kept": versions}
-        metric, value = next(iter(report["metrics"].items()))
-        change = "first" if report["previous"] is None else f"{(value or 0) - report['previous']:+.4f}"
-        rows.append((name, f"{metric} {value:.4f}" if value is not None else metric, change, f"{report['rows']:,}",
-                     _age(report["trained_at"]), f"{report['bytes'] / 1e6:.1f} MB", versions))
+        rows.append((name, *notify.metric_and_change(report), f"{report['rows']:,}", _age(report["trained_at"]),
+                     notify.size(report["bytes"]), versions))
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
@@ -1255,7 +1266,11 @@ def predict_csv(options) -> int:
         print(whole.to_json(orient="records", lines=True, force_ascii=False), end="")
     else:
         shown = songs[["track_name", "artist_name"]].join(added).head(20)
-        _table(f"{len(whole):,} songs; --out FILE writes them all", {name: "left" for name in shown}, shown.astype(str).to_numpy())
+        names = {"track_name": "title", "artist_name": "artist", "genre_confidence": "sure"}
+        columns = {names.get(name, name.removesuffix("_predicted")): "left" if name in db.TEXT + ("genre_predicted",) else "right"
+                   for name in shown}
+        rows = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row] for row in shown.itertuples(index=False)]
+        _table(f"{len(whole):,} songs; --out FILE writes them all", columns, rows)
     return 0
 
 

@@ -41,6 +41,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 from psycopg2 import sql
@@ -948,7 +949,7 @@ NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
       "half the songs are gone (and 1 more)"]),
     (a_run({"genre": a_genre(2), "clusters": some_clusters(5)}), a_history(), ["techno", "80%"]),
     (a_run({"genre": a_genre(200), "clusters": some_clusters(12)}), a_history(), ["→"]),
-    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), [r"\$m_i^2\$", "\\u6771"]),
+    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), ["$m_i^2$ ", "اغاني"]),
     (a_run({"genre": a_genre(LONG + [f"$long$ name {i}" for i in range(20)])}, host="ホスト$"), [], ["→"]),
     (a_run({name: failed("it broke") for name in NONE}), [], ["genre: failed", "it broke"]),
     (a_run(NONE, status="failed", message="nothing was trained", error="the database is gone", rows=None), a_history(),
@@ -1031,39 +1032,57 @@ def test_summary_without_models():
     assert out.getvalue().startswith("nothing was trained\nthe database is gone\n")
 
 
+@contextlib.contextmanager
+def logging_to(file):
+    """Prefect's own console handler on `file`, in the place of those there are."""
+    root, handler = logging.getLogger(), PrefectConsoleHandler(stream=file)
+    before, root.handlers = root.handlers, [handler]
+    try:
+        yield
+        assert not handler.filters
+    finally:
+        root.handlers = before
+
+
 def test_live_lines():
     logger = logging.getLogger("models")
+    logger.setLevel("INFO")
 
     def work(file):
-        handler = logging.StreamHandler(file)
-        logging.getLogger().addHandler(handler)
-        with notify.live_status(["genre", "similar"], file):
-            logger.warning("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
+        with logging_to(file), notify.live_status(["genre", "similar"]):
+            logger.info("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
             logger.error("something else")
+            logger.warning("similar: no disk; retrying in 2 s", extra={"model": "similar", "phase": "retrying"})
             time.sleep(0.6)
-        logging.getLogger().removeHandler(handler)
-        assert handler.stream is file and not handler.filters
-    text = on_terminal(work)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", on_terminal(work))
     assert "fitting 9 songs" in text and "waiting" in text and text.count("something else") == 1
+    assert text.count("similar: no disk; retrying in 2 s") == 1 and "↻ similar" in text and "genre: fitting" not in text
     plain = io.StringIO()
-    with notify.live_status(["genre"], plain):
-        assert not any(isinstance(handler, notify.LiveStatus) for handler in logging.getLogger().handlers)
-    assert plain.getvalue() == ""
+    with logging_to(plain), notify.live_status(["genre"]):
+        logger.info("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
+    assert plain.getvalue() == "genre: fitting 9 songs\n"
 
 
 def test_load_progress(caplog):
     caplog.set_level("INFO")
-    with notify.load_progress(io.StringIO()) as progress:
+    with notify.load_progress() as progress:
         for done in range(0, 1001, 10):
             progress(done, 1000)
         progress(5, None)
     assert [record.getMessage() for record in caplog.records] == [f"loading the CSV: {q} % of 1.0 kB" for q in (25, 50, 75, 100)]
 
     def work(file):
-        with notify.load_progress(file) as progress:
+        with logging_to(file), notify.load_progress() as progress:
             progress(500, 1000)
             time.sleep(0.3)
     assert "0.5/1.0 kB" in re.sub(r"\x1b\[[\d;]*m", "", on_terminal(work))
+
+
+def test_a_terminal_that_knows_only_ascii():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    notify.print_summary(a_run(), file)
+    file.seek(0)
+    assert "R\\xb2 0.884" in file.read()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -123,12 +123,25 @@ def secure_logs() -> None:
 
 def plain_and_without_secrets(record: logging.LogRecord) -> bool:
     """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
+    if record.name == "prefect.task_runs" and "will start" in record.msg:
+        retrying(record, *record.args)
+    elif record.name.startswith("prefect.") and re.search("Finished in state|Retries are exhausted", record.msg):
+        return False  # the run says both in its own words
     record.msg, record.args = db.redact(record.getMessage()), ()
     if record.exc_info and isinstance(record.exc_info[1], EXPECTED):
         record.exc_info = None
     elif record.exc_info:
         record.exc_text = db.redact(logging.Formatter().formatException(record.exc_info))
     return True
+
+
+def retrying(record: logging.LogRecord, _, error, retry: int, retries: int, delay: str) -> None:
+    """Turn Prefect's line about a retry into one that people read, and that the live lines know."""
+    task_name = getattr(record, "task_run_name", "task").removeprefix("train-")
+    seconds = f"{float(delay.split()[0]):.0f}" if delay[:1].isdigit() else "0"
+    record.levelno, record.levelname, record.args = logging.WARNING, "WARNING", ()
+    record.msg = f"{task_name}: {explain(error)}; retrying in {seconds} s ({retry} of {retries})"
+    record.model, record.phase = task_name, "retrying"
 
 
 def explain(error: BaseException) -> str:
@@ -307,6 +320,8 @@ def start_prefect_server():
         start_new_session=True, preexec_fn=_die_with_parent)  # Ctrl-C reaches the run alone, which still needs its server
     atexit.register(end_prefect_server, server)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    # It lives as long as the run and has no UI: "Beginning flow run" and "View at" help nobody.
+    os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL", "ERROR")
     return server
 
 
@@ -557,10 +572,10 @@ def without_secrets(step):
 
 # NO_CACHE: Prefect's default would pickle and hash every song for every task.
 from_database = dict(retries=DATABASE_RETRIES, retry_delay_seconds=DATABASE_DELAY, retry_condition_fn=can_heal, cache_policy=NO_CACHE)
-check_database = task(without_secrets(db.check_table), name="check-database", **from_database)
-load_csv = task(without_secrets(db.load_csv), name="load-csv", **from_database)
-load_demo = task(without_secrets(db.load_demo), name="load-demo", **from_database)
-load_songs = task(without_secrets(db.load_songs), name="load-songs", **from_database)
+check_database = task(without_secrets(db.check_table), name="check-database", task_run_name="check-database", **from_database)
+load_csv = task(without_secrets(db.load_csv), name="load-csv", task_run_name="load-csv", **from_database)
+load_demo = task(without_secrets(db.load_demo), name="load-demo", task_run_name="load-demo", **from_database)
+load_songs = task(without_secrets(db.load_songs), name="load-songs", task_run_name="load-songs", **from_database)
 train_tasks = {
     name: task(without_secrets(train_model), name=f"train-{name}", task_run_name=f"train-{name}", retries=TRAINING_RETRIES,
                retry_delay_seconds=TRAINING_DELAYS, retry_jitter_factor=JITTER, retry_condition_fn=can_heal,
@@ -662,34 +677,44 @@ def train_all(result: dict, songs, settings: dict, force: bool) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // len(asked))
     log.info("training %s with %d thread%s each", ", ".join(asked), threads, "s" * (threads > 1))
-    futures = {train_tasks[name].submit(name, songs, threads, settings.get(name, {})): name for name in asked}
-    entries = {}
-    for future in as_completed(list(futures)):
-        name = futures[future]
-        trained, error = attempt(future.result)
-        if not error:
-            estimator, metrics, seconds = trained
-            report = {"model": name, "run": result["started_at"], "table": result["table"], "seconds": seconds,
-                      "settings": settings.get(name, {}), "data": data, "data_fingerprint": data["fingerprint"], "rows": len(songs)}
-            report, error = attempt(models.publish, name, estimator, metrics, report, result["models_dir"], force)
-        entries[name] = failed_entry(error) if error else entry(report, result["models_dir"])
-        result["models"] = {other: entries[other] for other in asked if other in entries}
-        attempt(write_history, result, [name], entries[name]["status"])
-        log.log(logging.INFO if entries[name]["status"] == "trained" else logging.WARNING, "%s: %s", name,
-                entries[name]["error"] or "done, " + " ".join(notify.metric_and_change(entries[name])),
-                extra={"model": name, "phase": "done" if entries[name]["status"] == "trained" else entries[name]["status"]})
+    with notify.live_status(asked):
+        futures = {train_tasks[name].submit(name, songs, threads, settings.get(name, {})): name for name in asked}
+        for future in as_completed(list(futures)):
+            publish(result, futures[future], future, songs, data, settings, force)
+
+
+def publish(result: dict, name: str, future, songs, data: dict, settings: dict, force: bool) -> None:
+    """Publish a model that is ready, or note why there is none: in the result, the history and the log."""
+    trained, error = attempt(future.result)
+    if not error:
+        estimator, metrics, seconds = trained
+        report = {"model": name, "run": result["started_at"], "table": result["table"], "seconds": seconds,
+                  "settings": settings.get(name, {}), "data": data, "data_fingerprint": data["fingerprint"], "rows": len(songs)}
+        report, error = attempt(models.publish, name, estimator, metrics, report, result["models_dir"], force)
+    model = failed_entry(error) if error else entry(report, result["models_dir"])
+    done = result["models"] | {name: model}
+    result["models"] = {other: done[other] for other in result["asked"] if other in done}
+    attempt(write_history, result, [name], model["status"])
+    good, (metric, change) = model["status"] == "trained", notify.metric_and_change(model)
+    log.log(logging.INFO if good else logging.WARNING, "%s: %s", name, model["error"] or f"done, {metric} ({change})",
+            extra={"model": name, "phase": "done" if good else model["status"]})
 
 
 def write_artifacts(result: dict) -> None:
-    """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose history accumulates."""
-    rows = [{"model": name, "status": model["status"], "seconds": model["seconds"], "previous": model["previous"], **{
-        key: value for key, value in model["metrics"].items() if isinstance(value, (int, float))}}
-        for name, model in result["models"].items()]
-    create_table_artifact(rows, key="metrics", description=result["message"])
+    """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose versions accumulate."""
+    rows, history = [], models.read_history(result["models_dir"])
     for name, model in result["models"].items():
-        figures = "\n".join(f"| {key} | {value} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
-        create_markdown_artifact(f"# {name}: {model['status'].replace('_', ' ')}\n\n{model['error'] or ''}\n\n"
-                                 f"| metric | value |\n|---|---|\n{figures}", key=f"model-{name}")
+        metric, change = notify.metric_and_change(model)
+        rows.append({"model": name, "status": model["status"].replace("_", " "), "metric": metric, "change": change,
+                     "time": notify.duration(model["seconds"] or 0), "size": notify.size(model["bytes"])})
+        figures = "\n".join(f"| {key} | {notify.number(value)} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
+        runs = "\n".join(f"| {row['run'][:16].replace('T', ' ')} | {row['status'].replace('_', ' ')} | {notify.number(row['value'])} |"
+                         for row in history[::-1] if row["model"] == name and row["status"] != "started")
+        create_markdown_artifact(
+            f"# {name}: {notify.reason(model) or metric + f' ({change})'}\n\n| metric | value |\n|---|---|\n{figures}\n\n"
+            f"## Runs\n\n| started (UTC) | status | metric |\n|---|---|---|\n{runs}",
+            key=f"model-{name}", description=f"{name}, {model['status'].replace('_', ' ')}")
+    create_table_artifact(rows, key="metrics", description=result["message"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
