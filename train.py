@@ -204,7 +204,7 @@ def conclude(result: dict, error: BaseException | None, enable_notifications: bo
     stopped, picture = isinstance(error, Stopped), Path(result["models_dir"]) / "report.png"
     if result["models"] and not stopped:
         history = models.read_history(result["models_dir"])
-        for what, step, *arguments in (("the picture", notify.draw_report, result, history, picture), ("Prefect's artifacts", write_artifacts, result)):
+        for what, step, *arguments in (("the picture", models.naming(picture)(notify.draw_report), result, history, picture), ("Prefect's artifacts", write_artifacts, result)):
             _, trouble = attempt(step, *arguments)
             if trouble:
                 result["warnings"].append(f"{what} could not be made: {explain(trouble)}")
