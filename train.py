@@ -339,9 +339,18 @@ def wait_for_prefect(server):
 
 
 def on_signal(number, _):
-    """Tell everybody that the run was stopped, unless the flow's own handlers will; unwind to the exit."""
-    conclude(BEGUN["result"], Stopped(128 + number), BEGUN["notify"]) if BEGUN else None
     raise Stopped(128 + number)
+
+
+@contextmanager
+def stop_is_told():
+    """Tell everybody of a stop outside the flow: once unwound, as a handler amid an import waits for that import's locks."""
+    try:
+        yield
+    except Stopped as stop:
+        if BEGUN:
+            conclude(BEGUN["result"], stop, BEGUN["notify"])
+        raise
 
 
 def end_soon(status: int) -> None:
@@ -491,9 +500,10 @@ if __name__ == "__main__":
     OPTIONS = parse_options()
     if OPTIONS.check:
         sys.exit(check(OPTIONS))
-    SERVER = before_the_imports(OPTIONS)
-    for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline"):
-        importlib.import_module(heavy)
+    with stop_is_told():
+        SERVER = before_the_imports(OPTIONS)
+        for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
+            importlib.import_module(heavy)
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -698,4 +708,5 @@ def main(options: argparse.Namespace, server) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(OPTIONS, SERVER))
+    with stop_is_told():
+        sys.exit(main(OPTIONS, SERVER))
