@@ -2471,3 +2471,13 @@ def test_two_hundred_runs_in_one_process_let_nothing_grow(prefect, table, tmp_pa
     for what in ("open files", "threads", "temporary files", "files of ours", "connections"):
         assert late[what] <= early[what] + 3, what
     assert late["MB"] - seen[NIGHTS // 2]["MB"] < 40 and late["kB of ours"] - early["kB of ours"] < NIGHTS * 1.0
+
+
+def test_rollback_does_not_meddle_with_a_run(tmp_path):
+    for value in (0.1, 0.2):
+        publish(tmp_path, value)
+    with models.one_run_at_a_time(tmp_path.resolve()):
+        done = command("models.py", "rollback", "energy", "--models-dir", tmp_path)
+    assert done.returncode == 75 and "another run is training into" in done.stderr and current(tmp_path) == 0.2
+    assert command("models.py", "rollback", "energy", "--models-dir", tmp_path).returncode == 0 and current(tmp_path) == 0.1
+    assert command("models.py", "rollback", "energy", "--models-dir", tmp_path / "nowhere").returncode == 2 and not (tmp_path / "nowhere").exists()

@@ -362,10 +362,19 @@ def leave() -> None:
 
 
 def on_signal(number, _):
-    """Tell everybody that the run was stopped, unless the flow's own handlers will; unwind to the exit."""
     EXIT["status"] = 128 + number
-    conclude(BEGUN["result"], Stopped(128 + number), BEGUN["notify"]) if BEGUN else None
     raise Stopped(128 + number)
+
+
+@contextmanager
+def stop_is_told():
+    """Tell everybody of a stop outside the flow: once unwound, as a handler amid an import waits for that import's locks."""
+    try:
+        yield
+    except Stopped as stop:
+        if BEGUN:
+            conclude(BEGUN["result"], stop, BEGUN["notify"])
+        raise
 
 
 def end_soon(status: int) -> None:
@@ -518,9 +527,11 @@ if __name__ == "__main__":
     OPTIONS = parse_options()
     if OPTIONS.check:
         sys.exit(check(OPTIONS))
-    SERVER = before_the_imports(OPTIONS)
-    for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure"):
-        importlib.import_module(heavy)
+    with stop_is_told():
+        SERVER = before_the_imports(OPTIONS)
+        for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure",
+                      "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
+            importlib.import_module(heavy)
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -735,5 +746,6 @@ def main(options: argparse.Namespace, server) -> int:
 
 
 if __name__ == "__main__":
-    EXIT["status"] = main(OPTIONS, SERVER)
+    with stop_is_told():
+        EXIT["status"] = main(OPTIONS, SERVER)
     sys.exit(EXIT["status"])
