@@ -475,7 +475,12 @@ def check_songs(options):
         return [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
     else:
         raise DataError("DATABASE_URL is not set and there is no embedded database yet; try: python train.py --csv-path songs.csv")
-    found = db.check_table(url, options.table_name, for_csv=bool(options.csv_path))
+    try:
+        found = db.check_table(url, options.table_name, for_csv=bool(options.csv_path))
+    except DataError as error:
+        if not db.setting("DATABASE_URL") and 'database "music" does not exist' in str(error):  # only a demo has run here
+            raise DataError("there are no songs in the embedded database yet; try: python train.py --csv-path songs.csv") from None
+        raise
     lines = [("database", "ok", f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}")]
     if options.csv_path:
         return lines + [("table", "ok", f"{options.csv_path} may be loaded into {options.table_name} ({found['rows']:,} rows)")]
