@@ -1081,7 +1081,7 @@ def drift(now: dict, before: dict) -> list[str]:
         share, was = now["genres"].get(genre, 0.0), before["genres"].get(genre, 0.0)
         if abs(share - was) >= DRIFT_SHARE and max(share, was) >= DRIFT_RATIO * min(share, was):
             found.append(f"genre {genre} makes up {share:.1%} of the songs; it was {was:.1%}")
-    for name in now["means"].keys() & before["means"].keys():
+    for name in sorted(now["means"].keys() & before["means"].keys()):
         mean, was, deviation = now["means"][name], before["means"][name], before["deviations"][name]
         if abs(mean - was) > DRIFT_DEVIATIONS * max(deviation, 1e-9):
             found.append(f"mean {name} is {mean:.4g}; it was {was:.4g} (standard deviation {deviation:.3g})")
