@@ -25,7 +25,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import warnings
@@ -44,7 +43,6 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
-from psycopg2 import sql
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, top_k_accuracy_score
 from sklearn.preprocessing import QuantileTransformer
 

@@ -21,7 +21,6 @@ import atexit
 import ctypes
 import errno
 import importlib
-import json
 import logging
 import os
 import re
@@ -253,7 +252,7 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser.add_argument("--demo", nargs="?", type=int, const=10_000, metavar="N", help="train on N made-up songs in the embedded database (default: 10000)")
     parser.add_argument("--check", action="store_true", help="look at everything a run needs, train nothing and change nothing")
     parser.add_argument("--no-notify", action="store_true", help="do not post to Discord")
-    parser.add_argument("--models-dir", metavar="DIR", help=f"where the models go (default: models, or demo/models with --demo, beside train.py)")
+    parser.add_argument("--models-dir", metavar="DIR", help="where the models go (default: models, or demo/models with --demo, beside train.py)")
     options = parser.parse_args(arguments)
     if options.truncate and not options.csv_path:
         parser.error("--truncate must be accompanied by --csv-path")
@@ -538,7 +537,7 @@ if __name__ == "__main__":
                       "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
             importlib.import_module(heavy)
 
-from prefect import flow, get_run_logger, runtime, task
+from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import TerminationSignal
