@@ -2407,6 +2407,7 @@ HOSTILE = ['say "hi"', "two\nlines", "🎸 émoji 🏳️‍🌈", "עברית \
            "=cmd()", "+1+cmd|' /C calc'!A0", "NA", "null", "None", "nan", "'; DROP TABLE spotify_songs; --", "<@&123> <script>", "\\", "%s {} {0}", " ", "\t x"]
 
 
+@pytest.mark.slow
 def test_hostile_content_from_the_csv_to_the_message(prefect, url, tmp_path, discord):
     songs = db.demo_songs(700, seed=5)
     hostile = np.array([text for text in HOSTILE if text.strip()], object)
