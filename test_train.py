@@ -1835,7 +1835,7 @@ def test_a_signal_ends_the_run_within_ten_seconds(table, tmp_path, discord, numb
 # ---------------------------------------------------------------------------------------------------------------------
 
 KILLS = 20
-PHASES = ("", "Beginning flow run", "songs read", "training", "genre: evaluating", "similar: fitting", "clusters: done", "similar: done",
+PHASES = ("", "songs read", "training", "genre: evaluating", "similar: fitting", "clusters: done", "similar: done",
           "genre: done", "energy: fitting", "popularity: done", "energy: done", "models trained")
 
 
@@ -2009,7 +2009,7 @@ def test_a_signal_at_any_moment_ends_the_run_and_is_told(table, tmp_path, discor
     own = {"DATABASE_URL": table, "PREFECT_API_URL": ""}  # and so a Prefect server that must not outlive it
     for delay in (0.4, 0.8, 1.5, 2.5, 4, 6):  # the imports, the wait for the server
         stopped(number, status, tmp_path, discord, delay=delay, group=True, **own)
-    for i, phase in enumerate(("Beginning flow run", "training", "genre: evaluating", "similar: done", "energy: fitting", "genre: done")):
+    for i, phase in enumerate(("songs read", "training", "genre: evaluating", "similar: done", "energy: fitting", "genre: done")):
         stopped(number, status, tmp_path, discord, phase, rng.uniform(0, 0.5), group=True, **(own if i < 2 else {"DATABASE_URL": table}))
     assert models.owed(tmp_path) != []
     done = command("train.py", "--failed", "--models-dir", tmp_path, DATABASE_URL=table)
