@@ -2035,7 +2035,7 @@ def test_a_signal_while_a_query_waits_for_a_lock(table, tmp_path, discord):
 def small_disk(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     yield folder
@@ -2139,14 +2139,14 @@ def test_the_database_is_stopped(server, tmp_path, discord, moment, heals):
         control(*stop)
         process, lines = started(*arguments, **own)
     elif moment == "during the read":
-        process, lines = started(*arguments, "--table-name", "slow_songs", phase="check-database", **own)
-        time.sleep(1)
+        process, lines = started(*arguments, "--table-name", "slow_songs", phase="Beginning flow run", **own)
+        time.sleep(1.5)
         control(*stop)
     else:
         db.demo_songs(150_000, seed=7).to_csv(tmp_path / "big.csv", index=False)
         process, lines = started(*arguments, "--csv-path", tmp_path / "big.csv", "--truncate", phase="loading the CSV: 25 %", **own)
         control(*stop)
-    wait_for(lines, "Retry 1/2")
+    wait_for(lines, "(1 of 2)")
     if heals:
         control("start")
         assert count() in ((800, 0), (150_000, 150_000)), "half-loaded"
@@ -2168,7 +2168,7 @@ def test_no_connection_slot_is_free(server, tmp_path, heals):
     with pytest.raises(psycopg2.OperationalError):
         while True:
             held.append(psycopg2.connect(guest))
-    process, lines = started("--models-dir", tmp_path, "--only", "clusters", phase="Retry 1/2", DATABASE_URL=guest, DATABASE_RETRY_SECONDS="2" if heals else "0.5")
+    process, lines = started("--models-dir", tmp_path, "--only", "clusters", phase="(1 of 2)", DATABASE_URL=guest, DATABASE_RETRY_SECONDS="2" if heals else "0.5")
     if heals:
         [connection.close() for connection in held]
     status, text = finished(process, lines)
@@ -2180,7 +2180,7 @@ def test_no_connection_slot_is_free(server, tmp_path, heals):
 def test_a_lock_on_the_table_is_waited_for_said_and_survived(table, tmp_path):
     with db.connect(table) as cursor:
         cursor.execute("LOCK TABLE spotify_songs IN ACCESS EXCLUSIVE MODE")
-        process, lines = started("--models-dir", tmp_path, "--only", "clusters", phase="Retry 1/2", DATABASE_URL=table, DATABASE_RETRY_SECONDS="2")
+        process, lines = started("--models-dir", tmp_path, "--only", "clusters", phase="(1 of 2)", DATABASE_URL=table, DATABASE_RETRY_SECONDS="2")
     status, text = finished(process, lines)
     assert status == 0 and "Somebody else held a lock on the table for 30 s" in text
 
@@ -2374,7 +2374,7 @@ def test_no_secret_is_written_or_posted_by_any_failure(server, tmp_path, discord
         assert done.returncode == status, texts[-1]
     run(0)
     run(1, "-c", BREAK.format(root=HERE, train=str(ROOT / "train.py")), "--only", "energy,clusters")
-    assert "Retry 3/3" in texts[-1] and "no luck with" in texts[-1]
+    assert "(3 of 3)" in texts[-1] and "no luck with" in texts[-1]
     run(2, "--table-name", "nothing")
     run(2, DATABASE_URL=uri.replace("s3cr", "s4cr"))
     run(0, "--only", "clusters", DISCORD_WEBHOOK_URL=discord("gone"))
