@@ -2173,7 +2173,7 @@ def test_no_connection_slot_is_free(server, tmp_path, heals):
         [connection.close() for connection in held]
     status, text = finished(process, lines)
     [connection.close() for connection in held]
-    assert status == (0 if heals else 3) and "connection slots are taken: raise max_connections or close idle connections" in text, text
+    assert status == (0 if heals else 3) and "connection slots are taken: raise max_connections or close idle ones" in text, text
 
 
 @pytest.mark.slow
