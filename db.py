@@ -289,8 +289,10 @@ def _explain(error, parts, read_only):
     if "temporary" in said:
         rights, name = "TEMPORARY ON DATABASE", parts.get("dbname")
     fix = fix.replace("{grant}", f"GRANT {rights} {name} TO {parts.get('user', 'THE_USER')}")
-    message = f"PostgreSQL at {_place(parts)}: {said}. {fix}.".replace(parts.get("password") or "\0", "***")
-    return (DatabaseUnavailable if heals else DataError)(redact(message))
+    message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix}.")
+    if parts.get("password"):  # a whole word: a password of one letter must not eat into the others
+        message = re.sub(rf"(?<![A-Za-z0-9]){re.escape(parts['password'])}(?![A-Za-z0-9])", "***", message)
+    return (DatabaseUnavailable if heals else DataError)(message)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
