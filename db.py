@@ -504,7 +504,8 @@ class _Csv:
 
     def __init__(self, file, path, rejected_path):
         self.file, self.path, self.rejected_path, self.rejected_file = file, path, rejected_path, None
-        self.line, self.again, self.end, self.rejected, self.examples = 0, [], b"\n", Counter(), []
+        self.data, self.at = b"", 0         # what was read of the file, and how far it is worked off
+        self.line, self.end, self.rejected, self.examples = 0, b"\n", Counter(), []
         line = next((line for line in iter(self._readline, b"") if line.strip(b"\xef\xbb\xbf\r\n \t")), b"")
         first = self._text(line).removeprefix("\ufeff")
         if not first:
@@ -520,11 +521,11 @@ class _Csv:
             raise DataError(f"{path} lacks the columns {', '.join(missing)}; found: {found}. Fix: {hint}")
         self.numbers = sorted(i for name, i in self.columns.items() if name not in TEXT + ("explicit", "year"))
         self.end = b"\r\n" if line.endswith(b"\r\n") else b"\n"     # COPY wants the same line end everywhere
-        self.plain = self._pattern().fullmatch
+        self.plain = self._pattern().match
 
     def _pattern(self):
-        """Regular expression of a row that COPY and the csv module understand alike and that can be loaded."""
-        plain, quoted = rb'[^,"\r\n\0]*', rb'[^"\0]*(?:""[^"\0]*)*"'
+        """Regular expression of rows that COPY and the csv module understand alike and that can be loaded."""
+        plain, quoted = rb'[^,"\r\n\0]*', rb'[^"\n\0]*(?:""[^"\n\0]*)*"'
         kinds = dict.fromkeys(range(self.width), b'(?:"%b|%b)' % (quoted, plain))
         number = {**dict.fromkeys(self.columns, rb"-?[0-9]{1,15}(?:\.[0-9]{1,25})?(?:[eE][-+]?[0-9]{1,2})?"),
                   **dict.fromkeys(INTEGERS, rb"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"),
@@ -534,28 +535,47 @@ class _Csv:
                 kinds[i] = rb'(?:[^\0-\x20",]%b|"(?:[^\0-\x20"]|"")%b)' % (plain, quoted)
             elif name not in TEXT:
                 kinds[i] = rb'(?:%b|"%b"%b)' % (number[name], number[name], b'|""|' if name in OPTIONAL else b"")
-        return re.compile(rb"(?>%b%b)" % (b",".join(kinds[i] for i in range(self.width)), self.end))
+        return re.compile(rb"(?>%b%b)*+" % (b",".join(kinds[i] for i in range(self.width)), self.end))
 
     def _text(self, data):
+        """The text of whole lines, of which the last is number self.line."""
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {self.line}); convert "
+            line = self.line + 1 - data.count(b"\n", error.start)
+            raise DataError(f"{self.path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}); convert "
                             f"it: iconv -f latin1 -t utf-8 {self.path} > songs-utf8.csv") from error
 
+    def _more(self):
+        """Read on by whole lines; False at the end of the file."""
+        if self.at == len(self.data):
+            data, rest = self.file.read(BLOCK), self.file.readline(MAX_LINE)
+            if len(rest) == MAX_LINE:
+                raise DataError(f"A line of {self.path} exceeds {MAX_LINE >> 20} MB; is it a CSV file?")
+            self.data, self.at = data + rest, 0
+            if self.data and not self.data.endswith(b"\n"):
+                self.data += self.end
+        return self.at < len(self.data)
+
     def _readline(self):
-        line = self.again.pop() if self.again else self.file.readline(MAX_LINE)
-        if len(line) == MAX_LINE:
-            raise DataError(f"Line {self.line + 1} of {self.path} exceeds {MAX_LINE >> 20} MB; is it a CSV file?")
+        if not self._more():
+            return b""
+        start, self.at = self.at, self.data.index(b"\n", self.at) + 1
         self.line += 1
-        return line if line.endswith(b"\n") or not line else line + self.end
+        return self.data[start:self.at]
 
     def blocks(self):
         """Yield clean CSV without header, `width` columns, in blocks of many rows."""
         block, size = [], 0
-        for line in iter(self._readline, b""):
-            block.append(line if self.plain(line) and self._text(line) else self._row(line))
-            size += len(line)
+        while self._more():
+            start, self.at = self.at, self.plain(self.data, self.at).end()
+            rows = self.data[start:self.at]
+            self.line += rows.count(b"\n")
+            self._text(rows)
+            if self.at < len(self.data):
+                rows += self._row(self._readline())
+            block.append(rows)
+            size += len(rows)
             if size > BLOCK:
                 yield b"".join(block)
                 block, size = [], 0
@@ -576,7 +596,7 @@ class _Csv:
         except csv.Error as error:
             fields, reason = [], f"not CSV: {error}"
         if reason and len(taken) > 1:        # perhaps a stray quote: only its own line is lost
-            self.again += reversed(taken[1:])
+            self.data, self.at = b"".join(taken[1:]) + self.data[self.at:], 0
             self.line, fields = first, []
         reason, row = self._clean(fields) if fields and not reason else (reason, "")
         if reason:
