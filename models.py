@@ -24,6 +24,8 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from functools import lru_cache
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -130,21 +132,30 @@ def _distinct(songs, name: str, at_least: int):
 
 NUMBERS = ("popularity", *AUDIO, *MORE_AUDIO)
 WORD = re.compile(r"[^\W\u0370-\uffff]+|[^\W\u0000-\u036f]")  # a word in Latin letters, or one character of another script
+BRACKET = re.compile(r"[(\[\-]")
 FEATURED = re.compile(r"[(\[\-]\s*(?:feat\.?|ft\.?|featuring|with)\s+([^()\[\]]+)"             # "Title (feat. B & C)"
                       r"|[(\[\-]\s*([^()\[\]\-]+?)(?:'s)?\s+(?:[a-z]+\s+)?(?:remix|edit|mix)")  # "Title - B Club Remix"
 
 
+TEXTS_KEPT = 1 << 18  # two models split the same texts, each twice: for its evaluation and for the model that is saved
+
+
+@lru_cache(TEXTS_KEPT)
 def credits(artist_name: str) -> list[str]:
     """Return the credited artists: "A;B" is A and B."""
     return [name.strip() for name in artist_name.casefold().split(";")]
 
 
+@lru_cache(TEXTS_KEPT)
 def featured(track_name: str) -> list[str]:
     """Return the artists a title names: B and C of "Title (feat. B & C)"."""
+    if not BRACKET.search(track_name):
+        return []
     found = ",".join(filter(None, (name for match in FEATURED.findall(track_name.casefold()) for name in match)))
     return [name.strip() for name in re.split(r",|&| and | x ", found) if name.strip()]
 
 
+@lru_cache(TEXTS_KEPT)
 def words(text: str) -> list[str]:
     """Return the words of a title: "remix" or "christmas" tells something even of an artist never seen."""
     return WORD.findall(text.casefold())
@@ -169,13 +180,15 @@ def incidence(names, split, levels: dict | None = None):
     import pandas as pd
     from scipy.sparse import csr_array
     codes, uniques = pd.factorize(names)
-    found = [split(name) for name in uniques]
+    found = [split(name) for name in np.asarray(uniques, dtype=object)] + [()]  # the last row: no name
+    keys = list(chain.from_iterable(found))
     if levels is None:
-        levels = {key: column for column, key in enumerate(dict.fromkeys(key for keys in found for key in keys))}
-    columns = [[levels[key] for key in dict.fromkeys(keys) if key in levels] for keys in found] + [[]]  # last: no name
-    ends = np.cumsum([0] + [len(row) for row in columns])
-    flat = np.array([column for row in columns for column in row], dtype=np.int32)
-    table = csr_array((np.ones(len(flat), np.float32), flat, ends), shape=(len(columns), len(levels)))
+        levels = {key: column for column, key in enumerate(dict.fromkeys(keys))}
+    columns = np.fromiter(map(levels.get, keys, repeat(-1)), np.int32, len(keys))
+    rows = np.repeat(np.arange(len(found)), np.fromiter(map(len, found), int, len(found)))
+    rows, columns = rows[columns >= 0], columns[columns >= 0]
+    table = csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(found), len(levels)))
+    table.data[:] = 1  # also of a key that stands twice in a name
     return table[np.where(codes < 0, len(uniques), codes)], levels
 
 
@@ -447,7 +460,8 @@ class SongRegressor:
         if len(rows) > self.MAX_FIT_ROWS:
             kept = np.sort(rng.choice(len(rows), self.MAX_FIT_ROWS, replace=False))
             rows, table = rows[kept], table[kept]
-        return np.c_[self._audio(songs.iloc[rows]), table], rows
+        some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
+        return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
     def _fit_start(self, songs, y, curve, rng):
         """Learn where the residuals start from: the genre's shrunken mean or a quadratic of it and the audio."""

@@ -61,6 +61,8 @@ STOPPED_POST_SECONDS = 5    # of them for Discord
 CHECK_SECONDS = 4           # for all that --check looks at, side by side
 SPACE_NEEDED = 100 << 20    # bytes free for a night: five models, their versions and a picture
 
+HEAVY = ("pandas", "sklearn.ensemble", "sklearn.pipeline")  # imported before the models ask for them side by side
+
 # Exit statuses.
 TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
 
@@ -533,8 +535,7 @@ if __name__ == "__main__":
         sys.exit(check(OPTIONS))
     with stop_is_told():
         SERVER = before_the_imports(OPTIONS)
-        for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure",
-                      "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
+        for heavy in (*HEAVY, "matplotlib.figure", "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
             importlib.import_module(heavy)
 
 from prefect import flow, runtime, task
@@ -692,7 +693,11 @@ def train_all(result: dict, songs, settings: dict, force: bool) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = max(1, cores // len(asked))
     log.info("training %s with %d thread%s each", ", ".join(asked), threads, "s" * (threads > 1))
-    with notify.live_status(asked):
+    for heavy in HEAVY:  # by five threads at once, Python breaks off with "partially initialized module"
+        importlib.import_module(heavy)
+    from threadpoolctl import threadpool_limits
+    # Around all: BLAS has one limit for the whole process, and the first model to end would lift it for the others.
+    with notify.live_status(asked), threadpool_limits(threads):
         futures = {train_tasks[name].submit(name, songs, threads, settings.get(name, {})): name for name in asked}
         for future in as_completed(list(futures)):
             publish(result, futures[future], future, songs, data, settings, force)
