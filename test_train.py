@@ -45,6 +45,7 @@ from prefect.settings import get_current_settings
 from prefect.testing.utilities import prefect_test_harness
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, top_k_accuracy_score
 from sklearn.preprocessing import QuantileTransformer
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import train  # first of ours: it sets Prefect's defaults
 import db
@@ -1668,6 +1669,23 @@ def test_models_train_side_by_side_on_one_read(table, tmp_path, monkeypatch):
         monkeypatch.setitem(models.MODELS, name, meet)
     assert train.ml_training_pipeline(models_dir=str(tmp_path))["status"] == "completed"
     assert len(set(seen)) == 1, "one read of the table, the same object for all five"
+
+
+def test_the_first_model_to_end_does_not_lift_the_limit_on_threads(table, tmp_path, monkeypatch):
+    begun, left = [], []
+    def model(songs):
+        begun.append(1)
+        if len(begun) == 1:
+            assert wait_until(lambda: len(begun) == 2, 60)
+        else:
+            assert wait_until(lambda: "trained" in [line["status"] for line in models.read_history(tmp_path)], 60)
+            left.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return {"toy": 1}, {"figure": 1.0}
+    for name in ("energy", "similar"):
+        monkeypatch.setitem(models.MODELS, name, model)
+    with threadpool_limits(3, "blas"):
+        assert train.ml_training_pipeline(models_dir=str(tmp_path), only="energy,similar")["status"] == "completed"
+    assert left and set(left) == {max(1, len(os.sched_getaffinity(0)) // 2)}
 
 
 def test_the_lock_is_held_during_a_run_and_free_after_it(table, tmp_path, monkeypatch):
