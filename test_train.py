@@ -291,6 +291,142 @@ def test_connection_failures(locked, tmp_path):
     [connection.close() for connection in held]
 
 
+# ---- a managed PostgreSQL: TLS with a certificate, a pooler, no patience with idle connections -----------------------
+IDLE_MS = 300
+
+
+@pytest.fixture(scope="session")
+def managed():
+    """(URI, folder of certificates, port of the pooler or None): a server that takes TLS only, on "localhost"."""
+    binaries = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))[-1:]), None)
+    if not binaries or not shutil.which("openssl"):
+        pytest.skip("the embedded PostgreSQL has no TLS; for this test: apt-get install postgresql pgbouncer openssl")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    os.chmod(folder, 0o755)
+    user, at = db._server_user(folder / "x"), folder / "x"
+    run = dict(user, check=True, cwd=at, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    certificate = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {0}.key -out {0}.pem -subj /CN={0} "
+    for name, more in ("ca", ""), ("other", ""), ("localhost", "-addext subjectAltName=DNS:localhost -CA ca.pem -CAkey ca.key"):
+        subprocess.run(shlex.split(certificate.format(name) + more), **run)
+    (folder / "pw").write_text("s3cr:et/@")
+    os.chmod(folder / "pw", 0o644)
+    subprocess.run([binaries / "initdb", "-D", "data", "-U", "owner", "--auth=scram-sha-256", f"--pwfile={folder / 'pw'}", "-N"], **run)
+    (at / "data" / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    port, pooler = ports
+    control = [binaries / "pg_ctl", "-D", "data", "-l", "log", "-w", "-o", f"-p {port} -h 127.0.0.1 -k '' -c ssl=on -c ssl_cert_file={at}/localhost.pem "
+               f"-c ssl_key_file={at}/localhost.key -c idle_session_timeout={IDLE_MS} -c idle_in_transaction_session_timeout={IDLE_MS}"]
+    subprocess.run([*control, "start"], **run)
+    bouncer = None
+    if shutil.which("pgbouncer"):
+        (at / "users").write_text('"owner" "s3cr:et/@"\n')
+        (at / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=localhost port={port}\n[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={pooler}\nunix_socket_dir=\n"
+            "auth_type=scram-sha-256\nauth_file=users\npool_mode=transaction\ndefault_pool_size=1\nclient_tls_sslmode=require\n"
+            "client_tls_cert_file=localhost.pem\nclient_tls_key_file=localhost.key\nserver_tls_sslmode=verify-full\nserver_tls_ca_file=ca.pem\n")
+        bouncer = subprocess.Popen(["pgbouncer", "-q", "pgbouncer.ini"], **user, cwd=at, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    uri = f"postgresql://owner:{PASSWORD}@localhost:{port}/postgres"
+    yield uri, at, pooler if bouncer else None
+    if bouncer:
+        bouncer.terminate()
+        bouncer.wait()
+    subprocess.run([*control, "-m", "immediate", "stop"], **{**run, "check": False})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def pooled(managed):
+    """URI of the pooler: transaction mode, a single connection to the server."""
+    uri, at, pooler = managed
+    if not pooler:
+        pytest.skip("for this test: apt-get install pgbouncer")
+    uri = re.sub(r":\d+/", f":{pooler}/", uri) + f"?sslmode=verify-full&sslrootcert={at}/ca.pem"
+    with contextlib.suppress(psycopg2.OperationalError):
+        wait_until(lambda: execute(uri, "SELECT 1"))
+    return uri
+
+
+def test_tls(managed, tmp_path):
+    uri, at, _ = managed
+    for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
+        with db.connect(uri + mode, read_only=True) as cursor:
+            cursor.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+            assert cursor.fetchone() == (True,)
+    fix = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert="
+    for mode in f"verify-full&sslrootcert={at}/other.pem", "verify-full&sslrootcert=/no/such.pem", f"verify-ca&sslrootcert={at}/other.pem":
+        fails(db.DataError, "certificate.*[^.]" + fix, db.check_table, f"{uri}?sslmode={mode}", "t")
+    elsewhere = f"{uri.replace('localhost', '127.0.0.1')}?sslmode=verify-full&sslrootcert={at}/ca.pem"
+    fails(db.DataError, 'does not match host name "127.0.0.1"' + fix, db.check_table, elsewhere, "t")
+    fails(db.DataError, r"no encryption\. Add \?sslmode=require", db.check_table, uri + "?sslmode=disable", "t")
+
+
+def test_what_was_wrong_is_not_hidden_by_the_try_without_tls(managed):
+    """libpq's default sslmode, prefer, tries again without TLS: a full server must not pass for one that refuses us."""
+    uri, _, _ = managed
+    execute(uri, "CREATE ROLE crowd LOGIN PASSWORD 'x' CONNECTION LIMIT 0")
+    fails(db.DatabaseUnavailable, 'too many connections for role "crowd". Its connection slots', db.check_table, uri.replace(f"owner:{PASSWORD}", "crowd:x"), "t")
+    fails(db.DataError, 'password authentication failed for user "owner". Correct user', db.check_table, uri.replace(PASSWORD, "x"), "t")
+
+
+def test_a_wrong_certificate_ends_a_run_at_once(prefect, managed, tmp_path):
+    uri, at, _ = managed
+    done = ends_with(2, "certificate verify failed. In DATABASE_URL name the host", "--models-dir", tmp_path, DATABASE_RETRY_SECONDS="0.1",
+                     DATABASE_URL=f"{uri}?sslmode=verify-full&sslrootcert={at}/other.pem")
+    assert "retrying" not in done.stderr and "check-database is not tried again" in done.stderr
+
+
+def test_a_pooler_in_transaction_mode(pooled, tmp_path):
+    """Everything db.py does, through the only connection the pooler has to the server, between another client's transactions."""
+    other = psycopg2.connect(pooled)
+    other.autocommit = True
+
+    def ask(query):
+        with other.cursor() as cursor:
+            cursor.execute(query)
+            return cursor.fetchall()
+    assert ask("SELECT 1") == [(1,)]
+    db.demo_songs(3000).to_csv(tmp_path / "a.csv", index=False)
+    db.check_table(pooled, "songs", for_csv=True)
+    for truncate in False, True, False:
+        assert db.load_csv(tmp_path / "a.csv", pooled, "songs", truncate)["loaded"] == 3000
+    assert db.check_table(pooled, "songs")["rows"] == len(db.load_songs(pooled, "songs")) == 3000
+    assert db.profile_table(pooled, "songs")[0] == 20
+    settings = "statement_timeout", "lock_timeout", "work_mem", "transaction_read_only"
+    left = {name: ask(f"SHOW {name}")[0][0] for name in settings}
+    assert left == dict(zip(settings, ("0", "0", "4MB", "off"))), "a setting stayed with the pooler's connection"
+    assert ask("SELECT count(*) FROM pg_class WHERE relname = 'staging'") == [(0,)]
+    other.close()
+    fails(db.DataError, "unsupported startup parameter: options. A pooler stands", db.check_table, pooled + "&options=-cstatement_timeout%3D0", "t")
+    fails(db.DataError, r"SSL required. Add \?sslmode=require", db.check_table, re.sub(r"\?.*", "?sslmode=disable", pooled), "t")
+    fails(db.DataError, 'database "nope" does not exist', db.check_table, pooled.replace("/postgres?", "/nope?"), "t")
+
+
+def test_no_connection_idles(prefect, managed, tmp_path, monkeypatch):
+    """A server that ends idle connections ends none of a run: not while the last songs are parsed, nor during training."""
+    uri, _, _ = managed
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    parse, seen = db._parse, []
+
+    def slowly(block, used):
+        time.sleep(3 * IDLE_MS / 1000)
+        return parse(block, used)
+
+    def look(songs):
+        seen.extend(execute(uri, ours)[0])
+        return {"toy": len(songs)}, {"figure": 1.0}
+    db.load_demo(1200, uri, "spotify_songs")
+    monkeypatch.setenv("DATABASE_URL", uri)
+    monkeypatch.setattr(db, "PARSE_ROWS", 500)
+    monkeypatch.setattr(db, "_parse", slowly)
+    monkeypatch.setitem(models.MODELS, "similar", look)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
+    assert result["status"] == "completed" and result["rows"] == 1200 and seen == [0]
+
+
 def test_read_only_server(url, tmp_path):
     """Songs can be read from a replica, nothing can be loaded into it, and the sentence says what to do."""
     path = write(tmp_path / "a.csv", [GOOD])
