@@ -267,8 +267,8 @@ ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; t
     ("^-.*(password|authentication failed)", False,
      "Correct user and password in DATABASE_URL (in a password write %40 for @, %3A for :, %2F for /)"),
     ('^-.*(role|database) "[^"]*" does not exist', False, "Create it (createuser, createdb) or correct DATABASE_URL"),
-    ("^-.*certificate", False, "In DATABASE_URL name the host the certificate is for, and the file of the CA that signed "
-     "it: ?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca-certificates.crt, or the file your provider gives out"),
+    ("^-.*certificate", False, "In DATABASE_URL name the host the certificate is for, and the file of the CA that "
+     "signed it: ?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca-certificates.crt, or the file your provider gives out"),
     ("^-.*(no encryption|SSL required)", False, "Add ?sslmode=require to DATABASE_URL"),
     ("^-.*startup parameter", False, "A pooler stands between: leave that parameter out of DATABASE_URL"),
     ("^-.*(pg_hba|not permitted|permission denied|SSL was required|invalid (ssl|conn|URI|port))", False,

@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from email.parser import BytesParser
 from pathlib import Path
 
@@ -1837,6 +1838,100 @@ def test_drift_is_a_warning_of_the_run(table, tmp_path):
     assert len(warnings) == 1 and warnings[0].startswith("mean loudness is")
 
 
+# ---- memory ---------------------------------------------------------------------------------------------------------
+def test_a_sample_is_said_in_log_and_metrics(songs, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(models.GenreClassifier, "BASE_SONGS", 500)
+    monkeypatch.setattr(models.SongRegressor, "MAX_FIT_ROWS", 700)
+    for name, rows in ("genre", 500), ("energy", 700):
+        final, metrics = models.MODELS[name](songs)
+        assert metrics["fitted_on"] == final.fitted_on_ and 0.7 * rows < final.fitted_on_ <= rows < len(songs)
+        assert f"{name}: fitted on a sample of {final.fitted_on_:,} of the {len(songs):,} songs" in caplog.text
+    assert len(models.train_similar(songs)[0].track_ids_) == len(songs)
+    assert "fitted_on" not in models.train_genre(songs.head(400))[1]
+
+
+@pytest.mark.parametrize("kinds, path, files", [
+    ("memory", "docker/1", {"docker/1/memory.limit_in_bytes": 900, "docker/1/memory.usage_in_bytes": 500, "docker/1/memory.stat": "cache 100"}),
+    ("memory", "not/seen/from/here", {"memory.limit_in_bytes": 900, "memory.usage_in_bytes": 500, "memory.stat": "cache 100"}),
+    ("", "a.slice/b.service", {"a.slice/b.service/memory.max": "max", "a.slice/memory.max": 900, "a.slice/memory.current": 500, "a.slice/memory.stat": "anon 400\nfile 100"}),
+    ("", "", {"memory.max": 900, "memory.current": 500, "memory.stat": "file 100\nkernel 1"})])
+def test_memory_left_in_a_container(tmp_path, kinds, path, files):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:   1000 kB\nSwapFree:  24 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"3:cpu:/x\n1:{kinds}:/{path}\n")
+    assert train.memory_left(tmp_path) == 1024 << 10
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / kinds / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+    assert train.memory_left(tmp_path) == 500
+    assert train.memory_left(tmp_path / "nothing") == float("inf")
+
+
+def test_memory_left_below_a_limit():
+    code = "import resource, train; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, -1)); print(train.memory_left())"
+    assert 1 << 30 < float(command("-c", code).stdout) < 2 << 30
+
+
+class Held:
+    """Something large that ought to be gone in time."""
+
+    alive = weakref.WeakSet()
+
+    def __init__(self):
+        self.alive.add(self)
+
+
+def test_a_fit_without_memory_is_tried_again_alone_and_leaves_nothing_behind(table, tmp_path, monkeypatch, patient):
+    tries, together = [], threading.Barrier(2, timeout=60)
+
+    def hungry(songs):
+        gc.collect()
+        assert not Held.alive, "the failed fit still holds its arrays"
+        arrays = [Held()]
+        tries.append("energy")
+        if len(tries) == 1:
+            together.wait()
+            arrays.append(np.ones(1 << 50))
+        return {"toy": 1}, {"figure": 1.0}
+
+    def modest(songs):
+        together.wait()
+        time.sleep(0.5)
+        tries.append("similar")
+        return {"toy": 2}, {"figure": 2.0}
+    monkeypatch.setitem(models.MODELS, "energy", hungry)
+    monkeypatch.setitem(models.MODELS, "similar", modest)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["energy", "similar"])
+    assert result["status"] == "completed" and tries == ["energy", "similar", "energy"]
+    assert [(line["model"], line["status"]) for line in models.read_history(tmp_path)[2:]] == [("energy", "failed"), ("similar", "trained"), ("energy", "trained")]
+
+
+def test_where_memory_is_short_models_are_trained_one_after_another(table, tmp_path, monkeypatch):
+    def lonely(songs, **settings):
+        gc.collect()
+        assert not Held.alive, "another model is being trained, or is still held though it is on the disk"
+        model = Held()
+        time.sleep(0.2)
+        return model, {"figure": 1.0}
+    for name in models.MODELS:
+        monkeypatch.setitem(models.MODELS, name, lonely)
+    monkeypatch.setattr(train, "memory_left", lambda: 4 * train.FIT_BASE)
+    assert train.ml_training_pipeline(models_dir=str(tmp_path))["status"] == "completed"
+    monkeypatch.setattr(train, "memory_left", lambda: train.FIT_BASE + 600 * train.SONG_BYTES)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path))
+    short = [name for name in models.MODELS if train.FIT_BYTES[name] > train.SONG_BYTES]
+    assert [name for name, model in result["models"].items() if model["status"] == "failed"] == short
+
+
+def test_songs_that_cannot_be_held_are_not_read(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "memory_left", lambda: 1 << 20)
+    with pytest.raises(train.PipelineFailed, match=r"600 songs do not fit in the memory that is left \(1.0 MB\); raise the limit .*--table-name") as failed:
+        train.ml_training_pipeline(models_dir=str(tmp_path))
+    assert failed.value.result["exit_status"] == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of train.py: real processes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2364,6 +2459,16 @@ def test_of_ten_runs_at_once_one_trains(table, tmp_path):
             assert ended[i] < 8, "they share two cores while they start"
             assert re.fullmatch(rf"another run is training into {tmp_path} \(process {runs[winner][0].pid} since .* UTC\); nothing was done\n", "".join(lines))
     print(f"\n  nine gone after {min(ended.values()):.1f} to {sorted(ended.values())[-2]:.1f} s, the tenth trained in {ended[winner]:.1f} s")
+
+
+def test_two_tables_at_once(table, tmp_path):
+    db.load_demo(900, table, "other songs", seed=1)
+    runs = {name: started("--models-dir", tmp_path / name, "--table-name", name, "--only", "genre,clusters,similar", DATABASE_URL=table)
+            for name in ("spotify_songs", "other songs")}
+    for (name, run), rows in zip(runs.items(), (600, 900)):
+        status, text = finished(*run)
+        assert status == 0 and f"{rows:,} songs of {name}" in text
+        assert {models.read_report(model, tmp_path / name)["rows"] for model in ("genre", "clusters", "similar")} == {rows}
 
 
 @pytest.mark.slow
