@@ -2461,6 +2461,30 @@ def test_of_ten_runs_at_once_one_trains(table, tmp_path):
     print(f"\n  nine gone after {min(ended.values()):.1f} to {sorted(ended.values())[-2]:.1f} s, the tenth trained in {ended[winner]:.1f} s")
 
 
+def with_limit(kilobytes, *arguments, **environment):
+    """Run train.py under `ulimit -v`."""
+    line = f"ulimit -v {kilobytes}; exec {shlex.join([sys.executable, 'train.py', *map(str, arguments)])}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env={**os.environ, **COMMAND, **environment}, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_limit_too_low_to_begin(tmp_path):
+    status, text = with_limit(1_000_000, "--models-dir", tmp_path)
+    assert status == 2 and text.startswith("ulimit -v allows this process less than the 1.3 GB that it needs") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_memory_limit_costs_time_or_single_models(table, tmp_path):
+    status, text = with_limit(1_300_000, "--models-dir", tmp_path, DATABASE_URL=table)
+    assert status == 0 and "one after another, as memory is short" in text and "5 of 5 models trained" in text
+    db.load_demo(SOME_SONGS, table, "large")
+    status, text = with_limit(LIMIT, "--models-dir", tmp_path, "--table-name", "large", DATABASE_URL=table)
+    print(text[-1500:])
+    assert status == 1 and re.search(r"genre failed: [\d,]+ songs do not fit in the memory that is left \([\d.]+ MB\); raise the limit", text)
+    assert "clusters: done" in text
+
+
 def test_two_tables_at_once(table, tmp_path):
     db.load_demo(900, table, "other songs", seed=1)
     runs = {name: started("--models-dir", tmp_path / name, "--table-name", name, "--only", "genre,clusters,similar", DATABASE_URL=table)

@@ -118,13 +118,8 @@ def attempt(step, *arguments):
 class OutOfMemory(DataError):
     """The songs do not fit in the memory that is left."""
 
-    def __init__(self, rows: int | None = None):
-        super().__init__(f"{'the' if rows is None else f'{rows:,}'} songs do not fit in the memory that is left ({notify.size(memory_left())}); "
-                         "raise the limit (ulimit -v, the container's), train fewer models at a time (--only), or make a view with a "
-                         "sample of the songs and name it as --table-name")
 
-
-EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError)  # their text says it all
+EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError, MemoryError)  # their text says it all
 
 
 def secure_logs() -> None:
@@ -162,7 +157,7 @@ def explain(error: BaseException) -> str:
     """Return an error as a sentence without secrets."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"there is no space left for {error.filename or 'a file'}; make room on that disk and run it again"
-    error = OutOfMemory() if isinstance(error, MemoryError) else error
+    error = out_of_memory() if isinstance(error, MemoryError) else error
     return db.redact(str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}")
 
 
@@ -213,6 +208,13 @@ def memory_left(root: str = "/") -> float:
                     most, used = (int((folder / name).read_text()) for name in names[:2])
                     left.append(most - used + int(re.search(rf"(?m)^{names[2]} (\d+)", (folder / "memory.stat").read_text())[1]))
     return min(left)
+
+
+def out_of_memory(rows: int | None = None) -> OutOfMemory:
+    left = memory_left()
+    size = f" ({notify.size(max(left, 0)) or 'nothing'})" if left < math.inf else ""
+    return OutOfMemory(f"{'the' if rows is None else f'{rows:,}'} songs do not fit in the memory that is left{size}; raise the limit (ulimit -v, "
+                       "the container's), train fewer models at a time (--only), or name a view with a sample of them as --table-name")
 
 
 def enough_memory(rows: int, each: int, fits: int = 1) -> bool:
@@ -538,7 +540,7 @@ def check_songs(options):
         ("genres", "ok" if genres >= 2 else "warning", f"{genres} genres of {models.MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
         ("nulls", "warning" if holes else "ok", ", ".join(f"{name} {share:.1%}" for name, share in holes.items()) +
          ": songs without a required value are left out, optional ones are treated as missing" if holes else "none that matter"),
-        ("memory", "ok" if roomy else "problem", "enough for these songs" if roomy else str(OutOfMemory(found["rows"])))]
+        ("memory", "ok" if roomy else "problem", "enough for these songs" if roomy else str(out_of_memory(found["rows"])))]
 
 
 def check_folder(options):
@@ -616,7 +618,7 @@ def train_model(name: str, songs, threads: int, settings: dict):
     from joblib import parallel_config
     from threadpoolctl import threadpool_limits
     if not enough_memory(len(songs), FIT_BYTES.get(name, 0)):
-        raise OutOfMemory(len(songs))
+        raise out_of_memory(len(songs))
     start = time.monotonic()
     with threadpool_limits(threads), parallel_config("threading", n_jobs=threads):
         estimator, metrics = models.MODELS[name](songs, **settings)
@@ -637,7 +639,7 @@ def without_secrets(step):
         except Exception as error:
             error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
             raise
-        raise OutOfMemory(rows)
+        raise out_of_memory(rows)
     return safe
 
 
@@ -734,7 +736,7 @@ def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, dem
     else:
         rows = check_database(url, table_name)["rows"]
     if not enough_memory(rows, SONG_BYTES):
-        raise OutOfMemory(rows)
+        raise out_of_memory(rows)
     start = time.monotonic()
     songs = load_songs(url, table_name)
     result |= {"rows": len(songs), "read_seconds": time.monotonic() - start}
