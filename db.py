@@ -261,11 +261,17 @@ def _place(parts):
     return f"{parts.get('host') or os.environ.get('PGHOST') or 'localhost'}:{parts.get('port') or 5432}/{database}"
 
 
+# Unless told otherwise libpq tries again without TLS, whatever was wrong; the answer to that hides what was.
+UNENCRYPTED = r"(?<=\n)connection to server .* failed: FATAL: +(no pg_hba.conf entry .*, no encryption|SSL required)\n"
 ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; the fix): the first that matches counts
     ("^-.*(password|authentication failed)", False,
      "Correct user and password in DATABASE_URL (in a password write %40 for @, %3A for :, %2F for /)"),
     ('^-.*(role|database) "[^"]*" does not exist', False, "Create it (createuser, createdb) or correct DATABASE_URL"),
-    ("^-.*(pg_hba|not permitted|permission denied|SSL was required|certificate|invalid (ssl|conn|URI|port))", False,
+    ("^-.*certificate", False, "In DATABASE_URL name the host the certificate is for, and the file of the CA that "
+     "signed it: ?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca-certificates.crt, or the file your provider gives out"),
+    ("^-.*(no encryption|SSL required)", False, "Add ?sslmode=require to DATABASE_URL"),
+    ("^-.*startup parameter", False, "A pooler stands between: leave that parameter out of DATABASE_URL"),
+    ("^-.*(pg_hba|not permitted|permission denied|SSL was required|invalid (ssl|conn|URI|port))", False,
      "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"),
     ("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
     ("^42501", False, "Ask its owner for: {grant}"),
@@ -281,7 +287,8 @@ ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; t
 
 def _explain(error, parts, read_only):
     """DataError or DatabaseUnavailable for an error of psycopg2: a sentence that names the server and the fix."""
-    said = " ".join(str(error).split("\nLINE ")[0].split()) or "the connection was closed"
+    said = re.sub(UNENCRYPTED, "", str(error).split("\nLINE ")[0])
+    said = " ".join(said.split()).rstrip(".") or "the connection was closed"
     heals, fix = next(advice[1:] for advice in ADVICE if re.search(advice[0], f"{error.pgcode or '-'} {said}"))
     kind, name = (re.findall(r"permission denied for (\w+) (\S+)", said) or [("table", "THE_TABLE")])[0]
     rights = "SELECT" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE"
@@ -403,18 +410,24 @@ def load_songs(url, table):
     Raises DataError (missing table or columns, nothing left) or DatabaseUnavailable."""
     import pandas as pd
     rows, parts = [], []
+
+    def parse():
+        block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
+        parts.append(_parse(block, used))
     with connect(url, read_only=True) as cursor:
         name, _, columns = _existing(cursor, table)
         used, select = _select(name, columns)
-        query = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
-        with _in_thread(cursor, cursor.copy_expert, query, types.SimpleNamespace(write=rows.append)) as copy:
-            while not copy.done() or rows:      # while the server sends, parse what is here
-                if len(rows) < PARSE_ROWS and not copy.done():
-                    time.sleep(.01)
-                    continue
-                block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
-                parts.append(_parse(block, used))
-            copy.result()
+
+        def receive():
+            copy = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
+            cursor.copy_expert(copy, types.SimpleNamespace(write=rows.append))
+            cursor.connection.commit()      # servers and poolers may end a connection that idles in a transaction
+        with _in_thread(cursor, receive) as receiving:
+            while not receiving.done():     # while the server sends, parse what is here
+                parse() if len(rows) >= PARSE_ROWS else time.sleep(.01)
+            receiving.result()
+    while rows:
+        parse()
     frames, counts = zip(*parts or [_parse(b"", used)])
     songs, left_out = pd.concat(frames, ignore_index=True), sum(counts, Counter())
     if (songs.track_id.to_numpy()[1:] == songs.track_id.to_numpy()[:-1]).any():

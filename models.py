@@ -105,6 +105,15 @@ def holdout(songs):
     return train, known, new
 
 
+def _fitted_on(name, estimator, songs) -> dict:
+    """Return {"fitted_on": songs} where the fit saw a sample of the songs only, and say so; {} where it saw all."""
+    if estimator.fitted_on_ == len(songs):
+        return {}
+    log.info("%s: fitted on a sample of %s of the %s songs; artists are counted over all", name,
+             f"{estimator.fitted_on_:,}", f"{len(songs):,}")
+    return {"fitted_on": estimator.fitted_on_}
+
+
 def _fit_twice(name, make, songs):
     """Return (judged, final, known, new): an estimator fitted on the training part, one on every song, the two masks.
 
@@ -114,13 +123,14 @@ def _fit_twice(name, make, songs):
     log.info("%s: evaluating on %s held-out songs", name, f"{(known | new).sum():,}",
              extra={"model": name, "phase": "evaluating"})
     judged = make().fit(songs[train], songs.loc[train, name])
-    log.info("%s: fitting on all %s songs", name, f"{len(songs):,}", extra={"model": name, "phase": "fitting"})
+    log.info("%s: fitting on %s songs", name, f"{len(songs):,}", extra={"model": name, "phase": "fitting"})
     return judged, make().fit(songs, songs[name]), known, new
 
 
 def _distinct(songs, name: str, at_least: int):
     """Return the songs without repeated track_ids; raise DataError when there are too few of them for the model."""
-    songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
+    if not songs["track_id"].is_unique:  # else no copy: five of a large table are more than the table itself
+        songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
     if len(songs) < at_least:
         raise DataError(f"{name} needs at least {at_least} songs; the table has {len(songs)}")
     return songs
@@ -228,6 +238,7 @@ class GenreClassifier:
         if len(y) > self.BASE_SONGS:
             sample = np.sort(rng.choice(len(y), self.BASE_SONGS, replace=False))
             songs, y = songs.iloc[sample], y[sample]
+        self.fitted_on_ = len(y)
         self._fit_encoding(songs)
         self._fit_network(*self._encode(songs), y, rng)
         return self
@@ -279,13 +290,14 @@ class GenreClassifier:
 
     def _numbers(self, songs):
         """Return per number how far through each bin it is (0 to 1) and if it is the lowest; keys also one by one."""
-        parts = []
-        for name, edges in self.edges_.items():
+        widths = [len(edges) + 12 * (name == "key") for name, edges in self.edges_.items()]
+        numbers = np.empty((len(songs), sum(widths)), np.float32)  # filled in place: it is the largest array of a run
+        for (name, edges), width, end in zip(self.edges_.items(), widths, np.cumsum(widths)):
             value = column(songs, name).to_numpy(np.float64, na_value=np.nan)[:, None]
             steps = [np.clip((value - edges[:-1]) / np.diff(edges), 0, 1), value <= edges[0]]
             steps += [value == np.arange(12)] * (name == "key")
-            parts.append(np.where(np.isnan(value), np.nan, np.hstack(steps)).astype(np.float32))
-        return np.hstack(parts)
+            numbers[:, end - width:end] = np.where(np.isnan(value), np.nan, np.hstack(steps))
+        return numbers
 
     def _encode(self, songs):
         """Return the inputs: numbers (dense; missing is average) and words (sparse; length 1 per song and column)."""
@@ -294,7 +306,9 @@ class GenreClassifier:
         for name, levels in self.words_.items():
             matrix = incidence(column(songs, name), self.TEXTS[name], levels)[0]
             texts.append(diags_array(1 / np.sqrt(np.maximum(matrix.sum(axis=1), 1)), dtype=np.float32) @ matrix)
-        numbers = (self._numbers(songs) - self.mean_) / self.scale_
+        numbers = self._numbers(songs)
+        numbers -= self.mean_
+        numbers /= self.scale_
         return np.nan_to_num(numbers, copy=False), hstack(texts, format="csr", dtype=np.float32)
 
     def _fit_network(self, numbers, texts, y, rng):
@@ -420,6 +434,7 @@ class SongRegressor:
         self._fit_start(songs, y, settings["curve"], rng)
         residual = y - self._start(songs)
         X, rows = self._training_rows(songs, residual, settings["keys"], rng)
+        self.fitted_on_ = len(np.unique(rows))
         X[:, np.isnan(X).all(axis=0)] = 0  # HistGradientBoosting cannot bin a column without a single value
         self.trees_ = [HistGradientBoostingRegressor(
             categorical_features=[len(self.features_)], min_samples_leaf=40, l2_regularization=1.0, early_stopping=False,
@@ -455,11 +470,11 @@ class SongRegressor:
                 new.append(summary_without_own_fold(matrix, moments, by_artist))
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for typical new artists.
         shared = np.any([part[:, 0] > 0 for key, part in zip(self.levels_, known) if "words" not in key], axis=0)
-        first = np.flatnonzero(shared)
-        rows, table = np.r_[first, np.arange(len(songs))], np.vstack([np.hstack(known)[first], np.hstack(new)])
+        rows, kept = np.r_[np.flatnonzero(shared), np.arange(len(songs))], slice(None)
         if len(rows) > self.MAX_FIT_ROWS:
             kept = np.sort(rng.choice(len(rows), self.MAX_FIT_ROWS, replace=False))
-            rows, table = rows[kept], table[kept]
+        rows, hidden = rows[kept], (np.arange(len(rows)) >= shared.sum())[kept]  # is the artist hidden whole?
+        table = np.vstack([np.hstack([part[rows[mask]] for part in parts]) for parts, mask in ((known, ~hidden), (new, hidden))])
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
         return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
@@ -528,7 +543,7 @@ def train_genre(songs):
         "classes": len(final.classes_),
         "plot": _plot_genres(actual[known], predicted),
     }
-    return final, metrics
+    return final, metrics | _fitted_on("genre", final, songs)
 
 
 def train_clusters(songs, n_clusters: int = 2):
@@ -553,8 +568,8 @@ def train_clusters(songs, n_clusters: int = 2):
     pipeline = make_pipeline(StandardScaler(), KMeans(n_clusters, n_init=4, random_state=SEED)).fit(features)
     _largest_first(pipeline[-1])
     standardised, labels = pipeline[0].transform(features), pipeline[-1].labels_
-    log.info("clusters: evaluating", extra={"model": "clusters", "phase": "evaluating"})
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
+    log.info("clusters: evaluating on %s songs", f"{len(sample):,}", extra={"model": "clusters", "phase": "evaluating"})
     separable = 1 < len(np.unique(labels[sample])) < len(sample)
     metrics = {
         "silhouette": float(silhouette_score(standardised[sample], labels[sample])) if separable else None,
@@ -599,7 +614,7 @@ def _train_regressor(target: str, songs):
         "baseline_mae": figure(lambda y, _: np.abs(y - mean).mean(), heard),
         "plot": _plot_regression(*heard) if heard else {},
     }
-    return final, metrics
+    return final, metrics | _fitted_on(target, final, songs)
 
 
 def train_similar(songs):
@@ -614,8 +629,8 @@ def train_similar(songs):
     index = SimilarSongs().fit(songs)
     if index.distinct_ < 2:
         raise DataError("similar needs at least 2 different recordings; the table has 1")
-    log.info("similar: evaluating", extra={"model": "similar", "phase": "evaluating"})
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
+    log.info("similar: evaluating on %s songs", f"{len(sample):,}", extra={"model": "similar", "phase": "evaluating"})
     start = time.thread_time()  # of this thread alone: the other models are computing at the same time
     answers = [index.neighbours(row)[0] for row in sample]
     query_ms = (time.thread_time() - start) / len(sample) * 1000

@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from email.parser import BytesParser
 from pathlib import Path
 
@@ -290,6 +291,142 @@ def test_connection_failures(locked, tmp_path):
             held.append(psycopg2.connect(reader))
     fails(db.DatabaseUnavailable, "slots", check, reader, "songs")
     [connection.close() for connection in held]
+
+
+# ---- a managed PostgreSQL: TLS with a certificate, a pooler, no patience with idle connections -----------------------
+IDLE_MS = 300
+
+
+@pytest.fixture(scope="session")
+def managed():
+    """(URI, folder of certificates, port of the pooler or None): a server that takes TLS only, on "localhost"."""
+    binaries = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))[-1:]), None)
+    if not binaries or not shutil.which("openssl"):
+        pytest.skip("the embedded PostgreSQL has no TLS; for this test: apt-get install postgresql pgbouncer openssl")
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    os.chmod(folder, 0o755)
+    user, at = db._server_user(folder / "x"), folder / "x"
+    run = dict(user, check=True, cwd=at, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    certificate = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {0}.key -out {0}.pem -subj /CN={0} "
+    for name, more in ("ca", ""), ("other", ""), ("localhost", "-addext subjectAltName=DNS:localhost -CA ca.pem -CAkey ca.key"):
+        subprocess.run(shlex.split(certificate.format(name) + more), **run)
+    (folder / "pw").write_text("s3cr:et/@")
+    os.chmod(folder / "pw", 0o644)
+    subprocess.run([binaries / "initdb", "-D", "data", "-U", "owner", "--auth=scram-sha-256", f"--pwfile={folder / 'pw'}", "-N"], **run)
+    (at / "data" / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    port, pooler = ports
+    control = [binaries / "pg_ctl", "-D", "data", "-l", "log", "-w", "-o", f"-p {port} -h 127.0.0.1 -k '' -c ssl=on -c ssl_cert_file={at}/localhost.pem "
+               f"-c ssl_key_file={at}/localhost.key -c idle_session_timeout={IDLE_MS} -c idle_in_transaction_session_timeout={IDLE_MS}"]
+    subprocess.run([*control, "start"], **run)
+    bouncer = None
+    if shutil.which("pgbouncer"):
+        (at / "users").write_text('"owner" "s3cr:et/@"\n')
+        (at / "pgbouncer.ini").write_text(
+            f"[databases]\n* = host=localhost port={port}\n[pgbouncer]\nlisten_addr=127.0.0.1\nlisten_port={pooler}\nunix_socket_dir=\n"
+            "auth_type=scram-sha-256\nauth_file=users\npool_mode=transaction\ndefault_pool_size=1\nclient_tls_sslmode=require\n"
+            "client_tls_cert_file=localhost.pem\nclient_tls_key_file=localhost.key\nserver_tls_sslmode=verify-full\nserver_tls_ca_file=ca.pem\n")
+        bouncer = subprocess.Popen(["pgbouncer", "-q", "pgbouncer.ini"], **user, cwd=at, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    uri = f"postgresql://owner:{PASSWORD}@localhost:{port}/postgres"
+    yield uri, at, pooler if bouncer else None
+    if bouncer:
+        bouncer.terminate()
+        bouncer.wait()
+    subprocess.run([*control, "-m", "immediate", "stop"], **{**run, "check": False})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def pooled(managed):
+    """URI of the pooler: transaction mode, a single connection to the server."""
+    uri, at, pooler = managed
+    if not pooler:
+        pytest.skip("for this test: apt-get install pgbouncer")
+    uri = re.sub(r":\d+/", f":{pooler}/", uri) + f"?sslmode=verify-full&sslrootcert={at}/ca.pem"
+    with contextlib.suppress(psycopg2.OperationalError):
+        wait_until(lambda: execute(uri, "SELECT 1"))
+    return uri
+
+
+def test_tls(managed, tmp_path):
+    uri, at, _ = managed
+    for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
+        with db.connect(uri + mode, read_only=True) as cursor:
+            cursor.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+            assert cursor.fetchone() == (True,)
+    fix = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert="
+    for mode in f"verify-full&sslrootcert={at}/other.pem", "verify-full&sslrootcert=/no/such.pem", f"verify-ca&sslrootcert={at}/other.pem":
+        fails(db.DataError, "certificate.*[^.]" + fix, db.check_table, f"{uri}?sslmode={mode}", "t")
+    elsewhere = f"{uri.replace('localhost', '127.0.0.1')}?sslmode=verify-full&sslrootcert={at}/ca.pem"
+    fails(db.DataError, 'does not match host name "127.0.0.1"' + fix, db.check_table, elsewhere, "t")
+    fails(db.DataError, r"no encryption\. Add \?sslmode=require", db.check_table, uri + "?sslmode=disable", "t")
+
+
+def test_what_was_wrong_is_not_hidden_by_the_try_without_tls(managed):
+    """libpq's default sslmode, prefer, tries again without TLS: a full server must not pass for one that refuses us."""
+    uri, _, _ = managed
+    execute(uri, "CREATE ROLE crowd LOGIN PASSWORD 'x' CONNECTION LIMIT 0")
+    fails(db.DatabaseUnavailable, 'too many connections for role "crowd". Its connection slots', db.check_table, uri.replace(f"owner:{PASSWORD}", "crowd:x"), "t")
+    fails(db.DataError, 'password authentication failed for user "owner". Correct user', db.check_table, uri.replace(PASSWORD, "x"), "t")
+
+
+def test_a_wrong_certificate_ends_a_run_at_once(prefect, managed, tmp_path):
+    uri, at, _ = managed
+    done = ends_with(2, "certificate verify failed. In DATABASE_URL name the host", "--models-dir", tmp_path, DATABASE_RETRY_SECONDS="0.1",
+                     DATABASE_URL=f"{uri}?sslmode=verify-full&sslrootcert={at}/other.pem")
+    assert "retrying" not in done.stderr and "check-database is not tried again" in done.stderr
+
+
+def test_a_pooler_in_transaction_mode(pooled, tmp_path):
+    """Everything db.py does, through the only connection the pooler has to the server, between another client's transactions."""
+    other = psycopg2.connect(pooled)
+    other.autocommit = True
+
+    def ask(query):
+        with other.cursor() as cursor:
+            cursor.execute(query)
+            return cursor.fetchall()
+    assert ask("SELECT 1") == [(1,)]
+    db.demo_songs(3000).to_csv(tmp_path / "a.csv", index=False)
+    db.check_table(pooled, "songs", for_csv=True)
+    for truncate in False, True, False:
+        assert db.load_csv(tmp_path / "a.csv", pooled, "songs", truncate)["loaded"] == 3000
+    assert db.check_table(pooled, "songs")["rows"] == len(db.load_songs(pooled, "songs")) == 3000
+    assert db.profile_table(pooled, "songs")[0] == 20
+    settings = "statement_timeout", "lock_timeout", "work_mem", "transaction_read_only"
+    left = {name: ask(f"SHOW {name}")[0][0] for name in settings}
+    assert left == dict(zip(settings, ("0", "0", "4MB", "off"))), "a setting stayed with the pooler's connection"
+    assert ask("SELECT count(*) FROM pg_class WHERE relname = 'staging'") == [(0,)]
+    other.close()
+    fails(db.DataError, "unsupported startup parameter: options. A pooler stands", db.check_table, pooled + "&options=-cstatement_timeout%3D0", "t")
+    fails(db.DataError, r"SSL required. Add \?sslmode=require", db.check_table, re.sub(r"\?.*", "?sslmode=disable", pooled), "t")
+    fails(db.DataError, 'database "nope" does not exist', db.check_table, pooled.replace("/postgres?", "/nope?"), "t")
+
+
+def test_no_connection_idles(prefect, managed, tmp_path, monkeypatch):
+    """A server that ends idle connections ends none of a run: not while the last songs are parsed, nor during training."""
+    uri, _, _ = managed
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    parse, seen = db._parse, []
+
+    def slowly(block, used):
+        time.sleep(3 * IDLE_MS / 1000)
+        return parse(block, used)
+
+    def look(songs):
+        seen.extend(execute(uri, ours)[0])
+        return {"toy": len(songs)}, {"figure": 1.0}
+    db.load_demo(1200, uri, "spotify_songs")
+    monkeypatch.setenv("DATABASE_URL", uri)
+    monkeypatch.setattr(db, "PARSE_ROWS", 500)
+    monkeypatch.setattr(db, "_parse", slowly)
+    monkeypatch.setitem(models.MODELS, "similar", look)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
+    assert result["status"] == "completed" and result["rows"] == 1200 and seen == [0]
 
 
 def test_read_only_server(url, tmp_path):
@@ -1719,6 +1856,100 @@ def test_drift_is_a_warning_of_the_run(table, tmp_path):
     assert len(warnings) == 1 and warnings[0].startswith("mean loudness is")
 
 
+# ---- memory ---------------------------------------------------------------------------------------------------------
+def test_a_sample_is_said_in_log_and_metrics(songs, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(models.GenreClassifier, "BASE_SONGS", 500)
+    monkeypatch.setattr(models.SongRegressor, "MAX_FIT_ROWS", 700)
+    for name, rows in ("genre", 500), ("energy", 700):
+        final, metrics = models.MODELS[name](songs)
+        assert metrics["fitted_on"] == final.fitted_on_ and 0.7 * rows < final.fitted_on_ <= rows < len(songs)
+        assert f"{name}: fitted on a sample of {final.fitted_on_:,} of the {len(songs):,} songs" in caplog.text
+    assert len(models.train_similar(songs)[0].track_ids_) == len(songs)
+    assert "fitted_on" not in models.train_genre(songs.head(400))[1]
+
+
+@pytest.mark.parametrize("kinds, path, files", [
+    ("memory", "docker/1", {"docker/1/memory.limit_in_bytes": 900, "docker/1/memory.usage_in_bytes": 500, "docker/1/memory.stat": "cache 100"}),
+    ("memory", "not/seen/from/here", {"memory.limit_in_bytes": 900, "memory.usage_in_bytes": 500, "memory.stat": "cache 100"}),
+    ("", "a.slice/b.service", {"a.slice/b.service/memory.max": "max", "a.slice/memory.max": 900, "a.slice/memory.current": 500, "a.slice/memory.stat": "anon 400\nfile 100"}),
+    ("", "", {"memory.max": 900, "memory.current": 500, "memory.stat": "file 100\nkernel 1"})])
+def test_memory_left_in_a_container(tmp_path, kinds, path, files):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:   1000 kB\nSwapFree:  24 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"3:cpu:/x\n1:{kinds}:/{path}\n")
+    assert train.memory_left(tmp_path) == 1024 << 10
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / kinds / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{content}\n")
+    assert train.memory_left(tmp_path) == 500
+    assert train.memory_left(tmp_path / "nothing") == float("inf")
+
+
+def test_memory_left_below_a_limit():
+    code = "import resource, train; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, -1)); print(train.memory_left())"
+    assert 1 << 30 < float(command("-c", code).stdout) < 2 << 30
+
+
+class Held:
+    """Something large that ought to be gone in time."""
+
+    alive = weakref.WeakSet()
+
+    def __init__(self):
+        self.alive.add(self)
+
+
+def test_a_fit_without_memory_is_tried_again_alone_and_leaves_nothing_behind(table, tmp_path, monkeypatch, patient):
+    tries, together = [], threading.Barrier(2, timeout=60)
+
+    def hungry(songs):
+        gc.collect()
+        assert not Held.alive, "the failed fit still holds its arrays"
+        arrays = [Held()]
+        tries.append("energy")
+        if len(tries) == 1:
+            together.wait()
+            arrays.append(np.ones(1 << 50))
+        return {"toy": 1}, {"figure": 1.0}
+
+    def modest(songs):
+        together.wait()
+        time.sleep(0.5)
+        tries.append("similar")
+        return {"toy": 2}, {"figure": 2.0}
+    monkeypatch.setitem(models.MODELS, "energy", hungry)
+    monkeypatch.setitem(models.MODELS, "similar", modest)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["energy", "similar"])
+    assert result["status"] == "completed" and tries == ["energy", "similar", "energy"]
+    assert [(line["model"], line["status"]) for line in models.read_history(tmp_path)[2:]] == [("energy", "failed"), ("similar", "trained"), ("energy", "trained")]
+
+
+def test_where_memory_is_short_models_are_trained_one_after_another(table, tmp_path, monkeypatch):
+    def lonely(songs, **settings):
+        gc.collect()
+        assert not Held.alive, "another model is being trained, or is still held though it is on the disk"
+        model = Held()
+        time.sleep(0.2)
+        return model, {"figure": 1.0}
+    for name in models.MODELS:
+        monkeypatch.setitem(models.MODELS, name, lonely)
+    monkeypatch.setattr(train, "memory_left", lambda: 4 * train.FIT_BASE)
+    assert train.ml_training_pipeline(models_dir=str(tmp_path))["status"] == "completed"
+    monkeypatch.setattr(train, "memory_left", lambda: train.FIT_BASE + 600 * train.SONG_BYTES)
+    result = train.ml_training_pipeline(models_dir=str(tmp_path))
+    short = [name for name in models.MODELS if train.FIT_BYTES[name] > train.SONG_BYTES]
+    assert [name for name, model in result["models"].items() if model["status"] == "failed"] == short
+
+
+def test_songs_that_cannot_be_held_are_not_read(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "memory_left", lambda: 1 << 20)
+    with pytest.raises(train.PipelineFailed, match=r"600 songs do not fit in the memory that is left \(1.0 MB\); raise the limit .*--table-name") as failed:
+        train.ml_training_pipeline(models_dir=str(tmp_path))
+    assert failed.value.result["exit_status"] == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line of train.py: real processes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2246,6 +2477,40 @@ def test_of_ten_runs_at_once_one_trains(table, tmp_path):
             assert ended[i] < 8, "they share two cores while they start"
             assert re.fullmatch(rf"another run is training into {tmp_path} \(process {runs[winner][0].pid} since .* UTC\); nothing was done\n", "".join(lines))
     print(f"\n  nine gone after {min(ended.values()):.1f} to {sorted(ended.values())[-2]:.1f} s, the tenth trained in {ended[winner]:.1f} s")
+
+
+def with_limit(kilobytes, *arguments, **environment):
+    """Run train.py under `ulimit -v`."""
+    line = f"ulimit -v {kilobytes}; exec {shlex.join([sys.executable, 'train.py', *map(str, arguments)])}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env={**os.environ, **COMMAND, **environment}, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_a_limit_too_low_to_begin(tmp_path):
+    status, text = with_limit(1_000_000, "--models-dir", tmp_path)
+    assert status == 2 and text.startswith("ulimit -v allows this process less than the 1.3 GB that it needs") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_memory_limit_costs_time_or_single_models(table, tmp_path):
+    status, text = with_limit(1_300_000, "--models-dir", tmp_path, DATABASE_URL=table)
+    assert status == 0 and "one after another, as memory is short" in text and "5 of 5 models trained" in text
+    db.load_demo(SOME_SONGS, table, "large")
+    status, text = with_limit(LIMIT, "--models-dir", tmp_path, "--table-name", "large", DATABASE_URL=table)
+    print(text[-1500:])
+    assert status == 1 and re.search(r"genre failed: [\d,]+ songs do not fit in the memory that is left \([\d.]+ MB\); raise the limit", text)
+    assert "clusters: done" in text
+
+
+def test_two_tables_at_once(table, tmp_path):
+    db.load_demo(900, table, "other songs", seed=1)
+    runs = {name: started("--models-dir", tmp_path / name, "--table-name", name, "--only", "genre,clusters,similar", DATABASE_URL=table)
+            for name in ("spotify_songs", "other songs")}
+    for (name, run), rows in zip(runs.items(), (600, 900)):
+        status, text = finished(*run)
+        assert status == 0 and f"{rows:,} songs of {name}" in text
+        assert {models.read_report(model, tmp_path / name)["rows"] for model in ("genre", "clusters", "similar")} == {rows}
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import ctypes
 import errno
 import importlib
 import logging
+import math
 import os
 import re
 import resource
@@ -34,7 +35,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from functools import partial, wraps
 from pathlib import Path
@@ -60,8 +61,11 @@ LAST_WORDS_SECONDS = 8      # from a signal to the end of the process, whatever 
 STOPPED_POST_SECONDS = 5    # of them for Discord
 CHECK_SECONDS = 4           # for all that --check looks at, side by side
 SPACE_NEEDED = 100 << 20    # bytes free for a night: five models, their versions and a picture
-
-HEAVY = ("pandas", "sklearn.ensemble", "sklearn.pipeline")  # imported before the models ask for them side by side
+# Bytes of memory a song takes, measured (README): while it is read, and on top of that while a model is fitted.
+SONG_BYTES = 700
+FIT_BYTES = {"genre": 600, "clusters": 200, "energy": 500, "popularity": 600, "similar": 300}
+START_BYTES = 1200 << 20    # address space (ulimit -v), before a song is read
+FIT_BASE = 100 << 20        # what a fit takes besides; without 33 MB for a buffer of its own OpenBLAS waits for ever
 
 # Exit statuses.
 TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
@@ -111,7 +115,11 @@ def attempt(step, *arguments):
         return None, error
 
 
-EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError)  # their text says it all
+class OutOfMemory(DataError):
+    """The songs do not fit in the memory that is left."""
+
+
+EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError, MemoryError)  # their text says it all
 
 
 def secure_logs() -> None:
@@ -149,6 +157,7 @@ def explain(error: BaseException) -> str:
     """Return an error as a sentence without secrets."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"there is no space left for {error.filename or 'a file'}; make room on that disk and run it again"
+    error = out_of_memory() if isinstance(error, MemoryError) else error
     return db.redact(str(error) if isinstance(error, EXPECTED) else f"{type(error).__name__}: {error}")
 
 
@@ -180,6 +189,37 @@ def write_history(result: dict, names: list[str], status: str) -> None:
                       "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
                       "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")})
     models.append_history(result["models_dir"], lines)
+
+
+def memory_left(root: str = "/") -> float:
+    """Return how many bytes this process may still take, by its own limit, its cgroup's (a container's) and the machine's."""
+    left, root = [math.inf], Path(root)
+    with suppress(OSError, KeyError):  # not on Linux
+        kilobytes = lambda name: dict(re.findall(r"(\w+):\s+(\d+) kB", (root / "proc" / name).read_text()))
+        machine, limit = kilobytes("meminfo"), resource.getrlimit(resource.RLIMIT_AS)[0]
+        left.append((int(machine["MemAvailable"]) + int(machine["SwapFree"])) << 10)
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - (int(kilobytes("self/status")["VmSize"]) << 10))
+        for kinds, path in re.findall(r"^\d+:(memory|):/(.*)", (root / "proc/self/cgroup").read_text(), re.M):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "cache") if kinds else ("memory.max", "memory.current", "file")
+            top = root / "sys/fs/cgroup" / kinds
+            for folder in {top, top / path, *(top / parent for parent in Path(path).parents)}:
+                with suppress(OSError, ValueError):  # no such group here, or "max": no limit
+                    most, used = (int((folder / name).read_text()) for name in names[:2])
+                    left.append(most - used + int(re.search(rf"(?m)^{names[2]} (\d+)", (folder / "memory.stat").read_text())[1]))
+    return min(left)
+
+
+def out_of_memory(rows: int | None = None) -> OutOfMemory:
+    left = memory_left()
+    size = f" ({notify.size(max(left, 0)) or 'nothing'})" if left < math.inf else ""
+    return OutOfMemory(f"{'the' if rows is None else f'{rows:,}'} songs do not fit in the memory that is left{size}; raise the limit (ulimit -v, "
+                       "the container's), train fewer models at a time (--only), or name a view with a sample of them as --table-name")
+
+
+def enough_memory(rows: int, each: int, fits: int = 1) -> bool:
+    """Return whether there is room for so many songs of `each` bytes, and for what every fit takes besides."""
+    return rows * each + fits * FIT_BASE <= memory_left()
 
 
 def peak_mb() -> int:
@@ -417,6 +457,10 @@ def begin(result: dict, failed: bool, lock: ExitStack) -> None:
 def before_the_imports(options: argparse.Namespace):
     """Begin the run and start Prefect's server; return it, or None where Prefect has its own."""
     atexit.register(leave)
+    if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < START_BYTES:
+        print(f"ulimit -v allows this process less than the {notify.size(START_BYTES)} that it needs before it reads a song; raise it", file=sys.stderr)
+        EXIT["status"] = WRONG_INPUT
+        sys.exit(WRONG_INPUT)
     secure_logs()
     watch_for_signals()
     result = blank_result(options.table_name, options.demo, models_folder(options.models_dir, options.demo))
@@ -489,12 +533,14 @@ def check_songs(options):
     without = [name for name in db.OPTIONAL if name not in nulls]
     holes = {name: share for name, share in nulls.items() if share > (0 if name in db.REQUIRED else 0.5)}
     few = found["rows"] < models.MIN_SONGS
+    roomy = enough_memory(found["rows"], SONG_BYTES + max(FIT_BYTES.values()))
     return lines + [
         ("table", "problem" if few else "ok", f"{options.table_name} has {found['rows']:,} rows" + f"; {models.MIN_SONGS} are needed" * few),
         ("columns", "ok", "all required columns" + (f"; not there, and not needed: {', '.join(without)}" if without else " and all optional ones")),
         ("genres", "ok" if genres >= 2 else "warning", f"{genres} genres of {models.MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
         ("nulls", "warning" if holes else "ok", ", ".join(f"{name} {share:.1%}" for name, share in holes.items()) +
-         ": songs without a required value are left out, optional ones are treated as missing" if holes else "none that matter")]
+         ": songs without a required value are left out, optional ones are treated as missing" if holes else "none that matter"),
+        ("memory", "ok" if roomy else "problem", "enough for these songs" if roomy else str(out_of_memory(found["rows"])))]
 
 
 def check_folder(options):
@@ -535,7 +581,8 @@ if __name__ == "__main__":
         sys.exit(check(OPTIONS))
     with stop_is_told():
         SERVER = before_the_imports(OPTIONS)
-        for heavy in (*HEAVY, "matplotlib.figure", "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
+        for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure",
+                      "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
             importlib.import_module(heavy)
 
 from prefect import flow, runtime, task
@@ -555,6 +602,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 def can_heal(task, task_run, state) -> bool:
     """Prefect's retry condition: False for what the same input brings back, said in the log."""
     error = state.result(raise_on_failure=False)
+    if isinstance(error, OutOfMemory):  # not while the others are still there: train_all tries it alone
+        return False
     if isinstance(error, (DataError, ValueError, TypeError, KeyError)):
         log.info("%s is not tried again: the same input would bring the same %s", task.name, type(error).__name__)
         return False
@@ -562,27 +611,35 @@ def can_heal(task, task_run, state) -> bool:
 
 
 def train_model(name: str, songs, threads: int, settings: dict):
-    """Train one model with its share of the cores; return (estimator, metrics, seconds).
+    """Train one model with its share of the cores; return [estimator, metrics, seconds].
 
     OpenMP's barriers spin: a fit with more threads than free cores is many times slower than one with a single thread.
     """
     from joblib import parallel_config
     from threadpoolctl import threadpool_limits
+    if not enough_memory(len(songs), FIT_BYTES.get(name, 0)):
+        raise out_of_memory(len(songs))
     start = time.monotonic()
     with threadpool_limits(threads), parallel_config("threading", n_jobs=threads):
         estimator, metrics = models.MODELS[name](songs, **settings)
-    return estimator, metrics, time.monotonic() - start
+    return [estimator, metrics, time.monotonic() - start]
 
 
 def without_secrets(step):
-    """Return the step with errors whose text holds no secret: Prefect writes it into states and events, not only into logs."""
+    """Return the step with errors whose text holds no secret: Prefect writes it into states and events, not only into logs.
+
+    A MemoryError leaves without its traceback, which would keep the arrays of the failed fit alive.
+    """
     @wraps(step)
     def safe(*arguments, **settings):
         try:
             return step(*arguments, **settings)
+        except MemoryError:
+            rows = next((len(each) for each in arguments if hasattr(each, "columns")), None)
         except Exception as error:
             error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
             raise
+        raise out_of_memory(rows)
     return safe
 
 
@@ -669,14 +726,17 @@ def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, dem
     """Check the database, load the CSV if there is one, read the songs: once, for all models."""
     url = db.database_url(demo=demo is not None)
     if demo is not None:
-        load_demo(demo, url, table_name)
+        rows = load_demo(demo, url, table_name)["loaded"]
     elif csv_path:
         check_database(url, table_name, for_csv=True)
         with notify.load_progress() as progress:
             result["csv"] = load_csv(csv_path, url, table_name, truncate=truncate_table, progress=progress,
                                      rejected_path=Path(result["models_dir"]) / "rejected_rows.csv")
+        rows = result["csv"]["loaded"]
     else:
-        check_database(url, table_name)
+        rows = check_database(url, table_name)["rows"]
+    if not enough_memory(rows, SONG_BYTES):
+        raise out_of_memory(rows)
     start = time.monotonic()
     songs = load_songs(url, table_name)
     result |= {"rows": len(songs), "read_seconds": time.monotonic() - start}
@@ -686,28 +746,32 @@ def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, dem
 
 def train_all(result: dict, songs, settings: dict, force: bool) -> None:
     """Train the models asked for side by side, publish each as soon as it is ready, note what became of it."""
+    from threadpoolctl import threadpool_limits
     asked, data = result["asked"], models.describe(songs)
     for moved in models.drift_since(data, result["table"], result["models_dir"]):
         log.warning("the songs are not those of the last training: %s", moved)
         result["warnings"].append(moved)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    together = len(asked) == 1 or enough_memory(len(songs), sum(FIT_BYTES.get(name, 0) for name in asked), len(asked))
     threads = max(1, cores // len(asked))
-    log.info("training %s with %d thread%s each", ", ".join(asked), threads, "s" * (threads > 1))
-    for heavy in HEAVY:  # by five threads at once, Python breaks off with "partially initialized module"
-        importlib.import_module(heavy)
-    from threadpoolctl import threadpool_limits
+    log.info("training %s %swith %d thread%s each", ", ".join(asked), "" if together else "one after another, as memory is short, ",
+             threads, "s" * (threads > 1))
+    submit = lambda name: train_tasks[name].submit(name, songs, threads, settings.get(name, {}))
     # Around all: BLAS has one limit for the whole process, and the first model to end would lift it for the others.
     with notify.live_status(asked), threadpool_limits(threads):
-        futures = {train_tasks[name].submit(name, songs, threads, settings.get(name, {})): name for name in asked}
-        for future in as_completed(list(futures)):
-            publish(result, futures[future], future, songs, data, settings, force)
+        futures = {submit(name): name for name in asked * together}
+        starved = [futures[future] for future in as_completed(list(futures))
+                   if isinstance(publish(result, futures[future], future, songs, data, settings, force), OutOfMemory)]
+        for name in starved * (len(asked) > 1) if together else asked:
+            publish(result, name, submit(name), songs, data, settings, force)
 
 
-def publish(result: dict, name: str, future, songs, data: dict, settings: dict, force: bool) -> None:
-    """Publish a model that is ready, or note why there is none: in the result, the history and the log."""
+def publish(result: dict, name: str, future, songs, data: dict, settings: dict, force: bool) -> Exception | None:
+    """Publish a model that is ready, or note why there is none: in the result, the history and the log; return the error."""
     trained, error = attempt(future.result)
     if not error:
         estimator, metrics, seconds = trained
+        trained.clear()  # Prefect keeps the result of a task to the end of the flow; a model is large
         report = {"model": name, "run": result["started_at"], "table": result["table"], "seconds": seconds,
                   "settings": settings.get(name, {}), "data": data, "data_fingerprint": data["fingerprint"], "rows": len(songs)}
         report, error = attempt(models.publish, name, estimator, metrics, report, result["models_dir"], force)
@@ -718,6 +782,7 @@ def publish(result: dict, name: str, future, songs, data: dict, settings: dict, 
     good, (metric, change) = model["status"] == "trained", notify.metric_and_change(model)
     log.log(logging.INFO if good else logging.WARNING, "%s: %s", name, model["error"] or f"done, {metric} ({change})",
             extra={"model": name, "phase": "done" if good else model["status"]})
+    return error
 
 
 def write_artifacts(result: dict) -> None:
