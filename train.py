@@ -228,13 +228,15 @@ def message(result: dict) -> str:
     return "; ".join(parts + [result["error"]] * bool(result["error"]))
 
 
-def finish_command(models_dir, table_name, n_clusters, demo, force, notifications, dask=None, csv_path=None, truncate_table=False) -> str:
-    """Return the command that trains what this run will not have trained, with the options it was started with."""
+def finish_command(*, csv_path, table_name, truncate_table, n_clusters, only, enable_notifications, models_dir, demo,
+                   force, dask) -> str:
+    """Return the command that trains what this run will not have trained: --failed, and the flow's other parameters."""
     words = ["python", "train.py", "--failed"]
-    words += ["--table-name", table_name] * (table_name != "spotify_songs") + ["--n-clusters", str(n_clusters)] * (n_clusters != 2)
-    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--demo", str(demo)] * (demo is not None)
+    words += ["--table-name", table_name] * (table_name != "spotify_songs")
+    words += ["--n-clusters", str(n_clusters)] * (n_clusters != 2) + ["--demo", str(demo)] * (demo is not None)
+    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--dask", dask] * bool(dask)
     words += ["--csv-path", csv_path] * bool(csv_path) + ["--truncate"] * truncate_table
-    words += ["--dask", dask] * bool(dask) + ["--force"] * force + ["--no-notify"] * (not notifications)
+    words += ["--force"] * force + ["--no-notify"] * (not enable_notifications)
     return shlex.join(words)
 
 
@@ -258,8 +260,9 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="look at everything a run needs, train nothing and change nothing")
     parser.add_argument("--no-notify", action="store_true", help="do not post to Discord")
     parser.add_argument("--models-dir", metavar="DIR", help="where the models go (default: models, or demo/models with --demo, beside train.py)")
-    parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster whose scheduler is there, such as tcp://host:8786")
-    parser.add_argument("--serve", action="store_true", help="be a Prefect deployment until stopped; the other options are its runs' defaults")
+    parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster of that scheduler, tcp://HOST:8786")
+    parser.add_argument("--serve", action="store_true",
+                        help="be a Prefect deployment until stopped; the other options are what its runs do by default")
     parser.add_argument("--cron", metavar="CRON", help='with --serve: when to run, in UTC, such as "0 3 * * *"')
     options = parser.parse_args(arguments)
     if options.truncate and not options.csv_path:
@@ -277,7 +280,8 @@ def parse_options(arguments=None) -> argparse.Namespace:
     if options.serve and options.failed:
         parser.error("--serve trains what each run is asked for; leave out --failed")
     if options.serve and not options.check and not prefect_is_configured():
-        parser.error("--serve needs a Prefect server; start one: prefect server start; then: export PREFECT_API_URL=http://127.0.0.1:4200/api")
+        parser.error("--serve needs a Prefect server; start one: prefect server start; "
+                     "then: export PREFECT_API_URL=http://127.0.0.1:4200/api")
     try:
         options.only = chosen(options.only)
         check_dask(options.dask)
@@ -307,8 +311,8 @@ def check_dask(address) -> None:
     if address and not importlib.util.find_spec("prefect_dask"):
         raise DataError("--dask needs prefect-dask; install it: pip install -c constraints.txt prefect-dask")
     if address and not prefect_is_configured():
-        raise DataError("--dask needs a Prefect server that the cluster's workers reach as well; "
-                        "start one: prefect server start --host 0.0.0.0; then: export PREFECT_API_URL=http://HOST:4200/api")
+        raise DataError("--dask needs a Prefect server that the cluster's workers reach as well; start one: "
+                        "prefect server start --host 0.0.0.0; then: export PREFECT_API_URL=http://HOST:4200/api")
 
 
 def models_folder(models_dir=None, demo=None) -> Path:
@@ -448,9 +452,7 @@ def before_the_imports(options: argparse.Namespace):
     secure_logs()
     watch_for_signals()
     result = blank_result(options.table_name, options.demo, models_folder(options.models_dir, options.demo))
-    result |= {"asked": options.only, "finish_command": finish_command(
-        options.models_dir, options.table_name, options.n_clusters, options.demo, options.force, not options.no_notify,
-        options.dask, options.csv_path, options.truncate)}
+    result |= {"asked": options.only, "finish_command": finish_command(**flow_parameters(options))}
     _, error = attempt(begin, result, options.failed, HELD)
     if isinstance(error, Locked):
         print(error, file=sys.stderr)
@@ -599,7 +601,7 @@ def can_heal(task, task_run, state) -> bool:
 
 
 def train_model(name: str, songs, threads: int, settings: dict):
-    """Train one model with its share of the cores (`threads`; None: what the process has); return (estimator, metrics, seconds).
+    """Train one model with its share of the cores (None: what its process has); return (estimator, metrics, seconds).
 
     OpenMP's barriers spin: a fit with more threads than free cores is many times slower than one with a single thread.
     """
@@ -647,8 +649,9 @@ def run_name() -> str:
 
 @flow(name=NAME, flow_run_name=run_name, task_runner=ThreadPoolTaskRunner(max_workers=len(models.MODELS)))
 def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify_songs", truncate_table: bool = False,
-                         n_clusters: Annotated[int, Field(ge=2)] = 2, only: list[str] | str | None = None, enable_notifications: bool = True,
-                         models_dir: str | None = None, demo: int | None = None, force: bool = False, dask: str | None = None) -> dict:
+                         n_clusters: Annotated[int, Field(ge=2)] = 2, only: list[str] | str | None = None,
+                         enable_notifications: bool = True, models_dir: str | None = None, demo: int | None = None,
+                         force: bool = False, dask: str | None = None) -> dict:
     """Train the models `only` names (all five by default) on the songs of a table; return what happened.
 
     Args:
@@ -667,12 +670,12 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
     A model that fails does not raise: its entry has status "failed" and an error. Raises PipelineFailed when nothing
     could be trained, Locked when another run holds the models directory.
     """
+    given = dict(locals())
     secure_logs()
     result = BEGUN.get("result") or blank_result(table_name, demo, models_folder(models_dir, demo))
     with ExitStack() as lock:
         try:
-            _, error = attempt(train_into, result, lock, csv_path, table_name, truncate_table, n_clusters, only, demo, force,
-                               models_dir, enable_notifications, dask)
+            _, error = attempt(train_into, result, lock, given)
         except (Stopped, TerminationSignal) as stop:  # in a flow it is Prefect that catches SIGTERM
             status = getattr(stop, "code", TERMINATED)
             end_soon(status)
@@ -690,25 +693,27 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
 
 
 def mark_crashed(message: str) -> None:
-    """Tell Prefect that the run is over: it would notice when the fits have ended, which this process does not wait for."""
+    """Tell Prefect that the run is over: it would notice when the fits end, which this process does not wait for."""
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(runtime.flow_run.id, Crashed(message=message), force=True)
 
 
-def train_into(result: dict, lock: ExitStack, csv_path, table_name, truncate_table, n_clusters, only, demo, force,
-               models_dir, notifications, dask) -> None:
-    """Everything from the lock (which the command line has taken) to the last model published, noted in the result."""
+def train_into(result: dict, lock: ExitStack, given: dict) -> None:
+    """Everything from the lock (which the command line has taken) to the last model published, noted in the result.
+
+    `given` are the parameters of the flow.
+    """
     if BEGUN:
         if BEGUN["error"]:
             raise BEGUN["error"]
     else:
-        result["asked"] = chosen(only)
-        check_dask(dask)
-        result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, force, notifications, dask, csv_path, truncate_table)
+        result["asked"] = chosen(given["only"])
+        check_dask(given["dask"])
+        result["finish_command"] = finish_command(**given)
         begin(result, False, lock)
-    songs = get_songs(result, csv_path, table_name, truncate_table, demo)
-    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, force, notifications, dask)
-    train_all(result, songs, {"clusters": {"n_clusters": n_clusters}}, force, dask)
+    songs = get_songs(result, given["csv_path"], given["table_name"], given["truncate_table"], given["demo"])
+    result["finish_command"] = finish_command(**given | {"csv_path": None, "truncate_table": False})
+    train_all(result, songs, {"clusters": {"n_clusters": given["n_clusters"]}}, given["force"], given["dask"])
 
 
 def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, demo):
@@ -741,20 +746,20 @@ def cluster(address: str, songs, copies: int):
         except ValueError as error:
             raise DataError(f"--dask {address} is not an address ({error}); write tcp://HOST:8786") from None
         except OSError as error:
-            raise ConnectionError(f"no Dask cluster with a worker answers at {address} ({error}); start one: dask scheduler; dask worker ADDRESS") from None
+            raise ConnectionError(f"no Dask cluster with a worker answers at {address} ({error}); "
+                                  f"start one: dask scheduler; dask worker {address}") from None
         for path in (db.__file__, models.__file__, notify.__file__, __file__):
             for plugin in (SchedulerUploadFile(path), UploadFile(path)):
-                # Once per version of the file: a module that is loaded anew amid another run spoils the models of that run.
+                # Once per version of a file: one that is loaded anew amid another run spoils that run's estimators.
                 plugin.idempotent = True
-                runner.client.register_plugin(plugin, name=f"{plugin.filename} {hashlib.sha256(plugin.data).hexdigest()}")
-        # A call, not scattered data: where the worker that holds the songs dies, Dask makes the call again. Copies, as
-        # Dask gives a task to a worker that has its data.
+                runner.client.register_plugin(plugin, f"{plugin.filename} {hashlib.sha256(plugin.data).hexdigest()}")
+        # A call, not scattered data: where the worker that holds the songs dies, Dask makes the call again.
         sent = runner.client.submit(lambda: songs, pure=False)
-        runner.client.replicate(sent, copies)
+        runner.client.replicate(sent, copies)  # Dask gives a task only to workers that have its data
         yield runner, sent
 
 
-def train_all(result: dict, songs, settings: dict, force: bool, dask=None) -> None:
+def train_all(result: dict, songs, settings: dict, force: bool, dask: str | None) -> None:
     """Train the models asked for side by side, publish each as soon as it is ready, note what became of it."""
     asked, data = result["asked"], models.describe(songs)
     for moved in models.drift_since(data, result["table"], result["models_dir"]):
@@ -762,14 +767,16 @@ def train_all(result: dict, songs, settings: dict, force: bool, dask=None) -> No
         result["warnings"].append(moved)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = None if dask else max(1, cores // len(asked))
-    log.info("training %s %s", ", ".join(asked), f"on the Dask cluster at {dask}" if dask else f"with {threads} thread{'s' * (threads > 1)} each")
-    with cluster(dask, songs, len(asked)) if dask else nullcontext((get_run_context().task_runner, songs)) as (runner, sent), notify.live_status(asked):
-        futures = {runner.submit(train_tasks[name], {"name": name, "songs": sent, "threads": threads, "settings": settings.get(name, {})}): name
-                   for name in asked}
+    log.info("training %s %s", ", ".join(asked),
+             f"on the Dask cluster at {dask}" if dask else f"with {threads} thread{'s' * (threads > 1)} each")
+    where = cluster(dask, songs, len(asked)) if dask else nullcontext((get_run_context().task_runner, songs))
+    with where as (runner, sent), notify.live_status(asked):
+        futures = {runner.submit(train_tasks[name], {"name": name, "songs": sent, "threads": threads,
+                                                     "settings": settings.get(name, {})}): name for name in asked}
         for future in as_completed(list(futures)):
             publish(result, futures[future], future, songs, data, settings, force)
             if dask:
-                future.wrapped_future.release()  # else a worker that dies later makes Dask train its finished models again
+                future.wrapped_future.release()  # else Dask trains finished models again where their worker dies later
 
 
 def publish(result: dict, name: str, future, songs, data: dict, settings: dict, force: bool) -> None:
@@ -813,7 +820,8 @@ def write_artifacts(result: dict) -> None:
 def main(options: argparse.Namespace, server) -> int:
     """Run the flow once; print what happened; return the exit status."""
     with wait_for_prefect(server) if server else nullcontext():
-        _, error = attempt(partial(ml_training_pipeline, **flow_parameters(options) | {"only": BEGUN["result"]["asked"]}))
+        parameters = flow_parameters(options) | {"only": BEGUN["result"]["asked"]}
+        _, error = attempt(partial(ml_training_pipeline, **parameters))
     result = BEGUN["result"]
     conclude(result, error, BEGUN["notify"])  # where Prefect failed before the flow could say anything
     notify.print_summary(result)
@@ -821,22 +829,22 @@ def main(options: argparse.Namespace, server) -> int:
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Be the deployment until a signal comes: Prefect starts a process for each run, and ends those that run with this one."""
+    """Be the deployment until a signal comes: Prefect starts a process for each run, and ends it when this one ends."""
     check_prefect(options)
     try:
         schedules = [] if options.cron is None else [Cron(options.cron)]
     except ValueError:
-        raise DataError(f'--cron {options.cron!r} is not a cron expression; write five fields, such as "0 3 * * *"') from None
-    # The flow by import, not that of __main__: the processes are told its name instead of being sent its functions.
+        raise DataError(f'--cron {options.cron!r} is no cron expression; write five fields: "0 3 * * *"') from None
     # limit: a run that is due while another trains waits for it instead of finding the models directory locked.
     runner, loop = Runner(name=NAME, limit=1), asyncio.get_running_loop()
-    await runner.aadd_flow(importlib.import_module("train").ml_training_pipeline, name=NAME, parameters=flow_parameters(options),
-                           schedules=schedules)
+    # The flow by import, not that of __main__: a run's process is told its name instead of being sent its functions.
+    await runner.aadd_flow(importlib.import_module("train").ml_training_pipeline, name=NAME,
+                           parameters=flow_parameters(options), schedules=schedules)
 
     def stop(number, _):
         EXIT["status"] = 128 + number
         loop.call_soon_threadsafe(loop.create_task, runner.astop())
-    runner.handle_sigterm = stop  # flow.serve's own forgets to await this, and so waits for the run to end
+    runner.handle_sigterm = stop  # flow.serve's own does not await this, and so waits for the run to end
     signal.signal(signal.SIGINT, stop)
     print(f"serving {NAME}/{NAME}; start a run with: prefect deployment run {NAME}/{NAME}", flush=True)
     await runner.start()
