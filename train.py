@@ -580,8 +580,6 @@ from prefect.client.orchestration import get_client
 from prefect.context import get_run_context
 from prefect.exceptions import TerminationSignal
 from prefect.futures import as_completed
-from prefect.runner import Runner
-from prefect.schedules import Cron
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Crashed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -600,7 +598,7 @@ def can_heal(task, task_run, state) -> bool:
     return True
 
 
-def train_model(name: str, songs, threads: int, settings: dict):
+def train_model(name: str, songs, threads: int | None, settings: dict):
     """Train one model with its share of the cores (None: what its process has); return (estimator, metrics, seconds).
 
     OpenMP's barriers spin: a fit with more threads than free cores is many times slower than one with a single thread.
@@ -830,6 +828,8 @@ def main(options: argparse.Namespace, server) -> int:
 
 async def serve(options: argparse.Namespace) -> None:
     """Be the deployment until a signal comes: Prefect starts a process for each run, and ends it when this one ends."""
+    from prefect.runner import Runner
+    from prefect.schedules import Cron
     check_prefect(options)
     try:
         schedules = [] if options.cron is None else [Cron(options.cron)]
