@@ -9,6 +9,7 @@ import gc
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import logging
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import weakref
 from email.parser import BytesParser
@@ -41,8 +43,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ParameterTypeError
 from prefect.logging.handlers import PrefectConsoleHandler
-from prefect.settings import get_current_settings
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, top_k_accuracy_score
 from sklearn.preprocessing import QuantileTransformer
@@ -1726,6 +1729,12 @@ def patient(monkeypatch):
         monkeypatch.setitem(train.train_tasks, name, task.with_options(retry_delay_seconds=0))
 
 
+def test_a_parameter_that_the_flow_refuses(prefect, tmp_path):
+    with pytest.raises(ParameterTypeError, match="n_clusters: Input should be greater than or equal to 2"):
+        train.ml_training_pipeline(n_clusters=1, models_dir=str(tmp_path / "models"))
+    assert not (tmp_path / "models").exists()
+
+
 def last_flow_run():
     with get_client(sync_client=True) as client:
         return client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
@@ -1967,6 +1976,8 @@ def test_wrong_usage_is_said_at_once():
     ends_with(2, "--demo makes its own songs; leave out --csv-path", "--demo", "--csv-path", "x.csv")
     ends_with(2, "--n-clusters must be 2 or more; it is 1", "--n-clusters", "1")
     ends_with(2, "--failed chooses the models itself; leave out --only", "--failed", "--only", "genre")
+    ends_with(2, "--cron must be accompanied by --serve", "--cron", "0 3 * * *")
+    ends_with(2, "--serve trains what each run is asked for; leave out --failed", "--serve", "--failed")
 
 
 def test_help_and_readme_name_the_same_options():
@@ -2088,9 +2099,9 @@ PHASES = ("", "songs read", "training", "genre: evaluating", "similar: fitting",
           "genre: done", "energy: fitting", "popularity: done", "energy: done", "models trained")
 
 
-def started(*arguments, phase="", program=ROOT / "train.py", **environment):
+def started(*arguments, phase="", program=ROOT / "train.py", cwd="/", **environment):
     """Start train.py; return (process, lines it wrote) as soon as it has written `phase`, with everything it starts marked."""
-    process = subprocess.Popen([sys.executable, program, *map(str, arguments)], cwd="/", stderr=subprocess.STDOUT, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, program, *map(str, arguments)], cwd=cwd, stderr=subprocess.STDOUT, stdout=subprocess.PIPE,
                                text=True, start_new_session=True, env={**os.environ, **COMMAND, **environment})
     lines, seen = [], threading.Event()
     def read():
@@ -2270,6 +2281,11 @@ def test_a_signal_before_the_flow_began_is_told(table, tmp_path, discord):
         publish(tmp_path, 0.5, name)
     stopped(signal.SIGTERM, 143, tmp_path, discord, delay=1, DATABASE_URL=table)
     assert models.owed(tmp_path) == list(models.MODELS), "the history knows that it had begun"
+
+
+def test_a_stopped_run_does_not_stay_running_in_prefect(table, tmp_path, discord):
+    stopped(signal.SIGTERM, 143, tmp_path, discord, "genre: evaluating", DATABASE_URL=table)
+    assert last_flow_run().state.type.value == "CRASHED" and "stopped by SIGTERM" in last_flow_run().state.message
 
 
 @pytest.mark.slow
@@ -2763,3 +2779,167 @@ def test_rollback_does_not_meddle_with_a_run(tmp_path):
     assert done.returncode == 75 and "another run is training into" in done.stderr and current(tmp_path) == 0.2
     assert command("models.py", "rollback", "energy", "--models-dir", tmp_path).returncode == 0 and current(tmp_path) == 0.1
     assert command("models.py", "rollback", "energy", "--models-dir", tmp_path / "nowhere").returncode == 2 and not (tmp_path / "nowhere").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beyond one machine: a Prefect server with its scheduler, a work pool, a Dask cluster, each in processes of its own
+# ---------------------------------------------------------------------------------------------------------------------
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(program, *arguments, cwd="/", says="", **environment):
+    """Run `python PROGRAM …` until the end of the block; give (process, lines it wrote) once it has said `says`."""
+    process, lines = started(*arguments, program=program, cwd=cwd, **environment)
+    try:
+        assert wait_until(lambda: any(says in line for line in lines), 120), "".join(lines)
+        yield process, lines
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def own_prefect(prefect, tmp_path_factory):
+    """Environment of processes that use a `prefect server start` of their own; this process's clients use it as well.
+
+    After `prefect`, whose server would otherwise be that of the clients in the tests that need both.
+    """
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    environment = {"PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+
+    def answers():
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(environment["PREFECT_API_URL"] + "/health", timeout=5).status == 200
+    with running("-m", "prefect", "server", "start", "--port", str(port), "--no-ui", **environment):
+        assert wait_until(answers, 120)
+        with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
+            yield environment
+
+
+def run_deployment(name, environment, **parameters):
+    """Start a run of ml-training-pipeline/NAME as people do; return its id."""
+    given = [word for key, value in parameters.items() for word in ("--param", f"{key}={json.dumps(value)}")]
+    done = command("-m", "prefect", "deployment", "run", f"ml-training-pipeline/{name}", *given, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.search("UUID: ([0-9a-f-]+)", done.stdout)[1]
+
+
+def final_state(run_id, seconds=120):
+    with get_client(sync_client=True) as client:
+        wait_until(lambda: client.read_flow_run(run_id).state.is_final(), seconds)
+        return client.read_flow_run(run_id).state
+
+
+def test_serve_says_what_it_lacks(prefect, tmp_path):
+    ends_with(2, "--serve needs a Prefect server; start one: prefect server start", "--serve", PREFECT_API_URL="", PREFECT_HOME=str(tmp_path))
+    ends_with(2, "http://127.0.0.1:9/api does not answer as a Prefect API", "--serve", PREFECT_API_URL="http://127.0.0.1:9/api")
+    ends_with(2, "--cron '0 3 * *' is no cron expression; write five fields", "--serve", "--cron", "0 3 * *")
+
+
+@pytest.mark.slow
+def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(own_prefect, tmp_path):
+    folder, serving = tmp_path / "models", "serving ml-training-pipeline/ml-training-pipeline"
+    options = ("--serve", "--cron", "0 3 * * *", "--demo", "600", "--only", "clusters", "--models-dir", folder, "--no-notify")
+    with running(ROOT / "train.py", *options, says=serving, MARK=str(tmp_path), **own_prefect) as (process, lines):
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name("ml-training-pipeline/ml-training-pipeline")
+        assert [(row.schedule.cron, row.active) for row in deployment.schedules] == [("0 3 * * *", True)] and not deployment.paused
+        assert deployment.parameters["demo"] == 600 and deployment.parameters["only"] == ["clusters"]
+        described = deployment.parameter_openapi_schema["properties"]["n_clusters"]
+        assert (described["type"], described["default"], described["minimum"]) == ("integer", 2, 2)
+        assert all(row["description"] for row in deployment.parameter_openapi_schema["properties"].values())
+        refused = command("-m", "prefect", "deployment", "run", "ml-training-pipeline/ml-training-pipeline", "--param", "n_clusters=1", **own_prefect)
+        assert refused.returncode == 1 and "1 is less than the minimum of 2" in " ".join(refused.stdout.split())
+
+        state = final_state(run_deployment("ml-training-pipeline", own_prefect, n_clusters=3))
+        assert (state.name, state.message) == ("Completed", "1 of 1 models trained"), "".join(lines)
+        assert len(models.read_report("clusters", folder)["metrics"]["sizes"]) == 3
+        assert not any("ImportError" in line or "Traceback" in line for line in lines), "".join(lines)
+
+        run_id = run_deployment("ml-training-pipeline", own_prefect, demo=20_000, only=["genre"])
+        assert wait_until(lambda: any("genre: evaluating" in line for line in lines), 60), "".join(lines)
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        assert process.wait(15) == 143 and time.monotonic() - sent < 10, "".join(lines)
+        assert wait_until(lambda: not processes_with(f"MARK={tmp_path}"), 5), processes_with(f"MARK={tmp_path}")
+        assert final_state(run_id, 1).name in ("Cancelled", "Crashed") and is_free(folder)
+    with get_client(sync_client=True) as client:
+        assert client.read_deployment_by_name("ml-training-pipeline/ml-training-pipeline").paused, "nothing piles up meanwhile"
+    with running(ROOT / "train.py", *options[:1], says=serving, **own_prefect):
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name("ml-training-pipeline/ml-training-pipeline")
+        assert not deployment.paused and not deployment.schedules, "served again without --cron: no schedule"
+
+
+@pytest.mark.slow
+def test_a_work_pool_runs_the_flow_elsewhere(own_prefect, table, tmp_path):
+    for words in (("work-pool", "create", "songs", "--type", "process"),
+                  ("--no-prompt", "deploy", "train.py:ml_training_pipeline", "--name", "nightly", "--pool", "songs", "--cron", "0 3 * * *",
+                   "--param", f"models_dir={tmp_path / 'models'}")):
+        done = command("-m", "prefect", *words, **own_prefect)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with running("-m", "prefect", "worker", "start", "--pool", "songs", cwd=tmp_path, DATABASE_URL=table, **own_prefect) as (_, lines):
+        state = final_state(run_deployment("nightly", own_prefect, only=["clusters", "similar"]))
+    assert (state.name, state.message) == ("Completed", "2 of 2 models trained"), "".join(lines)
+    assert models.load_model("similar", tmp_path / "models")["rows"] == 600
+
+
+def test_dask_says_what_it_lacks(tmp_path):
+    if importlib.util.find_spec("prefect_dask"):
+        ends_with(2, "--dask needs a Prefect server that the cluster's workers reach as well", "--dask", "tcp://127.0.0.1:8786",
+                  PREFECT_API_URL="", PREFECT_HOME=str(tmp_path))
+    else:
+        ends_with(2, "--dask needs prefect-dask; install it: pip install -c constraints.txt prefect-dask", "--dask", "tcp://127.0.0.1:8786")
+
+
+@pytest.fixture
+def dask_cluster(tmp_path):
+    """Address of a Dask cluster: a scheduler and two workers that know neither our modules nor Prefect's server."""
+    pytest.importorskip("prefect_dask")
+    address = f"tcp://127.0.0.1:{free_port()}"
+    own = {"PREFECT_API_URL": "", "MARK": str(tmp_path), "DASK_TEMPORARY_DIRECTORY": str(tmp_path)}
+    with contextlib.ExitStack() as stack:
+        for name, words in {"scheduler": ("dask_scheduler", "--host", address, "--no-dashboard"),
+                            **{worker: ("dask_worker", address, "--nthreads", "1", "--no-dashboard") for worker in ("one", "two")}}.items():
+            (tmp_path / name).mkdir()
+            stack.enter_context(running("-m", f"distributed.cli.{words[0]}", *words[1:], cwd=tmp_path / name, PREFECT_HOME=str(tmp_path / name),
+                                        says="Scheduler at" if name == "scheduler" else "Registered to", **own))
+        yield address
+
+
+@pytest.mark.slow
+def test_dask_survives_a_worker_that_is_killed_amid_a_fit(dask_cluster, own_prefect, table, tmp_path):
+    import distributed
+    db.load_demo(20_000, table, "spotify_songs")
+    with distributed.Client(dask_cluster, set_as_default=False) as client:
+        process, lines = started("--models-dir", tmp_path / "models", "--dask", dask_cluster, DATABASE_URL=table, **own_prefect)
+        assert wait_until(lambda: any("train_model" in key for keys in client.processing().values() for key in keys), 120), "".join(lines)
+        time.sleep(1)
+        victim = next(worker for worker, keys in client.processing().items() if any("train_model" in key for key in keys))
+        os.kill(client.run(os.getpid)[victim], signal.SIGKILL)
+        assert process.wait(300) == 0, "".join(lines)
+        assert victim not in client.scheduler_info()["workers"]
+    process.reader.join()
+    assert "5 of 5 models trained" in "".join(lines) and "Traceback" not in "".join(lines), "".join(lines)
+    assert all(models.load_model(name, tmp_path / "models")["rows"] == 20_000 for name in models.MODELS)
+    assert not [line for line in processes_with(f"MARK={tmp_path}") if "prefect" in line], "no Prefect servers on the workers"
+    assert not list(tmp_path.glob("*/prefect.db"))
+
+
+@pytest.mark.slow
+def test_dask_that_is_not_there(dask_cluster, own_prefect, table, tmp_path):
+    own = {"DATABASE_URL": table, **own_prefect}
+    ends_with(2, "--dask nonsense is not an address", "--dask", "nonsense", "--models-dir", tmp_path / "models", **own)
+    done = ends_with(3, "no Dask cluster with a worker answers at tcp://127.0.0.1:9", "--dask", "tcp://127.0.0.1:9", "--models-dir", tmp_path / "models", **own)
+    finish = re.search(r"python train.py (--failed .*)", done.stdout)[1].replace("tcp://127.0.0.1:9", dask_cluster)
+    done = command("train.py", *shlex.split(finish), **own)
+    assert done.returncode == 0 and "5 of 5 models trained" in done.stdout, done.stdout + done.stderr

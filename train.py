@@ -6,6 +6,7 @@
     python train.py --demo 50000                      # made-up songs, embedded database, no set-up at all
     python train.py --check                           # look at everything, train nothing
     python train.py --failed                          # only the models that the last run still owes
+    python train.py --serve --cron "0 3 * * *"        # a Prefect deployment (needs a Prefect server)
     python -m train                                   # the same as python train.py
 
 From Python, as the Prefect flow it is:
@@ -17,10 +18,12 @@ The file reads from top to bottom: settings, what happens before the heavy impor
 flow, the command line.
 """
 import argparse
+import asyncio
 import atexit
 import ctypes
 import errno
-import importlib
+import hashlib
+import importlib.util
 import logging
 import math
 import os
@@ -39,6 +42,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from functools import partial, wraps
 from pathlib import Path
+from typing import Annotated
 
 import db
 import models
@@ -59,6 +63,7 @@ SERVER_START_SECONDS = 120  # a first start makes Prefect's database, which take
 SERVER_END_SECONDS = 2      # for Prefect's server to write its last lines; one that is still starting takes no notice
 LAST_WORDS_SECONDS = 8      # from a signal to the end of the process, whatever is still computing
 STOPPED_POST_SECONDS = 5    # of them for Discord
+DASK_SECONDS = 30           # for a Dask cluster to answer and to have a worker
 CHECK_SECONDS = 4           # for all that --check looks at, side by side
 SPACE_NEEDED = 100 << 20    # bytes free for a night: five models, their versions and a picture
 # Bytes of memory a song takes, measured (README): while it is read, and on top of that while a model is fitted.
@@ -265,13 +270,15 @@ def message(result: dict) -> str:
     return "; ".join(parts + [result["error"]] * bool(result["error"]))
 
 
-def finish_command(models_dir, table_name, n_clusters, demo, force, notifications, csv_path=None, truncate_table=False) -> str:
-    """Return the command that trains what this run will not have trained, with the options it was started with."""
+def finish_command(*, csv_path, table_name, truncate_table, n_clusters, only, enable_notifications, models_dir, demo,
+                   force, dask) -> str:
+    """Return the command that trains what this run will not have trained: --failed, and the flow's other parameters."""
     words = ["python", "train.py", "--failed"]
-    words += ["--table-name", table_name] * (table_name != "spotify_songs") + ["--n-clusters", str(n_clusters)] * (n_clusters != 2)
-    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--demo", str(demo)] * (demo is not None)
+    words += ["--table-name", table_name] * (table_name != "spotify_songs")
+    words += ["--n-clusters", str(n_clusters)] * (n_clusters != 2) + ["--demo", str(demo)] * (demo is not None)
+    words += ["--models-dir", str(models_dir)] * bool(models_dir) + ["--dask", dask] * bool(dask)
     words += ["--csv-path", csv_path] * bool(csv_path) + ["--truncate"] * truncate_table
-    words += ["--force"] * force + ["--no-notify"] * (not notifications)
+    words += ["--force"] * force + ["--no-notify"] * (not enable_notifications)
     return shlex.join(words)
 
 
@@ -295,6 +302,10 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="look at everything a run needs, train nothing and change nothing")
     parser.add_argument("--no-notify", action="store_true", help="do not post to Discord")
     parser.add_argument("--models-dir", metavar="DIR", help="where the models go (default: models, or demo/models with --demo, beside train.py)")
+    parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster of that scheduler, tcp://HOST:8786")
+    parser.add_argument("--serve", action="store_true",
+                        help="be a Prefect deployment until stopped; the other options are what its runs do by default")
+    parser.add_argument("--cron", metavar="CRON", help='with --serve: when to run, in UTC, such as "0 3 * * *"')
     options = parser.parse_args(arguments)
     if options.truncate and not options.csv_path:
         parser.error("--truncate must be accompanied by --csv-path")
@@ -306,11 +317,26 @@ def parse_options(arguments=None) -> argparse.Namespace:
         parser.error(f"--n-clusters must be 2 or more; it is {options.n_clusters}")
     if options.failed and options.only:
         parser.error("--failed chooses the models itself; leave out --only")
+    if options.cron is not None and not options.serve:
+        parser.error("--cron must be accompanied by --serve")
+    if options.serve and options.failed:
+        parser.error("--serve trains what each run is asked for; leave out --failed")
+    if options.serve and not options.check and not prefect_is_configured():
+        parser.error("--serve needs a Prefect server; start one: prefect server start; "
+                     "then: export PREFECT_API_URL=http://127.0.0.1:4200/api")
     try:
         options.only = chosen(options.only)
+        check_dask(options.dask)
     except DataError as error:
         parser.error(str(error))
     return options
+
+
+def flow_parameters(options: argparse.Namespace) -> dict:
+    """Return the options as parameters of the flow."""
+    return {"csv_path": options.csv_path, "table_name": options.table_name, "truncate_table": options.truncate,
+            "n_clusters": options.n_clusters, "only": options.only, "enable_notifications": not options.no_notify,
+            "models_dir": options.models_dir, "demo": options.demo, "force": options.force, "dask": options.dask}
 
 
 def chosen(only) -> list[str]:
@@ -321,6 +347,14 @@ def chosen(only) -> list[str]:
         if name not in models.MODELS:
             raise DataError(f"there is no model {name!r}; the models are {', '.join(models.MODELS)}")
     return [name for name in models.MODELS if name in names]
+
+
+def check_dask(address) -> None:
+    if address and not importlib.util.find_spec("prefect_dask"):
+        raise DataError("--dask needs prefect-dask; install it: pip install -c constraints.txt prefect-dask")
+    if address and not prefect_is_configured():
+        raise DataError("--dask needs a Prefect server that the cluster's workers reach as well; start one: "
+                        "prefect server start --host 0.0.0.0; then: export PREFECT_API_URL=http://HOST:4200/api")
 
 
 def models_folder(models_dir=None, demo=None) -> Path:
@@ -418,9 +452,9 @@ def stop_is_told():
         raise
 
 
-def end_soon(status: int) -> None:
+def end_soon(status: int, seconds: float = LAST_WORDS_SECONDS) -> None:
     """End this process within seconds, whatever is still computing: a fit in a thread cannot be interrupted."""
-    watchdog = threading.Timer(LAST_WORDS_SECONDS, os._exit, [status])
+    watchdog = threading.Timer(seconds, os._exit, [status])
     watchdog.daemon = True
     watchdog.start()
 
@@ -464,9 +498,7 @@ def before_the_imports(options: argparse.Namespace):
     secure_logs()
     watch_for_signals()
     result = blank_result(options.table_name, options.demo, models_folder(options.models_dir, options.demo))
-    result |= {"asked": options.only, "finish_command": finish_command(
-        options.models_dir, options.table_name, options.n_clusters, options.demo, options.force, not options.no_notify,
-        options.csv_path, options.truncate)}
+    result |= {"asked": options.only, "finish_command": finish_command(**flow_parameters(options))}
     _, error = attempt(begin, result, options.failed, HELD)
     if isinstance(error, Locked):
         print(error, file=sys.stderr)
@@ -579,19 +611,25 @@ if __name__ == "__main__":
     OPTIONS = parse_options()
     if OPTIONS.check:
         sys.exit(check(OPTIONS))
+    if OPTIONS.serve:
+        atexit.register(leave)
     with stop_is_told():
-        SERVER = before_the_imports(OPTIONS)
+        SERVER = None if OPTIONS.serve else before_the_imports(OPTIONS)
         for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure",
                       "prefect.artifacts", "prefect.futures", "prefect.task_runners"):
             importlib.import_module(heavy)
 
+from pydantic import Field
+import sklearn.ensemble, sklearn.pipeline  # here, by one thread: of five that import it at once, some see half of it
 from prefect import flow, runtime, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.context import get_run_context
 from prefect.exceptions import TerminationSignal
 from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Failed
+from prefect.states import Completed, Crashed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 
@@ -610,8 +648,8 @@ def can_heal(task, task_run, state) -> bool:
     return True
 
 
-def train_model(name: str, songs, threads: int, settings: dict):
-    """Train one model with its share of the cores; return [estimator, metrics, seconds].
+def train_model(name: str, songs, threads: int | None, settings: dict):
+    """Train one model with its share of the cores (None: what its process has); return [estimator, metrics, seconds].
 
     OpenMP's barriers spin: a fit with more threads than free cores is many times slower than one with a single thread.
     """
@@ -667,8 +705,9 @@ def run_name() -> str:
 
 @flow(name=NAME, flow_run_name=run_name, task_runner=ThreadPoolTaskRunner(max_workers=len(models.MODELS)))
 def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify_songs", truncate_table: bool = False,
-                         n_clusters: int = 2, only: list[str] | str | None = None, enable_notifications: bool = True,
-                         models_dir: str | None = None, demo: int | None = None, force: bool = False) -> dict:
+                         n_clusters: Annotated[int, Field(ge=2)] = 2, only: list[str] | str | None = None,
+                         enable_notifications: bool = True, models_dir: str | None = None, demo: int | None = None,
+                         force: bool = False, dask: str | None = None) -> dict:
     """Train the models `only` names (all five by default) on the songs of a table; return what happened.
 
     Args:
@@ -676,26 +715,30 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
         table_name: table or view of songs, TABLE or SCHEMA.TABLE.
         truncate_table: empty the table before the CSV is loaded.
         n_clusters: number of clusters, 2 or more.
-        only: names of models.
+        only: names of models: genre, clusters, energy, popularity, similar; all by default.
         enable_notifications: post to Discord if DISCORD_WEBHOOK_URL is set.
         models_dir: where the models go; models/ beside train.py by default.
         demo: train on so many made-up songs in the embedded database instead.
         force: publish a model even if it is worse than the current one.
+        dask: train on the Dask cluster whose scheduler is at this address, such as tcp://host:8786.
 
     Returns {"status": "completed" or "partial", "models": {name: {"status", "metrics", "path", "seconds", ...}}, ...}.
     A model that fails does not raise: its entry has status "failed" and an error. Raises PipelineFailed when nothing
     could be trained, Locked when another run holds the models directory.
     """
+    given = dict(locals())
     secure_logs()
     result = BEGUN.get("result") or blank_result(table_name, demo, models_folder(models_dir, demo))
     with ExitStack() as lock:
         try:
-            _, error = attempt(train_into, result, lock, csv_path, table_name, truncate_table, n_clusters, only, demo, force,
-                               models_dir, enable_notifications)
+            _, error = attempt(train_into, result, lock, given)
         except (Stopped, TerminationSignal) as stop:  # in a flow it is Prefect that catches SIGTERM
             status = getattr(stop, "code", TERMINATED)
             end_soon(status)
             conclude(result, Stopped(status), enable_notifications)
+            if BEGUN:  # whoever started this process for a deployment tells Prefect itself
+                attempt(mark_crashed, result["message"])
+            end_soon(status, SERVER_END_SECONDS)
             raise
         if isinstance(error, Locked):
             raise error
@@ -705,21 +748,28 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
     return Completed(name="Partial" if result["status"] == "partial" else None, message=result["message"], data=result)
 
 
-def train_into(result: dict, lock: ExitStack, csv_path, table_name, truncate_table, n_clusters, only, demo, force,
-               models_dir, notifications) -> None:
-    """Everything from the lock (which the command line has taken) to the last model published, noted in the result."""
+def mark_crashed(message: str) -> None:
+    """Tell Prefect that the run is over: it would notice when the fits end, which this process does not wait for."""
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(runtime.flow_run.id, Crashed(message=message), force=True)
+
+
+def train_into(result: dict, lock: ExitStack, given: dict) -> None:
+    """Everything from the lock (which the command line has taken) to the last model published, noted in the result.
+
+    `given` are the parameters of the flow.
+    """
     if BEGUN:
         if BEGUN["error"]:
             raise BEGUN["error"]
     else:
-        result["asked"] = chosen(only)
-        if n_clusters < 2:
-            raise DataError(f"n_clusters must be 2 or more; it is {n_clusters}")
-        result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, force, notifications, csv_path, truncate_table)
+        result["asked"] = chosen(given["only"])
+        check_dask(given["dask"])
+        result["finish_command"] = finish_command(**given)
         begin(result, False, lock)
-    songs = get_songs(result, csv_path, table_name, truncate_table, demo)
-    result["finish_command"] = finish_command(models_dir, table_name, n_clusters, demo, force, notifications)
-    train_all(result, songs, {"clusters": {"n_clusters": n_clusters}}, force)
+    songs = get_songs(result, given["csv_path"], given["table_name"], given["truncate_table"], given["demo"])
+    result["finish_command"] = finish_command(**given | {"csv_path": None, "truncate_table": False})
+    train_all(result, songs, {"clusters": {"n_clusters": given["n_clusters"]}}, given["force"], given["dask"])
 
 
 def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, demo):
@@ -744,7 +794,31 @@ def get_songs(result: dict, csv_path, table_name: str, truncate_table: bool, dem
     return songs
 
 
-def train_all(result: dict, songs, settings: dict, force: bool) -> None:
+@contextmanager
+def cluster(address: str, songs, copies: int):
+    """Give (a task runner on the Dask cluster at the address, a future of the songs, which are sent there once)."""
+    from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
+    from prefect_dask import DaskTaskRunner
+    with DaskTaskRunner(address=address) as runner:
+        try:
+            runner.client.wait_for_workers(1, DASK_SECONDS)
+        except ValueError as error:
+            raise DataError(f"--dask {address} is not an address ({error}); write tcp://HOST:8786") from None
+        except OSError as error:
+            raise ConnectionError(f"no Dask cluster with a worker answers at {address} ({error}); "
+                                  f"start one: dask scheduler; dask worker {address}") from None
+        for path in (db.__file__, models.__file__, notify.__file__, __file__):
+            for plugin in (SchedulerUploadFile(path), UploadFile(path)):
+                # Once per version of a file: one that is loaded anew amid another run spoils that run's estimators.
+                plugin.idempotent = True
+                runner.client.register_plugin(plugin, f"{plugin.filename} {hashlib.sha256(plugin.data).hexdigest()}")
+        # A call, not scattered data: where the worker that holds the songs dies, Dask makes the call again.
+        sent = runner.client.submit(lambda: songs, pure=False)
+        runner.client.replicate(sent, copies)  # Dask gives a task only to workers that have its data
+        yield runner, sent
+
+
+def train_all(result: dict, songs, settings: dict, force: bool, dask: str | None) -> None:
     """Train the models asked for side by side, publish each as soon as it is ready, note what became of it."""
     from threadpoolctl import threadpool_limits
     asked, data = result["asked"], models.describe(songs)
@@ -752,18 +826,28 @@ def train_all(result: dict, songs, settings: dict, force: bool) -> None:
         log.warning("the songs are not those of the last training: %s", moved)
         result["warnings"].append(moved)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    together = len(asked) == 1 or enough_memory(len(songs), sum(FIT_BYTES.get(name, 0) for name in asked), len(asked))
-    threads = max(1, cores // len(asked))
-    log.info("training %s %swith %d thread%s each", ", ".join(asked), "" if together else "one after another, as memory is short, ",
-             threads, "s" * (threads > 1))
-    submit = lambda name: train_tasks[name].submit(name, songs, threads, settings.get(name, {}))
+    together = bool(dask) or len(asked) == 1 or enough_memory(
+        len(songs), sum(FIT_BYTES.get(name, 0) for name in asked), len(asked))
+    threads = None if dask else max(1, cores // len(asked))
+    log.info("training %s %s%s", ", ".join(asked), "" if together else "one after another, as memory is short, ",
+             f"on the Dask cluster at {dask}" if dask else f"with {threads} thread{'s' * (threads > 1)} each")
+    where = cluster(dask, songs, len(asked)) if dask else nullcontext((get_run_context().task_runner, songs))
     # Around all: BLAS has one limit for the whole process, and the first model to end would lift it for the others.
-    with notify.live_status(asked), threadpool_limits(threads):
+    with where as (runner, sent), notify.live_status(asked), threadpool_limits(threads):
+        def submit(name):
+            return runner.submit(train_tasks[name], {"name": name, "songs": sent, "threads": threads,
+                                                     "settings": settings.get(name, {})})
+
+        def finish(name, future) -> bool:
+            """Publish the model; return whether it is to be tried again, alone."""
+            error = publish(result, name, future, songs, data, settings, force)
+            if dask:
+                future.wrapped_future.release()  # else Dask trains finished models again where their worker dies later
+            return isinstance(error, OutOfMemory) and len(asked) > 1
         futures = {submit(name): name for name in asked * together}
-        starved = [futures[future] for future in as_completed(list(futures))
-                   if isinstance(publish(result, futures[future], future, songs, data, settings, force), OutOfMemory)]
-        for name in starved * (len(asked) > 1) if together else asked:
-            publish(result, name, submit(name), songs, data, settings, force)
+        starved = [futures[future] for future in as_completed(list(futures)) if finish(futures[future], future)]
+        for name in starved if together else asked:
+            finish(name, submit(name))
 
 
 def publish(result: dict, name: str, future, songs, data: dict, settings: dict, force: bool) -> Exception | None:
@@ -809,17 +893,45 @@ def write_artifacts(result: dict) -> None:
 def main(options: argparse.Namespace, server) -> int:
     """Run the flow once; print what happened; return the exit status."""
     with wait_for_prefect(server) if server else nullcontext():
-        _, error = attempt(partial(
-            ml_training_pipeline, csv_path=options.csv_path, table_name=options.table_name, truncate_table=options.truncate,
-            n_clusters=options.n_clusters, only=BEGUN["result"]["asked"], enable_notifications=not options.no_notify,
-            models_dir=options.models_dir, demo=options.demo, force=options.force))
+        parameters = flow_parameters(options) | {"only": BEGUN["result"]["asked"]}
+        _, error = attempt(partial(ml_training_pipeline, **parameters))
     result = BEGUN["result"]
     conclude(result, error, BEGUN["notify"])  # where Prefect failed before the flow could say anything
     notify.print_summary(result)
     return result["exit_status"]
 
 
+async def serve(options: argparse.Namespace) -> None:
+    """Be the deployment until a signal comes: Prefect starts a process for each run, and ends it when this one ends."""
+    from prefect.runner import Runner
+    from prefect.schedules import Cron
+    check_prefect(options)
+    try:
+        schedules = [] if options.cron is None else [Cron(options.cron)]
+    except ValueError:
+        raise DataError(f'--cron {options.cron!r} is no cron expression; write five fields: "0 3 * * *"') from None
+    # limit: a run that is due while another trains waits for it instead of finding the models directory locked.
+    runner, loop = Runner(name=NAME, limit=1), asyncio.get_running_loop()
+    # The flow by import, not that of __main__: a run's process is told its name instead of being sent its functions.
+    await runner.aadd_flow(importlib.import_module("train").ml_training_pipeline, name=NAME,
+                           parameters=flow_parameters(options), schedules=schedules)
+
+    def stop(number, _):
+        EXIT["status"] = 128 + number
+        loop.call_soon_threadsafe(loop.create_task, runner.astop())
+    runner.handle_sigterm = stop  # flow.serve's own does not await this, and so waits for the run to end
+    signal.signal(signal.SIGINT, stop)
+    print(f"serving {NAME}/{NAME}; start a run with: prefect deployment run {NAME}/{NAME}", flush=True)
+    await runner.start()
+
+
 if __name__ == "__main__":
+    if OPTIONS.serve:
+        _, error = attempt(asyncio.run, serve(OPTIONS))
+        if isinstance(error, DataError):
+            print(f"train.py: error: {error}", file=sys.stderr)
+            EXIT["status"] = WRONG_INPUT
+        sys.exit(EXIT["status"])
     with stop_is_told():
         EXIT["status"] = main(OPTIONS, SERVER)
     sys.exit(EXIT["status"])
