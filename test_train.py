@@ -697,7 +697,7 @@ def a_run(models=None, **changes):
     return {"status": "completed" if not bad else "partial" if good else "failed", "message": words, "error": None,
             "started_at": "2026-11-23T03:00:00+00:00", "seconds": 41.2, "read_seconds": 1.1, "peak_mb": 812,
             "host": "musicbox", "table": "spotify_songs", "rows": 89_740, "models_dir": "/srv/models", "demo": False,
-            "warnings": [], "csv": None, "models": every} | changes
+            "warnings": [], "csv": None, "models": every, "finish_command": None} | changes
 
 
 def a_history(runs=29, models=("genre", "clusters", "energy", "popularity", "similar")):
@@ -900,7 +900,7 @@ def test_message_says_what_happened():
     assert embed["fields"][0]["value"].startswith("failed: genre needs at least 2 genres")
     assert "0.709 to 0.112" in embed["fields"][2]["value"]
     assert message(a_run(warnings=["half the songs are gone"]))["color"] == 0xF1C40F
-    embed = message({"status": "failed", "message": "the run was stopped by SIGTERM", "error": None, "models": {}})
+    embed = message(a_run(NONE, status="failed", message="the run was stopped by SIGTERM"))
     assert (embed["color"], embed["title"]) == (0xE74C3C, "❌ the run was stopped by SIGTERM")
 
 
@@ -947,11 +947,11 @@ NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
       "half the songs are gone (and 1 more)"]),
     (a_run({"genre": a_genre(2), "clusters": some_clusters(5)}), a_history(), ["techno", "80%"]),
     (a_run({"genre": a_genre(200), "clusters": some_clusters(12)}), a_history(), ["→"]),
-    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), ["$m_i^2$ ", "اغاني"]),
+    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), ["$m_i^2$", "اغاني"]),
     (a_run({"genre": a_genre(LONG + [f"$long$ name {i}" for i in range(20)])}, host="ホスト$"), [], ["→"]),
     (a_run({name: failed("it broke") for name in NONE}), [], ["genre: failed", "it broke"]),
-    (a_run(NONE, status="failed", message="nothing was trained", error="the database is gone", rows=None), a_history(),
-     ["nothing was trained", "the database is gone"])])
+    (a_run(NONE, status="failed", message="Nothing was trained: the database is gone", rows=None), a_history(),
+     ["Nothing was trained: the database is gone", "last 29 runs"])])
 def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -963,7 +963,27 @@ def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     texts = " ".join(t.get_text().replace("\n", " ") for t in figure.findobj(lambda a: hasattr(a, "get_text")))
     assert [words for words in says if words not in texts] == []
-    assert len([axes for axes in figure.axes if axes.get_label() != "<colorbar>"]) == max(1, len(result["models"])) + 1
+    assert len([axes for axes in figure.axes if axes.get_label() != "<colorbar>"]) == len(result["models"]) + 1
+
+
+def test_picture_without_a_font_has_neither_boxes_nor_warnings(monkeypatch, tmp_path):
+    monkeypatch.setattr(notify, "FONTS", ("DejaVu Sans",))
+    notify._fonts.cache_clear()
+    names = ["한국 발라드", "東京 Jポップ", "हिन्दी", "rock 🎸🤘", "русский", "an art song, old", "an art song, new"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notify.draw_report(a_run({"genre": a_genre(names * 2)}), [], tmp_path / "report.png")
+    assert list(map(notify._drawable, names)) == ["hangug balradeu", "… Jpotupu", "…", "rock …", *names[4:]]
+    assert list(notify._labels(names[4:], 12).values()) == ["русский", "an art…old", "an art…new"]
+    notify._fonts.cache_clear()
+
+
+def test_colours_are_legible_on_black_and_on_white():
+    def luminance(colour):  # W3C, contrast ratio
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        return sum(w * (p / 12.92 if p <= 0.04 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+    for colour in {status[2] for status in notify.STATUS.values()} | {notify.PALETTE[0]}:
+        assert min(1.05 / (luminance(colour) + 0.05), (luminance(colour) + 0.05) / 0.05) > 3.5
 
 
 def test_history_breaks_where_a_model_failed():
@@ -1534,7 +1554,7 @@ def test_similar_says_what_it_does_not_know(songs, models_dir):
     assert done.returncode == 2 and "did you mean" in done.stderr and title in done.stderr
     twice = songs[songs.track_name.duplicated()].iloc[0]
     done = command("models.py", "similar", twice.track_name, "--models-dir", models_dir)
-    assert done.returncode == 2 and "say which with --artist NAME or by track_id" in done.stderr
+    assert done.returncode == 2 and "say which, --artist NAME or a track_id" in done.stderr
     done = command("models.py", "similar", twice.track_name, "--artist", twice.artist_name, "--models-dir", models_dir)
     assert done.returncode == 0 and f"by {twice.artist_name}" in done.stdout
 
