@@ -1193,7 +1193,7 @@ def show(options) -> int:
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
-        notify.print_table(("model", "metric", "change>", "songs>", "trained", "size>", "versions>"), rows,
+        notify.print_table(("model", "metric", "change>", "songs>", "trained", "size>", "older>"), rows,
                            above=[(f"Models in {options.models_dir}", "bold")])
     return 2 if len(trouble) == len(MODELS) else 0
 

@@ -176,7 +176,7 @@ def print_table(columns, rows, above=(), below=(), file=None):
     lines = tty and "utf" in encoding.lower()
     out = Console(file=io.StringIO(), width=Console(file=file).width if tty else PLAIN_WIDTH, force_terminal=tty,
                   markup=False, emoji=False, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD if lines else None, pad_edge=False, padding=(0, 1) if lines else (0, 2, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD if lines else None, pad_edge=False, padding=(0, 1 if lines else 2, 0, 0))
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold",
                          no_wrap=column not in ("title", "artist"))
@@ -416,17 +416,17 @@ def _draw_confusions(axes, plot):
 
 
 def _draw_clusters(axes, plot):
-    """The songs on their first two principal components, coloured and numbered by cluster."""
+    """The songs on their first two principal components, coloured and numbered by cluster, as in predictions."""
     sizes, halo = plot["sizes"], {"fc": "white", "alpha": 0.85, "ec": "none", "boxstyle": "circle,pad=0.2"}
     named = min(len(sizes), CLUSTERS_NAMED)
     columns = 1 if named <= 4 else 2
     for i, label in enumerate(plot["labels"]):
         x, y = ([point[axis] for point in plot["points"] if point[2] == i] for axis in (0, 1))
-        name = f"{_drawable(f'{i + 1} {label}', 42 // columns)} {sizes[i] / max(1, sum(sizes)):.0%}"
+        name = f"{_drawable(f'{i} {label}', 42 // columns)} {sizes[i] / max(1, sum(sizes)):.0%}"
         axes.scatter(x, y, s=9, alpha=0.6, linewidths=0, color=PALETTE[i % len(PALETTE)],
                      marker=MARKERS[i % len(MARKERS)], label=name if i < named else None)
         if x:
-            axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i + 1, ha="center", va="center", size=14,
+            axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i, ha="center", va="center", size=14,
                       weight="bold", bbox=halo)
     low, high = axes.get_ylim()
     axes.set(xticks=[], yticks=[], ylim=(low - (high - low) * 0.1 * math.ceil(named / columns), high))

@@ -2,12 +2,15 @@
 
     python -m pytest -q            # the quick suite
     python -m pytest -q -m slow    # the long fault runs
+    python -m pytest -q -m pictures  # draws docs/*.png anew; needs Chromium
 """
+import base64
 import contextlib
 import csv
 import gc
 import gzip
 import hashlib
+import html
 import http.server
 import io
 import json
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 from email.parser import BytesParser
 from pathlib import Path
@@ -2500,3 +2504,74 @@ def test_rollback_does_not_meddle_with_a_run(tmp_path):
     assert done.returncode == 75 and "another run is training into" in done.stderr and current(tmp_path) == 0.2
     assert command("models.py", "rollback", "energy", "--models-dir", tmp_path).returncode == 0 and current(tmp_path) == 0.1
     assert command("models.py", "rollback", "energy", "--models-dir", tmp_path / "nowhere").returncode == 2 and not (tmp_path / "nowhere").exists()
+
+
+# ---- the pictures of the README ------------------------------------------------------------------------------------
+DISCORD = """<!doctype html><meta charset="utf-8"><style>
+body {{ margin: 0; padding: 20px; width: 660px; background: #313338; color: #dbdee1; font: 17px sans-serif; line-height: 1.35 }}
+b {{ color: white }} img {{ width: 100%; border-radius: 4px; margin-top: 14px }} code {{ background: #1e1f22; padding: 2px 4px }}
+.embed {{ background: #2b2d31; border-left: 5px solid #{color:06x}; border-radius: 4px; padding: 12px 18px; margin-top: 8px }}
+.fields {{ display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 8px; margin-top: 10px }} .wide {{ grid-column: span 3 }}
+small {{ display: block; margin-top: 10px; color: #b5bac1 }}</style>
+<b>song models</b> <small style="display: inline">APP</small><div class="embed"><b>{title}</b><br>{description}
+<div class="fields">{fields}</div><img src="data:image/png;base64,{picture}"><small>{footer} • {when}</small></div>"""
+
+
+def on_discord(embed, picture):
+    """The message as Discord shows it: a page made from the JSON and the file that were posted."""
+    def shown(text):
+        text = html.escape(re.sub("\u200b", "", text))
+        return re.sub(r"\\([^\w\s])", r"\1", re.sub("`(.+?)`", r"<code>\1</code>", text)).replace("\n", "<br>")
+    fields = "".join(f"<div class={'one' if field['inline'] else 'wide'}><b>{shown(field['name'])}</b><br>{shown(field['value'])}</div>"
+                     for field in embed["fields"])
+    return DISCORD.format(title=shown(embed["title"]), description=shown(embed["description"]), fields=fields, color=embed["color"],
+                          footer=shown(embed["footer"]["text"]), when=embed["timestamp"][:16].replace("T", " "), picture=base64.b64encode(picture).decode())
+
+
+def answers_at(address):
+    with contextlib.suppress(OSError):
+        return urllib.request.urlopen(address, timeout=5).status == 200
+
+
+def photograph(address, path, width, height):
+    """Write what Chromium shows of a page, without the empty rest below it."""
+    from PIL import Image, ImageChops
+    subprocess.run([shutil.which("chromium") or "google-chrome", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                    "--disable-background-networking", f"--window-size={width},{height}", "--virtual-time-budget=40000",
+                    f"--screenshot={path}", address], check=True, capture_output=True, timeout=120)
+    image = Image.open(path).convert("RGB")
+    empty = Image.new("RGB", image.size, image.getpixel((width - 1, height - 1)))
+    bottom = ImageChops.difference(image, empty).getbbox()[3]
+    image.crop((0, 0, width, min(height, bottom + 16))).quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+
+
+@pytest.mark.pictures
+def test_the_pictures_of_the_readme(url, discord, tmp_path):
+    """Three good nights on demo songs; on the fourth somebody has set popularity to 5."""
+    for module in ("train.py", "models.py", "db.py", "notify.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ui = f"http://127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"DATABASE_URL": url, "DISCORD_WEBHOOK_URL": discord(), "PREFECT_HOME": str(tmp_path / "prefect"),
+                                "PREFECT_API_URL": f"{ui}/api"}
+    server = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", ui.rpartition(":")[2]],
+                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: answers_at(f"{ui}/api/health"), 120)
+        db.load_demo(5000, url, "spotify_songs")
+        for status in (0, 0, 0, 1):
+            assert len(discord.got) < 3 or execute(url, "UPDATE spotify_songs SET popularity = 5") is None
+            done = subprocess.run([sys.executable, tmp_path / "train.py"], env=environment, capture_output=True, text=True)
+            assert done.returncode == status, done.stderr
+        (ROOT / "docs" / "report.png").write_bytes(discord.got[2][1]["files[0]"][1])
+        payload, files = discord.got[3]
+        (tmp_path / "discord.html").write_text(on_discord(payload["embeds"][0], files["files[0]"][1]))
+        photograph(f"file://{tmp_path}/discord.html", ROOT / "docs" / "discord.png", 740, 1400)
+        question = urllib.request.Request(f"{ui}/api/flow_runs/filter", b'{"sort": "START_TIME_DESC"}', {"Content-Type": "application/json"})
+        run = json.loads(urllib.request.urlopen(question).read())[0]
+        photograph(f"{ui}/runs/flow-run/{run['id']}", ROOT / "docs" / "ui.png", 1300, 1180)
+    finally:
+        server.terminate()
+        server.wait()
+    assert sum(path.stat().st_size for path in (ROOT / "docs").iterdir()) < 300_000
