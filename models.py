@@ -14,7 +14,6 @@ scikit-learn and pandas are imported where they are used: they take two seconds,
 import argparse
 import fcntl
 import hashlib
-import io
 import json
 import logging
 import os
@@ -1196,30 +1195,6 @@ def predict(songs, models_dir=MODELS_DIR):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-PIPED_WIDTH = 160  # columns of a table where there is no terminal to ask
-
-
-def _table(title, columns, rows):
-    """Print a table; `columns` maps each heading to left or right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading, side in columns.items():
-        table.add_column(heading, justify=side, overflow="fold", no_wrap=heading not in ("title", "artist"))
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:  # no escape codes, and nothing that an old encoding cannot show
-        table.box, console = None, Console(markup=False, highlight=False, width=PIPED_WIDTH, file=io.StringIO())
-    console.print(Text(title, "bold"), table)
-    if console.file is not sys.stdout:
-        encoding = sys.stdout.encoding or "utf-8"
-        lines = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-        print(lines.encode(encoding, "backslashreplace").decode(encoding))
-
-
 def _age(when: str) -> str:
     seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(when)).total_seconds()
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
@@ -1247,13 +1222,14 @@ def show(options) -> int:
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
-        _table(f"Models in {options.models_dir}", {"model": "left", "metric": "left", "change": "right", "songs": "right",
-               "trained": "left", "size": "right", "versions": "right"}, rows)
+        notify.print_table(("model", "metric", "change>", "songs>", "trained", "size>", "older>"), rows,
+                           above=[(f"Models in {options.models_dir}", "bold")])
     return 2 if len(trouble) == len(MODELS) else 0
 
 
 def similar(options) -> int:
     """Print the songs most like one song."""
+    import notify
     index = load_model("similar", options.models_dir)["estimator"]
     rows = index.find(options.song, options.artist)
     song = lambda row: {"track_id": index.track_ids_[row], "track_name": index.titles_[row], "artist_name": index.artists_[row]}
@@ -1262,21 +1238,24 @@ def similar(options) -> int:
         by = f" by {options.artist}" if options.artist else ""
         raise ModelError(f'no song is called "{options.song}"{by}' + (f"; did you mean:{near}" if near else ""))
     if len(rows) > 1:
-        choices = "".join(f"\n  {index.artists_[row]}  ({index.track_ids_[row]})" for row in rows[:20])
-        raise ModelError(f'{len(rows)} songs are called "{options.song}"; say which with --artist NAME or by track_id:{choices}')
+        choices = "".join(f"\n  {index.track_ids_[row]}  {index.artists_[row]}" for row in rows[:20])
+        choices += f"\n  and {len(rows) - 20} more" * (len(rows) > 20)
+        raise ModelError(f'{len(rows)} songs are called "{options.song}"; say which, --artist NAME or a track_id:{choices}')
     found, cosines = index.neighbours(rows[0], options.k)
     answers = [song(row) | {"similarity": round(float(cosine), 4)} for row, cosine in zip(found, cosines)]
     if options.json:
         print(json.dumps({"song": song(rows[0]), "similar": answers}, indent=1, ensure_ascii=False))
     else:
-        _table(f"Like {index.titles_[rows[0]]} by {index.artists_[rows[0]]}",
-               {"similarity": "right", "title": "left", "artist": "left", "track_id": "left"},
-               [(f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"]) for a in answers])
+        notify.print_table(
+            ("alike>", "title", "artist", "track_id"),
+            [(f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"]) for a in answers],
+            above=[(f"Like {index.titles_[rows[0]]} by {index.artists_[rows[0]]}", "bold")])
     return 0
 
 
 def predict_csv(options) -> int:
     """Write the rows of a CSV with the predictions added, or print the first of them."""
+    import notify
     rows = read_text(options.csv)
     songs = songs_from_text(rows)
     for name in db.REQUIRED:
@@ -1295,11 +1274,11 @@ def predict_csv(options) -> int:
         print(whole.to_json(orient="records", lines=True, force_ascii=False), end="")
     else:
         shown = songs[["track_name", "artist_name"]].join(added).head(20)
-        names = {"track_name": "title", "artist_name": "artist", "genre_confidence": "sure"}
-        columns = {names.get(name, name.removesuffix("_predicted")): "left" if name in db.TEXT + ("genre_predicted",) else "right"
-                   for name in shown}
-        rows = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row] for row in shown.itertuples(index=False)]
-        _table(f"{len(whole):,} songs; --out FILE writes them all", columns, rows)
+        names = {"track_name": "title", "artist_name": "artist", "genre_predicted": "genre", "genre_confidence": "sure>"}
+        columns = [names.get(name, name.removesuffix("_predicted") + ">") for name in shown]
+        rows = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row]
+                for row in shown.itertuples(index=False)]
+        notify.print_table(columns, rows, above=[(f"{len(whole):,} songs; --out FILE writes them all", "bold")])
     return 0
 
 

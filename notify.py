@@ -34,12 +34,12 @@ METRICS = {"accuracy_new_artists": "new artists", "r2_new_artists": "new artists
            "same_genre_by_chance": "by chance", "same_artist_at_10": "same artist", "r2": "R²",
            "same_genre_at_10": "same genre"}
 
-# Of each status: its word, sign, colour in the terminal, in the picture and on Discord.
-GOOD, MIXED = ("✅", "green", "#00795A", 0x2ECC71), ("⚠️", "yellow", "#A86400", 0xF1C40F)
+# Of each status: its word, sign, colour (legible on black and on white, also to colour-blind eyes), colour on Discord.
+GOOD, MIXED, BAD = ("✅", "#00795A", 0x2ECC71), ("⚠️", "#A86400", 0xF1C40F), ("❌", "#C03A00", 0xE74C3C)
 STATUS = {"completed": ("completed", *GOOD), "trained": ("trained", *GOOD), "partial": ("partial", *MIXED),
-          "held_back": ("held back", *MIXED), "failed": ("failed", "❌", "red", "#C03A00", 0xE74C3C)}
+          "held_back": ("held back", *MIXED), "failed": ("failed", *BAD)}
 
-PLAIN_WIDTH = 110          # columns of the table where there is no terminal to ask
+PLAIN_WIDTH = 160          # columns of a table where there is no terminal to ask
 LOG_EVERY = 0.25           # share of a CSV between two log lines where there is no terminal
 
 # The picture. Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
@@ -48,7 +48,9 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 MARKERS = "os^Dvp*X"
 INK, GREY = "#222222", "#707070"
 RUNS_SHOWN, CONFUSIONS_SHOWN, CLUSTERS_NAMED = 30, 9, 8
-FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Microsoft YaHei")  # those installed
+FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Microsoft YaHei",
+         "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS")  # those installed
+READING = re.compile("(?:HANGUL SYLLABLE|(?:HIRAGANA|KATAKANA) LETTER(?: SMALL)?) ([A-Z]+)$")  # in Unicode's names
 
 # Discord. Its limits count UTF-16 code units; breaking one is a 400 and loses the message.
 TITLE, DESCRIPTION, FIELDS, VALUE, FOOTER, EMBEDS = 256, 4096, 25, 1024, 256, 6000
@@ -80,9 +82,9 @@ def number(value):
 
 
 def duration(seconds):
-    """41.2 -> "41.2 s", 754 -> "12 min 34 s", 4000 -> "1 h 6 min"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
+    """41.2 -> "41.2 s", 754 -> "12 min 34 s", 4000 -> "1 h 6 min"; "" for none."""
+    if not seconds or seconds < 60:
+        return f"{seconds:.1f} s" if seconds else ""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -109,76 +111,82 @@ def reason(model):
     return error and f"{word}: {error.removeprefix(f'{word}: ')}"
 
 
+def table_row(name, model):
+    """A model as a row of a table: {"model", "status", "metric", "change", "time", "size"}, all text."""
+    metric, change = metric_and_change(model)
+    return {"model": plain(name, 20), "status": STATUS[model["status"]][0], "metric": metric, "change": change,
+            "time": duration(model.get("seconds")), "size": size(model.get("bytes"))}
+
+
 def facts(result):
     """["89,740 songs of spotify_songs", "41.2 s in all", ...]: what there is to say besides the models."""
-    kind = "made-up songs" if result.get("demo") else "songs"
-    songs = f"{result['rows']:,} {kind} of " if result.get("rows") else "table "
-    found = [songs + plain(result["table"], 80)] if result.get("table") else []
-    found += [f"{duration(result['read_seconds'])} to read"] if result.get("read_seconds") else []
-    found += [f"{duration(result['seconds'])} in all"] if result.get("seconds") else []
-    found += [f"peak memory {result['peak_mb']:,.0f} MB"] if result.get("peak_mb") else []
-    return found + ([f"on {plain(result['host'], 80)}"] if result.get("host") else [])
+    songs = f"{result['rows']:,} {'made-up ' * bool(result['demo'])}songs of" if result["rows"] else "table"
+    said = {"table": lambda table: f"{songs} {plain(table, 80)}", "read_seconds": lambda s: f"{duration(s)} to read",
+            "seconds": lambda s: f"{duration(s)} in all", "peak_mb": lambda mb: f"peak memory {mb:,.0f} MB",
+            "host": lambda host: f"on {plain(host, 80)}"}
+    return [say(result[key]) for key, say in said.items() if result[key]]
 
 
-def csv_line(result):
-    """What became of the rows of the CSV, or ""."""
-    csv = result.get("csv")
-    if not csv:
-        return ""
-    reasons = "; ".join(f"{plain(reason, 80)}: {count:,}" for reason, count in csv["rejected"].items())
-    return (f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, {csv['repeated']:,} repeated, "
-            f"{sum(csv['rejected'].values()):,} rejected" + (f" ({reasons})" if reasons else ""))
+def notes(result):
+    """What there is to say below the models: the error if the message has it not, warnings, the CSV's rows."""
+    error, csv = plain(result["error"] or ""), result["csv"]
+    said = [error] * (error not in plain(result["message"])) + [f"warning: {plain(w)}" for w in result["warnings"]]
+    if csv:
+        reasons = "; ".join(f"{plain(reason, 80)}: {count:,}" for reason, count in csv["rejected"].items())
+        said.append(f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, {csv['repeated']:,} repeated, "
+                    f"{sum(csv['rejected'].values()):,} rejected" + f" ({reasons})" * bool(reasons))
+    return said
 
 
 # ------------------------------------------------------------------------------------------------- terminal
 
 def print_summary(result, file=None):
-    """Print the table of a run: in colour on a terminal, plain text without escape codes anywhere else."""
-    from rich.console import Console
-    file = file or sys.stdout
-    tty, encoding = file.isatty(), getattr(file, "encoding", None) or "utf-8"
-    out = Console(file=io.StringIO(), width=(Console(file=file).width if tty else PLAIN_WIDTH), force_terminal=tty,
-                  markup=False, emoji=False, highlight=False)
-    if result.get("models"):
-        out.print(summary_table(result, tty and "utf" in encoding.lower()))
-    for text, style in summary_lines(result):
-        out.print(text, style=style if tty else None, soft_wrap=True)
-    lines = [line.rstrip() for line in out.file.getvalue().splitlines()]
-    file.write("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    file.flush()
+    """Print the table of a run and what there is to say below it."""
+    models = result["models"]
+    colours, rows = {name: STATUS[model["status"]][2] for name, model in models.items()}, []
+    for name, model in models.items():
+        _, status, *others = table_row(name, model).values()
+        rows.append([(name, "bold"), (status, colours[name]), *others])
+    lines = [(result["message"], f"bold {STATUS[result['status']][2]}")]
+    lines += [(f"{name} {reason(model)}", colours[name]) for name, model in models.items() if model.get("error")]
+    lines += [(note, MIXED[1] if note.startswith("warning") else "") for note in notes(result)]
+    lines += [", ".join(facts(result))] * bool(facts(result))
+    lines += [f"models in {result['models_dir']}"] if any(model.get("path") for model in models.values()) else []
+    if result["finish_command"]:
+        lines.append((f"to finish the job: {result['finish_command']}", "bold"))
+    print_table(("model", "status", "metric", "change>", "time>", "size>"), rows, below=lines, file=file)
 
 
-def summary_table(result, lines=True):
-    """One row per model: a rich table that fits 80 columns."""
+def print_table(columns, rows, above=(), below=(), file=None):
+    """Print lines, a table, lines: in colour on a terminal, plain text without escape codes anywhere else.
+
+    `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles and artists may be
+    folded. Cells and lines are text or (text, rich style).
+    """
     from rich import box
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    table = Table(box=box.SIMPLE_HEAD if lines else None, pad_edge=False, padding=(0, 1) if lines else (0, 2, 0, 0))
-    for column in ("model", "status", "metric", "change", "time", "size"):
-        table.add_column(column, justify="right" if column in ("change", "time", "size") else "left", no_wrap=True)
-    for name, model in result["models"].items():
-        word, _, style, *_ = STATUS[model["status"]]
-        seconds = duration(model["seconds"]) if model.get("seconds") else ""
-        table.add_row(Text(plain(name, 20), "bold"), Text(word, style),
-                      *map(Text, (*metric_and_change(model), seconds, size(model.get("bytes")))))
-    return table
 
-
-def summary_lines(result):
-    """[(text, rich style)]: what stands below the table: errors in plain words, the command that finishes the job."""
-    models, style = result.get("models") or {}, STATUS[result["status"]][2]
-    lines = [(plain(result.get("message") or result["status"]), f"bold {style}")]
-    if result.get("error") and plain(result["error"]) not in lines[0][0]:
-        lines.append((plain(result["error"]), "red"))
-    lines += [(f"{plain(name)} {reason(model)}", STATUS[model["status"]][2])
-              for name, model in models.items() if model.get("error")]
-    lines += [(f"warning: {plain(warning)}", "yellow") for warning in result.get("warnings") or ()]
-    lines += [(text, "") for text in (csv_line(result), ", ".join(facts(result))) if text]
-    if any(model.get("path") for model in models.values()):
-        lines.append((f"models in {plain(result['models_dir'])}", ""))
-    if result.get("finish_command"):
-        lines.append((f"to finish the job: {plain(result['finish_command'])}", "bold"))
-    return lines
+    def text(said):
+        said, style = said if isinstance(said, tuple) else (said, "")
+        return Text(plain(said), style)
+    file = file or sys.stdout
+    tty, encoding = file.isatty(), getattr(file, "encoding", None) or "utf-8"
+    lines = tty and "utf" in encoding.lower()
+    out = Console(file=io.StringIO(), width=Console(file=file).width if tty else PLAIN_WIDTH, force_terminal=tty,
+                  markup=False, emoji=False, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD if lines else None, pad_edge=False, padding=(0, 1 if lines else 2, 0, 0))
+    for column in columns:
+        table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold",
+                         no_wrap=column not in ("title", "artist"))
+    for row in rows:
+        table.add_row(*map(text, row))
+    for part in (*map(text, above), *[table] * bool(rows), *map(text, below)):
+        out.print(part, soft_wrap=part is not table)
+    printed = "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())
+    file.write(printed.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    file.flush()
 
 
 def _log_handler():
@@ -211,8 +219,8 @@ class LiveStatus(logging.Filter):
     The line has the message without its "genre: ". Up to level INFO such a record goes no further; a warning (a retry
     and its reason) is in the log as well.
     """
-    SIGNS = {"waiting": ("·", "dim"), "done": ("✓", "green"), "held_back": ("!", "yellow"), "failed": ("✗", "red"),
-             "retrying": ("↻", "yellow")}
+    SIGNS = {"waiting": ("·", ""), "done": ("✓", GOOD[1]), "held_back": ("!", MIXED[1]), "failed": ("✗", BAD[1]),
+             "retrying": ("↻", MIXED[1])}
 
     def __init__(self, models):
         super().__init__()
@@ -229,9 +237,9 @@ class LiveStatus(logging.Filter):
         from rich.text import Text
         lines, width = [], max(map(len, self.lines))
         for name, (phase, text, ended) in self.lines.items():
-            sign, style = self.SIGNS.get(phase, ("▶", "cyan"))
-            clock = f"{(ended or time.monotonic()) - self.begun:4.0f} s  "
-            lines.append(Text.assemble((sign, style), f" {name:<{width}}", (clock, "dim"), (text, style)))
+            sign, style = self.SIGNS.get(phase, ("▶", PALETTE[0]))
+            clock = f" {name:<{width}}{(ended or time.monotonic()) - self.begun:4.0f} s  "
+            lines.append(Text.assemble((sign, style), clock, (text, style)))
         return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
 
 
@@ -282,30 +290,25 @@ def draw_report(result, history, path):
 
 
 def report_figure(result, history):
-    """The matplotlib Figure behind draw_report: a panel per model of this run, the metric history, a headline."""
+    """The matplotlib Figure behind draw_report: a headline, a panel per model of this run, the metric history."""
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
-    models = result.get("models") or {}
+    models, warnings = result["models"], result["warnings"]
     columns = 3 if len(models) > 3 else 2
     rows = len(models) // columns + 1
-    height = HEADER_INCHES + ROW_INCHES * rows + (1.5 if rows == 1 else 0)
+    height = HEADER_INCHES + ROW_INCHES * rows + 1.5 * (rows == 1)
     figure = Figure(figsize=(INCHES, height), facecolor="white")
-    grid = figure.add_gridspec(rows, columns, left=0.068, right=0.925, bottom=0.6 / height, hspace=0.5,
+    grid = figure.add_gridspec(rows, columns, left=0.068, right=0.92, bottom=0.6 / height, hspace=0.5,
                                top=1 - (HEADER_INCHES + 0.75) / height, wspace=0.28 if columns == 3 else 0.2)
     for place, (name, model) in enumerate(models.items()):
         _draw_model(figure.add_subplot(grid[place // columns, place % columns]), name, model)
-    if not models:
-        _say(figure.add_subplot(grid[0, 0]), f"{result.get('error') or 'No model was trained'}. "
-             "The models of earlier runs stay in use.", "failed")
-    _draw_history(figure.add_subplot(grid[-1, (len(models) or 1) % columns:]), result, history)
-    started, warnings = result.get("started_at"), result.get("warnings")
-    when = [f"{datetime.fromisoformat(started).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"] if started else []
-    more = f" (and {len(warnings) - 1} more)" if warnings and len(warnings) > 1 else ""
-    lines = [(0.62, result.get("message") or result["status"], 80, 25, result["status"]),
-             (0.95, " · ".join(when + facts(result)), 145, 14, None),
-             (1.25, f"warning: {plain(warnings[0], 110)}{more}" if warnings else "", 150, 13.5, "partial")]
-    for inches, text, width, size_, status in lines:
-        _write(figure, 0.015, 1 - inches / height, text, width, size=size_, status=status,
-               weight="bold" if size_ == 25 else None)
+    _draw_history(figure.add_subplot(grid[-1, len(models) % columns:]), result, history)
+    when = f"{datetime.fromisoformat(result['started_at']).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+    write = functools.partial(_write, figure, 0.015)
+    write(1 - 0.62 / height, result["message"], 80, size=25, weight="bold", color=STATUS[result["status"]][2])
+    write(1 - 0.95 / height, " · ".join([when, *facts(result)]), 145, size=14)
+    if warnings:
+        write(1 - 1.25 / height, f"warning: {plain(warnings[0], 110)}{more}", 150, size=13.5, color=MIXED[1])
     return figure
 
 
@@ -313,61 +316,87 @@ def report_figure(result, history):
 def _fonts():
     """(the families of FONTS that are installed, the code points they can draw)."""
     from matplotlib import font_manager
-    families = [name for name in FONTS if name in {font.name for font in font_manager.fontManager.ttflist}]
-    faces = [font_manager.get_font(font_manager.findfont(family)) for family in families]
+    manager = font_manager.fontManager
+    for path in set(font_manager.findSystemFonts()) - {font.fname for font in manager.ttflist}:
+        with contextlib.suppress(Exception):  # installed since matplotlib made its list; some it cannot read
+            manager.addfont(path)
+    there = {font.name for font in manager.ttflist if os.path.exists(font.fname)}
+    families = [name for name in FONTS if name in there]
+    faces = [font_manager.get_font(manager.findfont(family)) for family in families]
     return families, set().union(*(face.get_charmap() for face in faces))
 
 
-def _drawable(text, width=1000):
-    """`text` in `width` characters that some font has; those that none has are escaped, not drawn as empty boxes."""
+def _drawable(text, width=1000, tail=0):
+    """`text` in `width` columns, cut before its last `tail` characters, of characters that some font has.
+
+    Of the others, kana and Hangul are spelt in Latin letters and the rest becomes "…": no empty boxes, no warnings.
+    """
+    from rich.cells import cell_len
     _, known = _fonts()
-    text = "".join(c if ord(c) in known else "" if unicodedata.category(c) in ("Cf", "Mn")
-                   else c.encode("unicode_escape").decode() for c in unicodedata.normalize("NFC", plain(text)))
-    return text if len(text) <= width else text[:width - 1] + "…"
+    text = unicodedata.normalize("NFC", plain(text))
+    for c in {c for c in text if ord(c) not in known}:
+        read = READING.match(unicodedata.name(c, ""))
+        gone = unicodedata.category(c) in ("Cf", "Mn")  # joiners and marks upon a letter
+        text = text.replace(c, "" if gone else read[1].lower() if read else "…")
+    text = re.sub("…+", "…", text)
+    head, end = text[:len(text) - tail], text[len(text) - tail:]
+    if cell_len(text) <= width:
+        return text
+    while cell_len(head + end) >= width:
+        head = head[:-1]
+    return f"{head.rstrip()}…{end.lstrip()}"
 
 
-def _write(axes, x, y, text, width=1000, lines=1, status=None, **style):
+def _labels(names, width):
+    """{name: it in `width` columns}, cut at the end, or before it where names begin alike."""
+    cut = {name: _drawable(name, width) for name in names}
+    return {name: short if list(cut.values()).count(short) == 1 else _drawable(name, width, width // 3)
+            for name, short in cut.items()}
+
+
+def _write(place, x, y, text, width=1000, lines=1, **style):
     """Text at x, y (shares of the axes unless `transform` says otherwise), wrapped to `lines` lines of `width`."""
     wrapped = textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …")
-    style = {"va": "bottom"} | ({"transform": axes.transAxes} if hasattr(axes, "transAxes") else {}) | style
-    return axes.text(x, y, "\n".join(wrapped), **({"color": STATUS[status][3]} if status else {}) | style)
+    style = {"va": "bottom"} | ({"transform": place.transAxes} if hasattr(place, "transAxes") else {}) | style
+    return place.text(x, y, "\n".join(wrapped), **style)
 
 
-def _say(axes, text, status=None):
+def _say(axes, text, color=GREY):
     """A panel that has words instead of a drawing."""
     axes.set_axis_off()
-    _write(axes, 0, 0.98, text, 40, 10, size=14, va="top", status=status)
+    _write(axes, 0, 0.98, text, 40, 10, size=14, va="top", color=color)
 
 
 def _draw_model(axes, name, model):
     """One panel: a headline with metric and change, a line of further figures, the drawing."""
-    (metric, change), status, metrics = metric_and_change(model), model["status"], model.get("metrics") or {}
-    words = f"{plain(name, 20)}: {metric}" + (f" ({change})" if change else "")
+    (metric, change), status, metrics = metric_and_change(model), model["status"], model["metrics"]
+    words, color = metric + f" ({change})" * bool(change), INK
     if status != "trained":
-        words = f"{plain(name, 20)}: {STATUS[status][0]}" + (f" at {metric}" if metric else "")
-    _write(axes, 0, 1.12, words, 60, size=15, weight="bold", status=status if status != "trained" else None)
+        words, color = STATUS[status][0] + f" at {metric}" * bool(metric), STATUS[status][2]
+    _write(axes, 0, 1.12, f"{plain(name, 20)}: {words}", 60, size=15, weight="bold", color=color)
     if status == "failed":
-        return _say(axes, model.get("error") or "no reason was given", "failed")
+        return _say(axes, model["error"] or "no reason was given", color)
     detail = ", ".join(f"{METRICS[key]} {number(metrics[key])}" for key in METRICS if key in list(metrics)[1:])
-    _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10, color=GREY, linespacing=1)
+    _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10.5, color=GREY, linespacing=1)
     draw = {"matrix": _draw_matrix, "confusions": _draw_confusions, "points": _draw_clusters,
             "density": _draw_density, "same_genre_at": _draw_similar}
     for key, function in draw.items():
-        if model.get("plot", {}).get(key):
+        if model["plot"].get(key):
             return function(axes, model["plot"])
     _say(axes, "nothing to draw")
 
 
 def _draw_matrix(axes, plot):
     """Few genres: the confusion matrix, shares of the actual genre."""
-    rows, labels = plot["matrix"]["rows"], [_drawable(name, 9) for name in plot["matrix"]["labels"]]
+    rows, names = plot["matrix"]["rows"], plot["matrix"]["labels"]
     few, points = len(rows) < 4, 15 if len(rows) < 6 else 10 if len(rows) < 9 else 8
+    labels = list(map(_labels(names, 9).get, names))
     axes.imshow(rows, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for y, x in ((y, x) for y in range(len(rows)) for x in range(len(rows))):
-        axes.text(x, y, f"{rows[y][x]:.0%}" if len(rows) < 6 else f"{100 * rows[y][x]:.0f}", ha="center", va="center",
-                  color="white" if rows[y][x] < 0.55 else "black", size=points)
-    tilt = {} if few else {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(rows)), labels, **tilt)
+    for y, row in enumerate(rows):
+        for x, share in enumerate(row):
+            axes.text(x, y, f"{share:.0%}" if len(rows) < 6 else f"{100 * share:.0f}", ha="center", va="center",
+                      color="white" if share < 0.55 else "black", size=points)
+    axes.set_xticks(range(len(rows)), labels, **{} if few else dict(rotation=30, ha="right", rotation_mode="anchor"))
     axes.set_yticks(range(len(rows)), labels)
     _finish(axes, "predicted", "actual", 11 if few else 8.5)
 
@@ -375,34 +404,35 @@ def _draw_matrix(axes, plot):
 def _draw_confusions(axes, plot):
     """Many genres: which are most often taken for which, as bars with their names on them."""
     shown = plot["confusions"][:CONFUSIONS_SHOWN]
-    shares = [share for *_, share in shown]
+    shares, labels = [share for *_, share in shown], _labels([name for row in shown for name in row[:2]], 14)
     axes.barh(range(len(shown)), shares, color="#A9CCE3", height=0.82)
-    style = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 11.5}
+    style = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 11}
     for row, (actual, predicted, count, share) in enumerate(shown):
-        _write(axes, 0.012, row, f"{_drawable(actual, 15)} → {_drawable(predicted, 15)}", **style)
+        _write(axes, 0.012, row, f"{labels[actual]} → {labels[predicted]}", **style)
         _write(axes, 0.99, row, f"{share:.0%} ({count:,})", ha="right", color=GREY, **style)
     axes.set(xlim=(0, max(0.01, *shares, 0) * 1.35), ylim=(CONFUSIONS_SHOWN - 0.5, -0.5), yticks=[], xticks=[])
     axes.spines[:].set_visible(False)
-    _finish(axes, "actual → predicted, share of the actual genre (songs)", "")
+    _finish(axes, "actual → predicted, share of the actual (songs)", "")
 
 
 def _draw_clusters(axes, plot):
-    """The songs on their first two principal components, coloured and numbered by cluster."""
+    """The songs on their first two principal components, coloured and numbered by cluster, as in predictions."""
     sizes, halo = plot["sizes"], {"fc": "white", "alpha": 0.85, "ec": "none", "boxstyle": "circle,pad=0.2"}
-    legend = math.ceil(min(len(sizes), CLUSTERS_NAMED) / 2)  # lines, that need room
+    named = min(len(sizes), CLUSTERS_NAMED)
+    columns = 1 if named <= 4 else 2
     for i, label in enumerate(plot["labels"]):
         x, y = ([point[axis] for point in plot["points"] if point[2] == i] for axis in (0, 1))
-        name = f"{_drawable(f'{i + 1} {label}', 21)} {sizes[i] / max(1, sum(sizes)):.0%}"
+        name = f"{_drawable(f'{i} {label}', 42 // columns)} {sizes[i] / max(1, sum(sizes)):.0%}"
         axes.scatter(x, y, s=9, alpha=0.6, linewidths=0, color=PALETTE[i % len(PALETTE)],
-                     marker=MARKERS[i % len(MARKERS)], label=name if i < CLUSTERS_NAMED else None)
+                     marker=MARKERS[i % len(MARKERS)], label=name if i < named else None)
         if x:
-            axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i + 1, ha="center", va="center", size=14,
+            axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i, ha="center", va="center", size=14,
                       weight="bold", bbox=halo)
     low, high = axes.get_ylim()
-    axes.set(xticks=[], yticks=[], ylim=(low - (high - low) * 0.1 * legend, high))
+    axes.set(xticks=[], yticks=[], ylim=(low - (high - low) * 0.1 * math.ceil(named / columns), high))
     _finish(axes, "first principal component", "second")
-    axes.legend(loc="lower left", ncols=2, frameon=False, borderaxespad=0.1, markerscale=2.5, handletextpad=0.1,
-                columnspacing=0.4, handlelength=1.2, fontsize=9.5)
+    axes.legend(loc="lower left", ncols=columns, frameon=False, borderaxespad=0.1, markerscale=2.5, handletextpad=0.1,
+                columnspacing=0.4, handlelength=1.2, fontsize=9.5 if columns == 2 else 11)
 
 
 def _draw_density(axes, plot):
@@ -410,11 +440,14 @@ def _draw_density(axes, plot):
     from matplotlib.colors import LogNorm
     low, high, _ = plot["edges"]
     counts = [[count or math.nan for count in row] for row in plot["density"]]
-    scale = LogNorm(1, max(2, *(max(row) for row in plot["density"])))
-    image = axes.imshow(counts, origin="lower", extent=(low, high) * 2, cmap="cividis", aspect="auto", norm=scale)
+    most = max(2, *(max(row) for row in plot["density"]))
+    image = axes.imshow(counts, origin="lower", extent=(low, high) * 2, cmap="cividis", aspect="auto",
+                        norm=LogNorm(1, most))
     axes.plot([low, high], [low, high], color=PALETTE[3], linestyle="--", linewidth=2)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30, format="{x:,.0f}")
-    bar.ax.yaxis.set_minor_formatter("")
+    bar.set_ticks(sorted({1, round(math.sqrt(most)), most}), minor=False)
+    bar.minorticks_off()
+    bar.ax.get_yticklabels()[-1].set_va("top")
     bar.set_label("songs", color=GREY, size=11)
     bar.outline.set_visible(False)
     _finish(axes, "predicted", "actual")
@@ -443,12 +476,12 @@ def _finish(axes, x, y, size=11, grid=False):
 def _draw_history(axes, result, history):
     """The primary metric of every model over the last runs; a line breaks where a run failed or was held back."""
     points = {(row["run"], row["model"]): (row["status"], row.get("value")) for row in history}
-    for name, model in (result.get("models") or {}).items():
-        points[result["started_at"], name] = (model["status"], next(iter((model.get("metrics") or {}).values()), None))
+    for name, model in result["models"].items():
+        points[result["started_at"], name] = (model["status"], next(iter(model["metrics"].values()), None))
     runs = sorted({run for run, _ in points})[-RUNS_SHOWN:]
     names, label_at = list(dict.fromkeys(name for _, name in points)), {}
     for i, name in enumerate(names):
-        style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)]}
+        style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[i % len(MARKERS)], "clip_on": False}
         mine = [(at, *points[run, name]) for at, run in enumerate(runs) if (run, name) in points]
         good = [value if status == "trained" and value is not None else math.nan for _, status, value in mine]
         known = [value for value in good if value == value]
@@ -460,11 +493,11 @@ def _draw_history(axes, result, history):
             before = value if value == value else before  # a cross stands at the height of the last good value
             if value != value:
                 axes.plot(at, before, **style | {"marker": "x"}, markersize=10, markeredgewidth=2.5)
-    _write(axes, 0, 1.1, f"last {len(runs)} runs" if len(runs) > 1 else "first run", size=15, weight="bold")
+    _write(axes, 0, 1.12, f"last {len(runs)} runs" if len(runs) > 1 else "first run", size=15, weight="bold")
     if not label_at:
         return _say(axes, "no run has trained a model yet")
     if any(status != "trained" for (run, _), (status, _) in points.items() if run in runs):
-        _write(axes, 1, 1.02, "× failed or held back", size=10, color=GREY, ha="right")
+        _write(axes, 1, 1.02, "× failed or held back", size=10.5, color=GREY, ha="right")
     (low, high), at = axes.get_ylim(), -math.inf
     for name in sorted(label_at, key=label_at.get):
         at = max(label_at[name], at + (high - low) / 12)  # moved up where it would lie on the one below
@@ -484,9 +517,14 @@ def webhook_url():
     return setting("DISCORD_WEBHOOK_URL").strip() or None
 
 
+def units(text):
+    """How long Discord finds `text`."""
+    return len(text.encode("utf-16-le")) // 2
+
+
 def fit(text, limit):
     """`text` cut to `limit` UTF-16 code units, with an ellipsis, never within a character or an escape."""
-    if len(text.encode("utf-16-le")) <= 2 * limit:
+    if units(text) <= limit:
         return text
     cut = text.encode("utf-16-le")[:2 * max(0, limit - 1)].decode("utf-16-le", "ignore")
     return cut.rstrip("\\") + "…" if limit > 0 else ""
@@ -500,37 +538,28 @@ def escape(text):
 
 def discord_payload(result):
     """The JSON of the message: one embed, green, yellow or red, a field per model, within all limits of Discord."""
-    models, status = result.get("models") or {}, result["status"]
-    if status == "completed" and result.get("warnings"):
-        status = "partial"
-    title = fit(f"{STATUS[status][1]} {escape(result.get('message') or status)}", TITLE)
-    footer = fit(", ".join(facts(result)).replace("@", "@\u200b") or "ml-training-pipeline", FOOTER)
-    shown = list(models.items())[:FIELDS]
-    room = min(VALUE, (EMBEDS - 2 * TITLE - FOOTER) // max(1, len(shown)) - 80)  # leaves the description some
+    models, status = result["models"], result["status"]
+    status = "partial" if status == "completed" and result["warnings"] else status
+    title = fit(f"{STATUS[status][1]} {escape(result['message'])}", TITLE)
+    footer = fit(", ".join(facts(result)).replace("@", "@\u200b"), FOOTER)
+    room = min(VALUE, (EMBEDS - 2 * TITLE - FOOTER) // min(FIELDS, len(models) or 1) - 80)  # the description needs some
     fields = [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", 64), "value": fit(_field(model), room),
-               "inline": model["status"] == "trained"} for name, model in shown]
-    error = result.get("error") if plain(result.get("error")) not in plain(result.get("message")) else None
-    lines = [escape(error)] if error else []
-    lines += [f"⚠️ {escape(warning)}" for warning in result.get("warnings") or ()]
-    lines += [escape(csv_line(result))] if result.get("csv") else []
-    if result.get("finish_command"):
+               "inline": model["status"] == "trained"} for name, model in list(models.items())[:FIELDS]]
+    lines = [escape(note) for note in notes(result)]
+    if result["finish_command"]:
         command = plain(result["finish_command"]).replace("`", "'").replace("@", "@\u200b")
         lines.append(f"to finish the job: `{command}`")
-    used = sum(len(text.encode("utf-16-le")) // 2 for text in
-               [title, footer, *(part for field in fields for part in (field["name"], field["value"]))])
-    embed = {"title": title, "color": STATUS[status][4], "fields": fields, "footer": {"text": footer},
-             "description": fit("\n".join(lines), min(DESCRIPTION, EMBEDS - used))}
-    if result.get("started_at"):
-        embed["timestamp"] = result["started_at"]
+    used = units(title + footer) + sum(units(field["name"] + field["value"]) for field in fields)
+    embed = {"title": title, "color": STATUS[status][3], "fields": fields, "footer": {"text": footer},
+             "description": fit("\n".join(lines), min(DESCRIPTION, EMBEDS - used)), "timestamp": result["started_at"]}
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
 def _field(model):
     """Metric, change and seconds of a model, or what went wrong; never empty, which Discord refuses."""
     metric, change = metric_and_change(model)
-    figures = escape(metric) + (f" ({change})" if change else "")
-    seconds = duration(model["seconds"]) if model.get("seconds") else ""
-    return "\n".join(filter(None, [figures, escape(reason(model)), seconds])) or "no reason was given"
+    said = escape(metric) + f" ({change})" * bool(change), escape(reason(model)), duration(model.get("seconds"))
+    return "\n".join(filter(None, said)) or "no reason was given"
 
 
 def post_discord(result, url, picture=None, seconds=POST_SECONDS):
@@ -555,7 +584,7 @@ def check_webhook(url):
         return True, "DISCORD_WEBHOOK_URL is not set: nothing is posted"
     if _malformed(url):
         return False, _malformed(url)
-    status, _, body = _within(CHECK_SECONDS, lambda: _request(url, None, {}, CHECK_SECONDS), (NO_ANSWER, {}, ""))
+    status, body, _ = _within(CHECK_SECONDS, lambda: _request(url, None, {}, CHECK_SECONDS), (NO_ANSWER, "", None))
     return (True, "the Discord webhook answers") if status == 200 else (False, _scrub(_reason(status, body), url))
 
 
@@ -605,12 +634,11 @@ def _encode(payload, image):
     if not image:
         return json.dumps(payload).encode(), {"Content-Type": "application/json"}
     embeds = [payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}]
-    boundary = uuid.uuid4().hex
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name='
-    text = json.dumps(payload | {"embeds": embeds})
-    body = (f'{head}"payload_json"\r\nContent-Type: application/json\r\n\r\n{text}\r\n'
-            f'{head}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n').encode()
-    return (body + image + f"\r\n--{boundary}--\r\n".encode(),
+    boundary, part = uuid.uuid4().hex, "Content-Disposition: form-data; name="
+    text = (f'--{boundary}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n'
+            f'{json.dumps(payload | {"embeds": embeds})}\r\n'
+            f'--{boundary}\r\n{part}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n')
+    return (text.encode() + image + f"\r\n--{boundary}--\r\n".encode(),
             {"Content-Type": f"multipart/form-data; boundary={boundary}"})
 
 
@@ -619,9 +647,9 @@ def _send(url, data, headers, deadline):
     failures = limited = 0
     while True:
         remaining = deadline - time.monotonic()
-        status, reply, body = _request(url, data, headers, max(0.1, min(TIMEOUT, remaining)))
+        status, body, wait = _request(url, data, headers, max(0.1, min(TIMEOUT, remaining)))
         if status == 429 and limited < RATE_LIMITED:
-            limited, wait = limited + 1, _retry_after(reply, body)
+            limited += 1
         elif (status == NO_CONNECTION or status >= 500) and failures < len(RETRY_DELAYS):
             failures, wait = failures + 1, RETRY_DELAYS[failures]
         else:
@@ -638,26 +666,22 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _request(url, data, headers, timeout):
-    """(status, headers, first 2,000 characters of the body) of one request; no exception for what networks do."""
+    """(status, first 2,000 characters of the body, seconds to wait if limited); no exception for what networks do."""
     request = urllib.request.Request(url, data, {"User-Agent": USER_AGENT} | headers)
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as reply:
-            return reply.status, reply.headers, reply.read(2000).decode("utf-8", "replace")
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers, error.read(2000).decode("utf-8", "replace")
+        try:
+            reply = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
+        except urllib.error.HTTPError as error:
+            reply = error
+        with reply:
+            body = reply.read(2000).decode("utf-8", "replace")
     except TimeoutError:  # after sending: the message may have arrived, so it is not sent twice
-        return NO_ANSWER, {}, f"no answer within {timeout:.0f} s"
-    except (OSError, urllib.error.URLError) as error:
-        return NO_CONNECTION, {}, str(getattr(error, "reason", error))
-
-
-def _retry_after(headers, body):
-    """Seconds to wait after a 429: from the body, else the header, else one; at least a little."""
-    for text in (body, f'{{"retry_after": {headers.get("Retry-After")}}}'):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            return max(0.2, float(json.loads(text)["retry_after"]))
-    return 1.0
+        return NO_ANSWER, f"no answer within {timeout:.0f} s", None
+    except OSError as error:
+        return NO_CONNECTION, str(getattr(error, "reason", error)), None
+    found = (re.search(r'"retry_after":\s*(\d+\.?\d*)', body)
+             or re.match(r"(\d+\.?\d*)$", reply.headers.get("Retry-After") or ""))
+    return reply.status, body, max(0.2, float(found[1])) if found else 1.0
 
 
 def _reason(status, body):

@@ -2,12 +2,15 @@
 
     python -m pytest -q            # the quick suite
     python -m pytest -q -m slow    # the long fault runs
+    python -m pytest -q -m pictures  # draws docs/*.png anew; needs Chromium
 """
+import base64
 import contextlib
 import csv
 import gc
 import gzip
 import hashlib
+import html
 import http.server
 import importlib.util
 import io
@@ -838,7 +841,7 @@ def a_run(models=None, **changes):
     return {"status": "completed" if not bad else "partial" if good else "failed", "message": words, "error": None,
             "started_at": "2026-11-23T03:00:00+00:00", "seconds": 41.2, "read_seconds": 1.1, "peak_mb": 812,
             "host": "musicbox", "table": "spotify_songs", "rows": 89_740, "models_dir": "/srv/models", "demo": False,
-            "warnings": [], "csv": None, "models": every} | changes
+            "warnings": [], "csv": None, "models": every, "finish_command": None} | changes
 
 
 def a_history(runs=29, models=("genre", "clusters", "energy", "popularity", "similar")):
@@ -1041,7 +1044,7 @@ def test_message_says_what_happened():
     assert embed["fields"][0]["value"].startswith("failed: genre needs at least 2 genres")
     assert "0.709 to 0.112" in embed["fields"][2]["value"]
     assert message(a_run(warnings=["half the songs are gone"]))["color"] == 0xF1C40F
-    embed = message({"status": "failed", "message": "the run was stopped by SIGTERM", "error": None, "models": {}})
+    embed = message(a_run(NONE, status="failed", message="the run was stopped by SIGTERM"))
     assert (embed["color"], embed["title"]) == (0xE74C3C, "❌ the run was stopped by SIGTERM")
 
 
@@ -1088,11 +1091,11 @@ NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
       "half the songs are gone (and 1 more)"]),
     (a_run({"genre": a_genre(2), "clusters": some_clusters(5)}), a_history(), ["techno", "80%"]),
     (a_run({"genre": a_genre(200), "clusters": some_clusters(12)}), a_history(), ["→"]),
-    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), ["$m_i^2$ ", "اغاني"]),
+    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(1)}), a_history(), ["$m_i^2$", "اغاني"]),
     (a_run({"genre": a_genre(LONG + [f"$long$ name {i}" for i in range(20)])}, host="ホスト$"), [], ["→"]),
     (a_run({name: failed("it broke") for name in NONE}), [], ["genre: failed", "it broke"]),
-    (a_run(NONE, status="failed", message="nothing was trained", error="the database is gone", rows=None), a_history(),
-     ["nothing was trained", "the database is gone"])])
+    (a_run(NONE, status="failed", message="Nothing was trained: the database is gone", rows=None), a_history(),
+     ["Nothing was trained: the database is gone", "last 29 runs"])])
 def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -1104,7 +1107,27 @@ def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
     texts = " ".join(t.get_text().replace("\n", " ") for t in figure.findobj(lambda a: hasattr(a, "get_text")))
     assert [words for words in says if words not in texts] == []
-    assert len([axes for axes in figure.axes if axes.get_label() != "<colorbar>"]) == max(1, len(result["models"])) + 1
+    assert len([axes for axes in figure.axes if axes.get_label() != "<colorbar>"]) == len(result["models"]) + 1
+
+
+def test_picture_without_a_font_has_neither_boxes_nor_warnings(monkeypatch, tmp_path):
+    monkeypatch.setattr(notify, "FONTS", ("DejaVu Sans",))
+    notify._fonts.cache_clear()
+    names = ["한국 발라드", "東京 Jポップ", "हिन्दी", "rock 🎸🤘", "русский", "an art song, old", "an art song, new"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notify.draw_report(a_run({"genre": a_genre(names * 2)}), [], tmp_path / "report.png")
+    assert list(map(notify._drawable, names)) == ["hangug balradeu", "… Jpotupu", "…", "rock …", *names[4:]]
+    assert list(notify._labels(names[4:], 12).values()) == ["русский", "an art…old", "an art…new"]
+    notify._fonts.cache_clear()
+
+
+def test_colours_are_legible_on_black_and_on_white():
+    def luminance(colour):  # W3C, contrast ratio
+        parts = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+        return sum(w * (p / 12.92 if p <= 0.04 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+    for colour in {status[2] for status in notify.STATUS.values()} | {notify.PALETTE[0]}:
+        assert min(1.05 / (luminance(colour) + 0.05), (luminance(colour) + 0.05) / 0.05) > 3.5
 
 
 def test_history_breaks_where_a_model_failed():
@@ -1675,7 +1698,7 @@ def test_similar_says_what_it_does_not_know(songs, models_dir):
     assert done.returncode == 2 and "did you mean" in done.stderr and title in done.stderr
     twice = songs[songs.track_name.duplicated()].iloc[0]
     done = command("models.py", "similar", twice.track_name, "--models-dir", models_dir)
-    assert done.returncode == 2 and "say which with --artist NAME or by track_id" in done.stderr
+    assert done.returncode == 2 and "say which, --artist NAME or a track_id" in done.stderr
     done = command("models.py", "similar", twice.track_name, "--artist", twice.artist_name, "--models-dir", models_dir)
     assert done.returncode == 0 and f"by {twice.artist_name}" in done.stdout
 
@@ -2943,3 +2966,72 @@ def test_dask_that_is_not_there(dask_cluster, own_prefect, table, tmp_path):
     finish = re.search(r"python train.py (--failed .*)", done.stdout)[1].replace("tcp://127.0.0.1:9", dask_cluster)
     done = command("train.py", *shlex.split(finish), **own)
     assert done.returncode == 0 and "5 of 5 models trained" in done.stdout, done.stdout + done.stderr
+# ---- the pictures of the README ------------------------------------------------------------------------------------
+DISCORD = """<!doctype html><meta charset="utf-8"><style>
+body {{ margin: 0; padding: 20px; width: 660px; background: #313338; color: #dbdee1; font: 17px sans-serif; line-height: 1.35 }}
+b {{ color: white }} img {{ width: 100%; border-radius: 4px; margin-top: 14px }} code {{ background: #1e1f22; padding: 2px 4px }}
+.embed {{ background: #2b2d31; border-left: 5px solid #{color:06x}; border-radius: 4px; padding: 12px 18px; margin-top: 8px }}
+.fields {{ display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 8px; margin-top: 10px }} .wide {{ grid-column: span 3 }}
+small {{ display: block; margin-top: 10px; color: #b5bac1 }}</style>
+<b>song models</b> <small style="display: inline">APP</small><div class="embed"><b>{title}</b><br>{description}
+<div class="fields">{fields}</div><img src="data:image/png;base64,{picture}"><small>{footer} • {when}</small></div>"""
+
+
+def on_discord(embed, picture):
+    """The message as Discord shows it: a page made from the JSON and the file that were posted."""
+    def shown(text):
+        text = html.escape(re.sub("\u200b", "", text))
+        return re.sub(r"\\([^\w\s])", r"\1", re.sub("`(.+?)`", r"<code>\1</code>", text)).replace("\n", "<br>")
+    fields = "".join(f"<div class={'one' if field['inline'] else 'wide'}><b>{shown(field['name'])}</b><br>{shown(field['value'])}</div>"
+                     for field in embed["fields"])
+    return DISCORD.format(title=shown(embed["title"]), description=shown(embed["description"]), fields=fields, color=embed["color"],
+                          footer=shown(embed["footer"]["text"]), when=embed["timestamp"][:16].replace("T", " "), picture=base64.b64encode(picture).decode())
+
+
+def answers_at(address):
+    with contextlib.suppress(OSError):
+        return urllib.request.urlopen(address, timeout=5).status == 200
+
+
+def photograph(address, path, width, height):
+    """Write what Chromium shows of a page, without the empty rest below it."""
+    from PIL import Image, ImageChops
+    subprocess.run([shutil.which("chromium") or "google-chrome", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                    "--disable-background-networking", f"--window-size={width},{height}", "--virtual-time-budget=40000",
+                    f"--screenshot={path}", address], check=True, capture_output=True, timeout=120)
+    image = Image.open(path).convert("RGB")
+    empty = Image.new("RGB", image.size, image.getpixel((width - 1, height - 1)))
+    bottom = ImageChops.difference(image, empty).getbbox()[3]
+    image.crop((0, 0, width, min(height, bottom + 16))).quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+
+
+@pytest.mark.pictures
+def test_the_pictures_of_the_readme(url, discord, tmp_path):
+    """Three good nights on demo songs; on the fourth somebody has set popularity to 5."""
+    for module in ("train.py", "models.py", "db.py", "notify.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ui = f"http://127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"DATABASE_URL": url, "DISCORD_WEBHOOK_URL": discord(), "PREFECT_HOME": str(tmp_path / "prefect"),
+                                "PREFECT_API_URL": f"{ui}/api"}
+    server = subprocess.Popen([sys.executable, "-m", "prefect", "server", "start", "--port", ui.rpartition(":")[2]],
+                              env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        assert wait_until(lambda: answers_at(f"{ui}/api/health"), 120)
+        db.load_demo(5000, url, "spotify_songs")
+        for status in (0, 0, 0, 1):
+            assert len(discord.got) < 3 or execute(url, "UPDATE spotify_songs SET popularity = 5") is None
+            done = subprocess.run([sys.executable, tmp_path / "train.py"], env=environment, capture_output=True, text=True)
+            assert done.returncode == status, done.stderr
+        (ROOT / "docs" / "report.png").write_bytes(discord.got[2][1]["files[0]"][1])
+        payload, files = discord.got[3]
+        (tmp_path / "discord.html").write_text(on_discord(payload["embeds"][0], files["files[0]"][1]))
+        photograph(f"file://{tmp_path}/discord.html", ROOT / "docs" / "discord.png", 740, 1400)
+        question = urllib.request.Request(f"{ui}/api/flow_runs/filter", b'{"sort": "START_TIME_DESC"}', {"Content-Type": "application/json"})
+        run = json.loads(urllib.request.urlopen(question).read())[0]
+        photograph(f"{ui}/runs/flow-run/{run['id']}", ROOT / "docs" / "ui.png", 1300, 1180)
+    finally:
+        server.terminate()
+        server.wait()
+    assert sum(path.stat().st_size for path in (ROOT / "docs").iterdir()) < 300_000

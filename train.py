@@ -873,16 +873,16 @@ def write_artifacts(result: dict) -> None:
     """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose versions accumulate."""
     rows, history = [], models.read_history(result["models_dir"])
     for name, model in result["models"].items():
-        metric, change = notify.metric_and_change(model)
-        rows.append({"model": name, "status": model["status"].replace("_", " "), "metric": metric, "change": change,
-                     "time": notify.duration(model["seconds"] or 0), "size": notify.size(model["bytes"])})
+        row = notify.table_row(name, model)
+        rows.append(row)
         figures = "\n".join(f"| {key} | {notify.number(value)} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
-        runs = "\n".join(f"| {row['run'][:16].replace('T', ' ')} | {row['status'].replace('_', ' ')} | {notify.number(row['value'])} |"
-                         for row in history[::-1] if row["model"] == name and row["status"] != "started")
+        runs = [line for line in history[::-1] if line["model"] == name and line["status"] != "started"][:notify.RUNS_SHOWN]
+        lines = "\n".join(f"| {line['run'][:16].replace('T', ' ')} | {line['status'].replace('_', ' ')} | {notify.number(line['value'])} |"
+                          for line in runs)
         create_markdown_artifact(
-            f"# {name}: {notify.reason(model) or metric + f' ({change})'}\n\n| metric | value |\n|---|---|\n{figures}\n\n"
-            f"## Runs\n\n| started (UTC) | status | metric |\n|---|---|---|\n{runs}",
-            key=f"model-{name}", description=f"{name}, {model['status'].replace('_', ' ')}")
+            f"# {name}: {notify.reason(model) or '{metric} ({change})'.format(**row)}\n\n| metric | value |\n|---|---|\n{figures}\n\n"
+            f"## Runs\n\n| started (UTC) | status | metric |\n|---|---|---|\n{lines}",
+            key=f"model-{name}", description=f"{name}, {row['status']}")
     create_table_artifact(rows, key="metrics", description=result["message"])
 
 
