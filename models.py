@@ -44,6 +44,9 @@ MORE_AUDIO = ("liveness", "tempo", "key", "mode", "duration_ms", "time_signature
 
 NEW_ARTISTS = 0.10   # share of the artists held out whole
 KNOWN_SONGS = 0.12   # share of the other artists' songs held out
+FEW_SONGS = 50_000   # of fewer, what is held out of one split leaves much to chance ...
+SPLITS = 3           # ... so a model is judged on so many,
+AVERAGED = 3         # and a regressor that is saved averages so many fits (each that is judged is one, and a little worse)
 MIN_SONGS = 20       # fewer cannot be split into a part to learn from and a part to be judged by
 MIN_GENRE_SONGS = 5  # a genre of fewer songs cannot be learnt; two genres need as many
 
@@ -88,16 +91,16 @@ def _first_by_hash(values, share: float, key: str) -> np.ndarray:
     return hashed < distinct[cut] if cut else np.zeros(len(values), bool)
 
 
-def holdout(songs):
-    """Split songs into three boolean masks (train, known, new).
+def holdout(songs, split: int = 0):
+    """Split songs into three boolean masks (train, known, new); another number of the split, another split.
 
     `new` is every song of 10 % of the artists; `known` is 12 % of the other songs, less those of which another copy is
     in `train`. The choice hangs on hashed names, not on row numbers: what is held out tonight is held out tomorrow,
     when the table has grown, and the figures of two nights compare.
     """
-    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, "artist")
+    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, f"artist {split}")
     known = ~new
-    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, "song")
+    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, f"song {split}")
     train = ~new & ~known
     recording = recordings(songs)
     known &= ~np.isin(recording, recording[train])
@@ -113,17 +116,22 @@ def _fitted_on(name, estimator, songs) -> dict:
     return {"fitted_on": estimator.fitted_on_}
 
 
-def _fit_twice(name, make, songs):
-    """Return (judged, final, known, new): an estimator fitted on the training part, one on every song, the two masks.
+def _judge(name, make, songs, answers):
+    """Return (known, new): what the songs held out were answered with, one estimator fitted for each split.
 
-    `name` is the model and the column it predicts; `make() -> estimator`, `estimator.fit(songs, values)`.
+    `name` is the model and the column it predicts; `make() -> estimator`; `answers(estimator, learnt, held_out)`
+    returns arrays, one value per held-out song. Those of all splits are put end to end; () where nothing was held out.
     """
-    train, known, new = holdout(songs)
-    log.info("%s: evaluating on %s held-out songs", name, f"{(known | new).sum():,}",
-             extra={"model": name, "phase": "evaluating"})
-    judged = make().fit(songs[train], songs.loc[train, name])
+    found = [], []
+    for split in range(SPLITS if len(songs) < FEW_SONGS else 1):
+        train, *held_out = holdout(songs, split)
+        log.info("%s: evaluating on %s held-out songs", name, f"{(~train).sum():,}",
+                 extra={"model": name, "phase": "evaluating"})
+        judged = make().fit(songs[train], songs.loc[train, name])
+        for part, mask in zip(found, held_out):
+            part.extend([answers(judged, songs[train], songs[mask])] * bool(mask.any()))
     log.info("%s: fitting on %s songs", name, f"{len(songs):,}", extra={"model": name, "phase": "fitting"})
-    return judged, make().fit(songs, songs[name]), known, new
+    return [tuple(map(np.concatenate, zip(*part))) for part in found]
 
 
 def _distinct(songs, name: str, at_least: int):
@@ -408,7 +416,6 @@ class SongRegressor:
     """
 
     SONG_FOLDS, ARTIST_FOLDS = 5, 10  # ten, because a tenth of the artists is what an evaluation holds out
-    AVERAGED, FEW_SONGS = 3, 50_000  # fewer songs leave more to chance: three fits of other seeds are averaged
     MAX_FIT_ROWS = 400_000  # rows the trees see; artists, albums and words are counted over all songs
     MAX_GENRES = 254        # HistGradientBoosting takes 255 categories; the rarer genres count as missing
     PRIOR_SONGS = 10        # a genre's mean is shrunk towards that of all songs as if it had so many more of them
@@ -420,8 +427,8 @@ class SongRegressor:
         "energy": dict(keys=("artist", "album"), counts=False, curve=True,
                        trees=dict(max_iter=250, learning_rate=0.08, max_leaf_nodes=47, max_features=0.4))}
 
-    def __init__(self, target: str):
-        self.target = target
+    def __init__(self, target: str, fits: int = 1):
+        self.target, self.fits = target, fits
 
     def fit(self, songs, y):
         """`songs` is a DataFrame, one row per song; `y` its target, finite. The target's own column is not looked at."""
@@ -438,7 +445,7 @@ class SongRegressor:
         self.trees_ = [HistGradientBoostingRegressor(
             categorical_features=[len(self.features_)], min_samples_leaf=40, l2_regularization=1.0, early_stopping=False,
             random_state=seed, **settings["trees"]).fit(X, residual[rows])
-            for seed in range(SEED, SEED + (self.AVERAGED if len(songs) < self.FEW_SONGS else 1))]
+            for seed in range(SEED, SEED + self.fits)]
         return self
 
     def predict(self, songs) -> np.ndarray:
@@ -529,18 +536,21 @@ def train_genre(songs):
     learnable = int((songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum())
     if learnable < 2:
         raise DataError(f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; the table has {learnable}")
-    judged, final, known, new = _fit_twice("genre", GenreClassifier, songs)
-    actual = songs["genre"].to_numpy(object)
-    likely = judged.classes_[np.argsort(-judged.predict_proba(songs[known]), axis=1)[:, :3]]
-    predicted, hit = likely[:, 0], likely[:, 0] == actual[known]
+    def answers(judged, learnt, held_out):
+        likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
+        return held_out["genre"].to_numpy(object), likely, np.full(len(held_out), learnt["genre"].mode()[0], object)
+    known, new = _judge("genre", GenreClassifier, songs, answers)
+    final = GenreClassifier().fit(songs, songs["genre"])
+    actual, likely, common = known or (np.zeros(0), np.zeros((0, 3)), np.zeros(0))
+    predicted = likely[:, 0]
     metrics = {
-        "accuracy": _mean(hit),
-        "accuracy_new_artists": _mean(judged.predict(songs[new]) == actual[new]) if new.any() else None,
-        "top3_accuracy": _mean((likely == actual[known][:, None]).any(axis=1)),
-        "f1_macro": float(f1_score(actual[known].astype(str), predicted.astype(str), average="macro")) if known.any() else None,
-        "baseline_accuracy": _mean(actual[known] == songs["genre"][~known & ~new].mode()[0]),
+        "accuracy": _mean(predicted == actual),
+        "accuracy_new_artists": _mean(new[1][:, 0] == new[0]) if new else None,
+        "top3_accuracy": _mean((likely == actual[:, None]).any(axis=1)),
+        "f1_macro": float(f1_score(actual.astype(str), predicted.astype(str), average="macro")) if known else None,
+        "baseline_accuracy": _mean(common == actual),
         "classes": len(final.classes_),
-        "plot": _plot_genres(actual[known], predicted),
+        "plot": _plot_genres(actual, predicted),
     }
     return final, metrics | _fitted_on("genre", final, songs)
 
@@ -601,17 +611,17 @@ def _train_regressor(target: str, songs):
     if songs[target].nunique() < 2:
         raise DataError(f"{target} is {songs[target].iloc[0]:g} for all {len(songs):,} songs; "
                         f"there is nothing to learn until the column varies")
-    judged, final, known, new = _fit_twice(target, lambda: SongRegressor(target), songs)
-    actual = songs[target].to_numpy(np.float64)
-    heard, unheard = ((actual[part], judged.predict(songs[part])) if part.any() else None for part in (known, new))
-    figure = lambda metric, pair: float(metric(*pair)) if pair and len(pair[0]) > 1 else None
-    mean = actual[~known & ~new].mean()
+    def answers(judged, learnt, held_out):
+        return held_out[target].to_numpy(np.float64), judged.predict(held_out), np.full(len(held_out), learnt[target].mean())
+    known, new = _judge(target, lambda: SongRegressor(target), songs, answers)
+    final = SongRegressor(target, AVERAGED if len(songs) < FEW_SONGS else 1).fit(songs, songs[target])
+    figure = lambda metric, pair: float(metric(*pair)) if len(pair) and len(pair[0]) > 1 else None
     metrics = {
-        "r2": figure(r2_score, heard), "r2_new_artists": figure(r2_score, unheard),
-        "mae": figure(mean_absolute_error, heard), "mae_new_artists": figure(mean_absolute_error, unheard),
-        "rmse": figure(root_mean_squared_error, heard),
-        "baseline_mae": figure(lambda y, _: np.abs(y - mean).mean(), heard),
-        "plot": _plot_regression(*heard) if heard else {},
+        "r2": figure(r2_score, known[:2]), "r2_new_artists": figure(r2_score, new[:2]),
+        "mae": figure(mean_absolute_error, known[:2]), "mae_new_artists": figure(mean_absolute_error, new[:2]),
+        "rmse": figure(root_mean_squared_error, known[:2]),
+        "baseline_mae": figure(mean_absolute_error, known[::2]),
+        "plot": _plot_regression(*known[:2]) if known else {},
     }
     return final, metrics | _fitted_on(target, final, songs)
 
