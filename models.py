@@ -1102,12 +1102,12 @@ def owed(models_dir=MODELS_DIR) -> list[str]:
 def describe(songs) -> dict:
     """Return what a later run compares its songs with: rows, share of each genre, mean and deviation of each feature."""
     import pandas as pd
-    numbers = songs[[name for name in (*AUDIO, "popularity", *MORE_AUDIO) if name in songs]].astype(np.float64)
-    known = numbers.columns[numbers.notna().any()]
+    known = [name for name in (*AUDIO, "popularity", *MORE_AUDIO) if name in songs and songs[name].notna().any()]
     hashes = pd.util.hash_pandas_object(songs, index=False).to_numpy()
     return {"rows": len(songs), "fingerprint": hashlib.sha256(hashes.tobytes()).hexdigest(),
             "genres": {g: float(share) for g, share in songs["genre"].value_counts(normalize=True).head(500).items()},
-            "means": numbers[known].mean().to_dict(), "deviations": numbers[known].std(ddof=0).to_dict()}
+            "means": {name: float(songs[name].astype(np.float64).mean()) for name in known},
+            "deviations": {name: float(songs[name].astype(np.float64).std(ddof=0)) for name in known}}
 
 
 def drift(now: dict, before: dict) -> list[str]:

@@ -67,21 +67,22 @@ DASK_SECONDS = 30           # for a Dask cluster to answer and to have a worker
 CHECK_SECONDS = 4           # for all that --check looks at, side by side
 SPACE_NEEDED = 100 << 20    # bytes free for a night: five models, their versions and a picture
 # Bytes of memory a song takes, measured (README): while it is read, and on top of that while a model is fitted.
-SONG_BYTES = 700
-FIT_BYTES = {"genre": 600, "clusters": 200, "energy": 500, "popularity": 600, "similar": 300}
+SONG_BYTES = 450
+FIT_BYTES = {"genre": 1000, "clusters": 150, "energy": 600, "popularity": 1000, "similar": 350}
 START_BYTES = 1200 << 20    # address space (ulimit -v), before a song is read
 FIT_BASE = 100 << 20        # what a fit takes besides; without 33 MB for a buffer of its own OpenBLAS waits for ever
 
 # Exit statuses.
 TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
 
-# Prefect as a nightly job needs it: patient, silent towards third parties, our loggers in its task logs. Only defaults:
-# what stands in the environment wins.
+# Prefect as a nightly job needs it: patient, silent towards third parties, our loggers in its task logs; OpenMP as
+# neighbours need it. Only defaults: what stands in the environment wins.
 OUR_LOGGERS = ("train", "models", "db", "notify")
 for setting, value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(SERVER_START_SECONDS),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
+    "OMP_WAIT_POLICY": "passive",  # OpenMP's threads spin while they wait, off the cores that another run computes on
     "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(OUR_LOGGERS),
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",
@@ -197,7 +198,7 @@ def write_history(result: dict, names: list[str], status: str) -> None:
 
 
 def memory_left(root: str = "/") -> float:
-    """Return how many bytes this process may still take, by its own limit, its cgroup's (a container's) and the machine's."""
+    """Return the bytes this process may still take: of its own limit, its cgroup's (a container's) and the machine's."""
     left, root = [math.inf], Path(root)
     with suppress(OSError, KeyError):  # not on Linux
         kilobytes = lambda name: dict(re.findall(r"(\w+):\s+(\d+) kB", (root / "proc" / name).read_text()))
@@ -206,20 +207,24 @@ def memory_left(root: str = "/") -> float:
         if limit != resource.RLIM_INFINITY:
             left.append(limit - (int(kilobytes("self/status")["VmSize"]) << 10))
         for kinds, path in re.findall(r"^\d+:(memory|):/(.*)", (root / "proc/self/cgroup").read_text(), re.M):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "cache") if kinds else ("memory.max", "memory.current", "file")
+            names = "memory.max", "memory.current", "file"
+            if kinds:  # the first version of cgroups
+                names = "memory.limit_in_bytes", "memory.usage_in_bytes", "cache"
             top = root / "sys/fs/cgroup" / kinds
             for folder in {top, top / path, *(top / parent for parent in Path(path).parents)}:
                 with suppress(OSError, ValueError):  # no such group here, or "max": no limit
                     most, used = (int((folder / name).read_text()) for name in names[:2])
-                    left.append(most - used + int(re.search(rf"(?m)^{names[2]} (\d+)", (folder / "memory.stat").read_text())[1]))
+                    cached = re.search(rf"(?m)^{names[2]} (\d+)", (folder / "memory.stat").read_text())
+                    left.append(most - used + int(cached[1]))
     return min(left)
 
 
 def out_of_memory(rows: int | None = None) -> OutOfMemory:
     left = memory_left()
     size = f" ({notify.size(max(left, 0)) or 'nothing'})" if left < math.inf else ""
-    return OutOfMemory(f"{'the' if rows is None else f'{rows:,}'} songs do not fit in the memory that is left{size}; raise the limit (ulimit -v, "
-                       "the container's), train fewer models at a time (--only), or name a view with a sample of them as --table-name")
+    return OutOfMemory(f"{'the' if rows is None else f'{rows:,}'} songs do not fit in the memory that is left{size}; "
+                       "raise the limit (ulimit -v, the container's), train fewer models at a time (--only), "
+                       "or name a view with a sample of them as --table-name")
 
 
 def enough_memory(rows: int, each: int, fits: int = 1) -> bool:
@@ -492,7 +497,8 @@ def before_the_imports(options: argparse.Namespace):
     """Begin the run and start Prefect's server; return it, or None where Prefect has its own."""
     atexit.register(leave)
     if 0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < START_BYTES:
-        print(f"ulimit -v allows this process less than the {notify.size(START_BYTES)} that it needs before it reads a song; raise it", file=sys.stderr)
+        print(f"ulimit -v allows this process less than the {notify.size(START_BYTES)} that it needs "
+              "before it reads a song; raise it", file=sys.stderr)
         EXIT["status"] = WRONG_INPUT
         sys.exit(WRONG_INPUT)
     secure_logs()
@@ -664,7 +670,7 @@ def train_model(name: str, songs, threads: int | None, settings: dict):
 
 
 def without_secrets(step):
-    """Return the step with errors whose text holds no secret: Prefect writes it into states and events, not only into logs.
+    """Return the step with errors whose text holds no secret: Prefect writes it into states and events, not only logs.
 
     A MemoryError leaves without its traceback, which would keep the arrays of the failed fit alive.
     """
@@ -851,7 +857,10 @@ def train_all(result: dict, songs, settings: dict, force: bool, dask: str | None
 
 
 def publish(result: dict, name: str, future, songs, data: dict, settings: dict, force: bool) -> Exception | None:
-    """Publish a model that is ready, or note why there is none: in the result, the history and the log; return the error."""
+    """Publish a model that is ready, or note why there is none: in the result, the history and the log.
+
+    Returns the error, if there was one.
+    """
     trained, error = attempt(future.result)
     if not error:
         estimator, metrics, seconds = trained
