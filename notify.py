@@ -405,9 +405,9 @@ def _draw_matrix(axes, plot):
 def _draw_confusions(axes, plot):
     """Many genres: which are most often taken for which, as bars with their names on them."""
     shown = plot["confusions"][:CONFUSIONS_SHOWN]
-    shares, labels = [share for *_, share in shown], _labels([name for row in shown for name in row[:2]], 15)
+    shares, labels = [share for *_, share in shown], _labels([name for row in shown for name in row[:2]], 14)
     axes.barh(range(len(shown)), shares, color="#A9CCE3", height=0.82)
-    style = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 10.5}
+    style = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 11}
     for row, (actual, predicted, count, share) in enumerate(shown):
         _write(axes, 0.012, row, f"{labels[actual]} → {labels[predicted]}", **style)
         _write(axes, 0.99, row, f"{share:.0%} ({count:,})", ha="right", color=GREY, **style)
