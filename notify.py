@@ -21,7 +21,6 @@ import urllib.request
 import uuid
 from datetime import datetime, timezone
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from db import redact, setting
 
@@ -35,7 +34,7 @@ METRICS = {"accuracy_new_artists": "new artists", "r2_new_artists": "new artists
            "same_genre_at_10": "same genre"}
 
 # Of each status: its word, sign, colour (legible on black and on white, also to colour-blind eyes), colour on Discord.
-GOOD, MIXED, BAD = ("✅", "#00795A", 0x2ECC71), ("⚠️", "#A86400", 0xF1C40F), ("❌", "#C03A00", 0xE74C3C)
+GOOD, MIXED, BAD = ("✅", "#00795A", 0x2ECC71), ("⚠️", "#A86400", 0xF1C40F), ("❌", "#C42B00", 0xE74C3C)
 STATUS = {"completed": ("completed", *GOOD), "trained": ("trained", *GOOD), "partial": ("partial", *MIXED),
           "held_back": ("held back", *MIXED), "failed": ("failed", *BAD)}
 
@@ -78,6 +77,8 @@ def number(value):
     """A metric as people read it: three digits that matter, thousands separated."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "not known"
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
@@ -567,12 +568,8 @@ def post_discord(result, url, picture=None, seconds=POST_SECONDS):
 
     Never raises and never takes longer than `seconds`, whatever the network does: a message must not cost a model.
     """
-    def post():
-        try:
-            return _post(result, url, picture, time.monotonic() + seconds)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    trouble = _malformed(url) or _within(seconds, post, f"no answer within {seconds:.0f} s")
+    trouble = _malformed(url) or _within(
+        seconds, lambda: _post(result, url, picture, time.monotonic() + seconds), f"no answer within {seconds:.0f} s")
     if trouble:
         log.warning("Discord was not told: %s", _scrub(trouble, url))
     return not trouble
@@ -599,12 +596,8 @@ def _within(seconds, function, otherwise):
 
 def _malformed(url):
     """Why `url` cannot be a webhook, else None; the url may hold the secret and is not quoted."""
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(url)
-        if (parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
-                and url.isascii() and url.isprintable() and " " not in url):
-            return None
-    return f"DISCORD_WEBHOOK_URL is not a web address (https://discord.com/api/webhooks/...): {COPY_IT}"
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[!-~]+", url, re.ASCII):
+        return f"DISCORD_WEBHOOK_URL is not a web address (https://discord.com/api/webhooks/...): {COPY_IT}"
 
 
 def _scrub(text, url):
@@ -616,16 +609,20 @@ def _scrub(text, url):
 
 
 def _post(result, url, picture, deadline):
-    """None when Discord took the message, else why not."""
-    payload, image = discord_payload(result), None
+    """None when Discord took the message, else why not, whatever it was."""
+    image = None
     try:
         image = Path(picture).read_bytes() if picture else None
     except OSError as error:
         log.warning("the Discord message goes without the picture: %s", plain(error))
-    status, body = _send(url, *_encode(payload, image), deadline)
-    if image and status in (400, 413):
-        log.warning("Discord refused the picture (%d), trying without: %s", status, _scrub(body, url))
-        status, body = _send(url, *_encode(payload, None), deadline)
+    try:
+        payload = discord_payload(result)
+        status, body = _send(url, *_encode(payload, image), deadline)
+        if image and status in (400, 413):
+            log.warning("Discord refused the picture (%d), trying without: %s", status, _scrub(body, url))
+            status, body = _send(url, *_encode(payload, None), deadline)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return None if 200 <= status < 300 else _reason(status, body)
 
 

@@ -134,14 +134,24 @@ def secure_logs() -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for name in (*OUR_LOGGERS, "prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(plain_and_without_secrets)
+    for handler in logging.getLogger().handlers:
+        if hasattr(handler, "console"):
+            handler.addFilter(not_only_for_prefect)
+
+
+def not_only_for_prefect(record: logging.LogRecord) -> bool:
+    """A logging filter of the terminal: what a task's page in Prefect's UI shows is said there once, in other words."""
+    return not getattr(record, "for_prefect", False)
 
 
 def plain_and_without_secrets(record: logging.LogRecord) -> bool:
     """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
     if record.name == "prefect.task_runs" and "will start" in record.msg:
         retrying(record, *record.args)
-    elif record.name.startswith("prefect.") and re.search("Finished in state|Retries are exhausted", record.msg):
-        return False  # the run says both in its own words
+    elif record.name.startswith("prefect.") and "Finished in state" in record.msg:
+        return False
+    elif record.name == "prefect.task_runs" and "Retries are exhausted" in record.msg:  # the run says it to the terminal
+        record.msg, record.args, record.for_prefect = "%s", (explain(record.exc_info[1]),), True
     record.msg, record.args = db.redact(record.getMessage()), ()
     if record.exc_info and isinstance(record.exc_info[1], EXPECTED):
         record.exc_info = None
@@ -251,8 +261,9 @@ def conclude(result: dict, error: BaseException | None, enable_notifications: bo
     else:
         result |= {"status": "completed", "exit_status": TRAINED, "finish_command": None}
     result |= {"message": message(result), "seconds": time.monotonic() - result["clock"], "peak_mb": peak_mb()}
-    log.log(logging.INFO if result["status"] == "completed" else logging.ERROR, "%s", result["message"])
     stopped, picture = isinstance(error, Stopped), Path(result["models_dir"]) / "report.png"
+    log.log(logging.INFO if result["status"] == "completed" else logging.ERROR, "%s", result["message"],
+            extra={"for_prefect": bool(BEGUN) and not stopped})
     if result["models"] and not stopped:
         history = models.read_history(result["models_dir"])
         for what, step, *arguments in (("the picture", models.naming(picture)(notify.draw_report), result, history, picture), ("Prefect's artifacts", write_artifacts, result)):
@@ -649,6 +660,7 @@ def can_heal(task, task_run, state) -> bool:
     if isinstance(error, OutOfMemory):  # not while the others are still there: train_all tries it alone
         return False
     if isinstance(error, (DataError, ValueError, TypeError, KeyError)):
+        log.error("%s", explain(error), extra={"for_prefect": True})
         log.info("%s is not tried again: the same input would bring the same %s", task.name, type(error).__name__)
         return False
     return True
@@ -882,16 +894,15 @@ def write_artifacts(result: dict) -> None:
     """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose versions accumulate."""
     rows, history = [], models.read_history(result["models_dir"])
     for name, model in result["models"].items():
-        row = notify.table_row(name, model)
-        rows.append(row)
-        figures = "\n".join(f"| {key} | {notify.number(value)} |" for key, value in model["metrics"].items() if isinstance(value, (int, float)))
-        runs = [line for line in history[::-1] if line["model"] == name and line["status"] != "started"][:notify.RUNS_SHOWN]
-        lines = "\n".join(f"| {line['run'][:16].replace('T', ' ')} | {line['status'].replace('_', ' ')} | {notify.number(line['value'])} |"
-                          for line in runs)
-        create_markdown_artifact(
-            f"# {name}: {notify.reason(model) or '{metric} ({change})'.format(**row)}\n\n| metric | value |\n|---|---|\n{figures}\n\n"
-            f"## Runs\n\n| started (UTC) | status | metric |\n|---|---|---|\n{lines}",
-            key=f"model-{name}", description=f"{name}, {row['status']}")
+        rows.append(notify.table_row(name, model))
+        figures = [(key, notify.number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
+        runs = [(line["run"][:16].replace("T", " "), notify.escape(notify.reason(line)) or line["status"].replace("_", " "),
+                 "" if line["value"] is None else notify.number(line["value"]))
+                for line in history[::-1] if line["model"] == name and line["status"] != "started"][:notify.RUNS_SHOWN]
+        tables = [["|".join(cells) for cells in (heading, ["---"] * len(heading), *lines)]
+                  for heading, lines in ((("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)) if lines]
+        said = notify.reason(model) or "{status}, {metric} ({change})".format(**rows[-1])
+        create_markdown_artifact("\n\n".join("\n".join(lines) for lines in tables), key=f"model-{name}", description=f"{name} {said}")
     create_table_artifact(rows, key="metrics", description=result["message"])
 
 
