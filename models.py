@@ -360,7 +360,8 @@ class GenreClassifier:
         error[np.arange(len(y)), y] -= 1
         error /= len(y)
         back = (error @ net["out"].T) * gate
-        return {"in": numbers.T @ back, "in0": back.sum(0), "out": hidden.T @ error, "out0": error.sum(0), "words": text.T @ back}
+        return {"in": numbers.T @ back, "in0": back.sum(0), "out": hidden.T @ error, "out0": error.sum(0),
+                "words": text.T @ back}
 
     def sound(self, songs) -> np.ndarray:
         """Return log P(genre | sound, words) up to a constant per song, songs x genres."""
@@ -381,9 +382,11 @@ KEYS = {"artist": ("artist_name", credits), "album": ("album_name", whole),
 
 
 def text_counts(songs):
-    """Return songs x 5, float32: ";" in artist, length of title and of album, are the two the same, a bracket or dash in the title."""
-    title, album = column(songs, "track_name").astype("str").str.casefold(), column(songs, "album_name").astype("str").str.casefold()
-    return np.column_stack([column(songs, "artist_name").astype("str").str.count(";"), title.str.len(), album.str.len(), title == album,
+    """Return songs x 5, float32: ";" in the artist, length of title and of album, if they are the same, if the title has
+    a bracket or dash."""
+    artist, title, album = (column(songs, name).astype("str").str for name in ("artist_name", "track_name", "album_name"))
+    title, album = title.casefold(), album.casefold()
+    return np.column_stack([artist.count(";"), title.str.len(), album.str.len(), title == album,
                             title.str.contains(r" - |\(|\[")]).astype(np.float32)
 
 
@@ -480,7 +483,8 @@ class SongRegressor:
         if len(rows) > self.MAX_FIT_ROWS:
             kept = np.sort(rng.choice(len(rows), self.MAX_FIT_ROWS, replace=False))
         rows, hidden = rows[kept], (np.arange(len(rows)) >= shared.sum())[kept]  # is the artist hidden whole?
-        table = np.vstack([np.hstack([part[rows[mask]] for part in parts]) for parts, mask in ((known, ~hidden), (new, hidden))])
+        table = np.vstack([np.hstack([part[rows[mask]] for part in parts])
+                           for parts, mask in ((known, ~hidden), (new, hidden))])
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
         return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
@@ -502,7 +506,8 @@ class SongRegressor:
     def _start(self, songs):
         if self.curve_ is None:
             return self._genre_mean(songs)
-        starts = [self.curve_.predict(self._plane(songs.iloc[i:i + self.CURVE_ROWS])) for i in range(0, len(songs), self.CURVE_ROWS)]
+        starts = [self.curve_.predict(self._plane(songs.iloc[i:i + self.CURVE_ROWS]))
+                  for i in range(0, len(songs), self.CURVE_ROWS)]
         return np.clip(np.concatenate(starts), *self.range_)  # a quadratic runs away where songs are rare
 
     def _genre_mean(self, songs):
@@ -612,7 +617,8 @@ def _train_regressor(target: str, songs):
         raise DataError(f"{target} is {songs[target].iloc[0]:g} for all {len(songs):,} songs; "
                         f"there is nothing to learn until the column varies")
     def answers(judged, learnt, held_out):
-        return held_out[target].to_numpy(np.float64), judged.predict(held_out), np.full(len(held_out), learnt[target].mean())
+        mean = np.full(len(held_out), learnt[target].mean())
+        return held_out[target].to_numpy(np.float64), judged.predict(held_out), mean
     known, new = _judge(target, lambda: SongRegressor(target), songs, answers)
     final = SongRegressor(target, AVERAGED if len(songs) < FEW_SONGS else 1).fit(songs, songs[target])
     figure = lambda metric, pair: float(metric(*pair)) if len(pair) and len(pair[0]) > 1 else None

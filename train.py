@@ -125,7 +125,8 @@ class OutOfMemory(DataError):
     """The songs do not fit in the memory that is left."""
 
 
-EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError, MemoryError)  # their text says it all
+# Their text says it all.
+EXPECTED = (DataError, DatabaseUnavailable, models.ModelError, Locked, PipelineFailed, Stopped, OSError, MemoryError)
 
 
 def secure_logs() -> None:
@@ -179,7 +180,8 @@ def explain(error: BaseException) -> str:
 
 def blank_result(table_name: str, demo, folder: Path) -> dict:
     return {"status": "failed", "message": "", "error": None, "started_at": datetime.now(timezone.utc).isoformat(),
-            "clock": time.monotonic(), "untold": True, "seconds": 0.0, "read_seconds": None, "peak_mb": None, "host": socket.gethostname(),
+            "clock": time.monotonic(), "untold": True, "seconds": 0.0, "read_seconds": None, "peak_mb": None,
+            "host": socket.gethostname(),
             "table": table_name, "rows": None, "models_dir": str(folder), "demo": demo is not None, "warnings": [],
             "csv": None, "asked": [], "models": {}, "finish_command": None}
 
@@ -203,7 +205,8 @@ def write_history(result: dict, names: list[str], status: str) -> None:
         metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
         lines.append({"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
                       "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
-                      "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")})
+                      "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(),
+                      "error": model.get("error")})
     models.append_history(result["models_dir"], lines)
 
 
@@ -266,8 +269,9 @@ def conclude(result: dict, error: BaseException | None, enable_notifications: bo
             extra={"for_prefect": bool(BEGUN) and not stopped})
     if result["models"] and not stopped:
         history = models.read_history(result["models_dir"])
-        for what, step, *arguments in (("the picture", models.naming(picture)(notify.draw_report), result, history, picture), ("Prefect's artifacts", write_artifacts, result)):
-            _, trouble = attempt(step, *arguments)
+        draw = partial(models.naming(picture)(notify.draw_report), result, history, picture)
+        for what, step in (("the picture", draw), ("Prefect's artifacts", partial(write_artifacts, result))):
+            _, trouble = attempt(step)
             if trouble:
                 result["warnings"].append(f"{what} could not be made: {explain(trouble)}")
     if enable_notifications and notify.webhook_url():
@@ -282,7 +286,8 @@ def message(result: dict) -> str:
     if not result["models"]:
         return f"Nothing was trained: {result['error']}"
     parts = [f"{len(by_status['trained'])} of {len(result['asked'])} models trained"]
-    parts += [f"{status.replace('_', ' ')}: {', '.join(by_status[status])}" for status in ("held_back", "failed") if by_status[status]]
+    parts += [f"{status.replace('_', ' ')}: {', '.join(by_status[status])}"
+              for status in ("held_back", "failed") if by_status[status]]
     return "; ".join(parts + [result["error"]] * bool(result["error"]))
 
 
@@ -308,16 +313,21 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train.py", description=usage, epilog=rest.partition("From Python")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv-path", metavar="FILE", help="load this CSV (.csv, .csv.gz or http(s) URL) into the table first")
-    parser.add_argument("--table-name", default="spotify_songs", metavar="TABLE", help="table or view of songs, TABLE or SCHEMA.TABLE (default: %(default)s)")
+    parser.add_argument("--table-name", default="spotify_songs", metavar="TABLE",
+                        help="table or view of songs, TABLE or SCHEMA.TABLE (default: %(default)s)")
     parser.add_argument("--truncate", action="store_true", help="empty the table before loading the CSV")
     parser.add_argument("--n-clusters", type=int, default=2, metavar="N", help="number of clusters (default: %(default)s)")
-    parser.add_argument("--only", action="append", metavar="MODEL", help=f"train only these; repeat or comma-separate: {', '.join(models.MODELS)}")
-    parser.add_argument("--failed", action="store_true", help="train only the models whose last run failed, was held back or was killed")
+    parser.add_argument("--only", action="append", metavar="MODEL",
+                        help=f"train only these; repeat or comma-separate: {', '.join(models.MODELS)}")
+    parser.add_argument("--failed", action="store_true",
+                        help="train only the models whose last run failed, was held back or was killed")
     parser.add_argument("--force", action="store_true", help="publish a model even if it is worse than the current one")
-    parser.add_argument("--demo", nargs="?", type=int, const=10_000, metavar="N", help="train on N made-up songs in the embedded database (default: 10000)")
+    parser.add_argument("--demo", nargs="?", type=int, const=10_000, metavar="N",
+                        help="train on N made-up songs in the embedded database (default: 10000)")
     parser.add_argument("--check", action="store_true", help="look at everything a run needs, train nothing and change nothing")
     parser.add_argument("--no-notify", action="store_true", help="do not post to Discord")
-    parser.add_argument("--models-dir", metavar="DIR", help="where the models go (default: models, or demo/models with --demo, beside train.py)")
+    parser.add_argument("--models-dir", metavar="DIR",
+                        help="where the models go (default: models, or demo/models with --demo, beside train.py)")
     parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster of that scheduler, tcp://HOST:8786")
     parser.add_argument("--serve", action="store_true",
                         help="be a Prefect deployment until stopped; the other options are what its runs do by default")
@@ -538,14 +548,15 @@ def check(options: argparse.Namespace) -> int:
     secure_logs()
     looks = {"database": check_songs, "models directory": check_folder, "Discord": check_discord, "Prefect": check_prefect}
     answers = {}
-    threads = [threading.Thread(target=lambda what=what, look=look: answers.update({what: attempt(look, options)}), daemon=True)
+    threads = [threading.Thread(daemon=True, target=lambda what=what, look=look: answers.update({what: attempt(look, options)}))
                for what, look in looks.items()]
     for thread in threads:
         thread.start()
     deadline, lines = time.monotonic() + CHECK_SECONDS, []
     for what, thread in zip(looks, threads):
         thread.join(max(0, deadline - time.monotonic()))
-        found, error = answers.get(what, (None, TimeoutError(f"no answer within {CHECK_SECONDS} s; is it busy or out of reach?")))
+        late = TimeoutError(f"no answer within {CHECK_SECONDS} s; is it busy or out of reach?")
+        found, error = answers.get(what, (None, late))
         lines += [(what, "problem", explain(error))] if error else found
     for what, state, sentence in lines:
         print(f"{what:18}{state:9}{notify.plain(sentence, 1000)}")
@@ -568,12 +579,14 @@ def check_songs(options):
     elif options.csv_path:
         return [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
     else:
-        raise DataError("DATABASE_URL is not set and there is no embedded database yet; try: python train.py --csv-path songs.csv")
+        raise DataError("DATABASE_URL is not set and there is no embedded database yet; "
+                        "try: python train.py --csv-path songs.csv")
     try:
         found = db.check_table(url, options.table_name, for_csv=bool(options.csv_path))
     except DataError as error:
         if not db.setting("DATABASE_URL") and 'database "music" does not exist' in str(error):  # only a demo has run here
-            raise DataError("there are no songs in the embedded database yet; try: python train.py --csv-path songs.csv") from None
+            raise DataError("there are no songs in the embedded database yet; "
+                            "try: python train.py --csv-path songs.csv") from None
         raise
     lines = [("database", "ok", f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}")]
     if options.csv_path:
@@ -584,9 +597,12 @@ def check_songs(options):
     few = found["rows"] < models.MIN_SONGS
     roomy = enough_memory(found["rows"], SONG_BYTES + max(FIT_BYTES.values()))
     return lines + [
-        ("table", "problem" if few else "ok", f"{options.table_name} has {found['rows']:,} rows" + f"; {models.MIN_SONGS} are needed" * few),
-        ("columns", "ok", "all required columns" + (f"; not there, and not needed: {', '.join(without)}" if without else " and all optional ones")),
-        ("genres", "ok" if genres >= 2 else "warning", f"{genres} genres of {models.MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
+        ("table", "problem" if few else "ok",
+         f"{options.table_name} has {found['rows']:,} rows" + f"; {models.MIN_SONGS} are needed" * few),
+        ("columns", "ok", "all required columns" +
+         (f"; not there, and not needed: {', '.join(without)}" if without else " and all optional ones")),
+        ("genres", "ok" if genres >= 2 else "warning",
+         f"{genres} genres of {models.MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
         ("nulls", "warning" if holes else "ok", ", ".join(f"{name} {share:.1%}" for name, share in holes.items()) +
          ": songs without a required value are left out, optional ones are treated as missing" if holes else "none that matter"),
         ("memory", "ok" if roomy else "problem", "enough for these songs" if roomy else str(out_of_memory(found["rows"])))]
@@ -614,12 +630,14 @@ def check_prefect(options):
     stated = re.search(r'(?im)^\s*(?:prefect_)?api_url\s*=\s*["\']?(https?://[^\s"\']+)', prefect_files())
     url = os.environ.get("PREFECT_API_URL") or (stated[1] if stated else None)
     if not url:
-        return [("Prefect", "ok", "a profile of yours (see: prefect config view)" if prefect_is_configured() else "a temporary server per run")]
+        profile = "a profile of yours (see: prefect config view)"
+        return [("Prefect", "ok", profile if prefect_is_configured() else "a temporary server per run")]
     try:
         urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=CHECK_SECONDS).close()
     except OSError as error:
         if getattr(error, "code", None) not in (401, 403):  # Cloud answers, to those who say who they are
-            raise DataError(f"{url} does not answer as a Prefect API ({error}); correct PREFECT_API_URL or start it: prefect server start") from error
+            raise DataError(f"{url} does not answer as a Prefect API ({error}); correct PREFECT_API_URL or start it: "
+                            "prefect server start") from error
     return [("Prefect", "ok", f"{url} answers")]
 
 
@@ -700,7 +718,8 @@ def without_secrets(step):
 
 
 # NO_CACHE: Prefect's default would pickle and hash every song for every task.
-from_database = dict(retries=DATABASE_RETRIES, retry_delay_seconds=DATABASE_DELAY, retry_condition_fn=can_heal, cache_policy=NO_CACHE)
+from_database = dict(retries=DATABASE_RETRIES, retry_delay_seconds=DATABASE_DELAY, retry_condition_fn=can_heal,
+                     cache_policy=NO_CACHE)
 check_database = task(without_secrets(db.check_table), name="check-database", task_run_name="check-database", **from_database)
 load_csv = task(without_secrets(db.load_csv), name="load-csv", task_run_name="load-csv", **from_database)
 load_demo = task(without_secrets(db.load_demo), name="load-demo", task_run_name="load-demo", **from_database)
@@ -895,14 +914,16 @@ def write_artifacts(result: dict) -> None:
     rows, history = [], models.read_history(result["models_dir"])
     for name, model in result["models"].items():
         rows.append(notify.table_row(name, model))
-        figures = [(key, notify.number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
+        figures = [(key, notify.number(value)) for key, value in model["metrics"].items()
+                   if isinstance(value, (int, float))]
         runs = [(line["run"][:16].replace("T", " "), notify.escape(notify.reason(line)) or line["status"].replace("_", " "),
                  "" if line["value"] is None else notify.number(line["value"]))
                 for line in history[::-1] if line["model"] == name and line["status"] != "started"][:notify.RUNS_SHOWN]
         tables = [["|".join(cells) for cells in (heading, ["---"] * len(heading), *lines)]
                   for heading, lines in ((("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)) if lines]
         said = notify.reason(model) or "{status}, {metric} ({change})".format(**rows[-1])
-        create_markdown_artifact("\n\n".join("\n".join(lines) for lines in tables), key=f"model-{name}", description=f"{name} {said}")
+        create_markdown_artifact("\n\n".join("\n".join(lines) for lines in tables), key=f"model-{name}",
+                                 description=f"{name} {said}")
     create_table_artifact(rows, key="metrics", description=result["message"])
 
 
