@@ -193,7 +193,7 @@ def print_table(columns, rows, above=(), below=(), file=None):
 def _log_handler():
     """The handler whose rich console writes the log to a terminal, as Prefect's does: what is live goes below it."""
     consoles = [handler for handler in logging.getLogger().handlers if hasattr(handler, "console")]
-    return next((handler for handler in consoles if handler.console.is_terminal
+    return next((handler for handler in consoles if handler.console.file.isatty()
                  and not handler.console.is_dumb_terminal and "utf" in handler.console.encoding), None)
 
 

@@ -2049,6 +2049,26 @@ def test_only_one_model_from_the_command_line(table, tmp_path):
     assert not re.search(r"\x1b\[", done.stdout + done.stderr)
 
 
+@pytest.mark.slow
+def test_a_log_has_every_line_once(table, tmp_path):
+    code = """if True:
+        import runpy, sys, models
+        def broken(songs): raise OSError("the disk was busy")
+        models.MODELS["energy"] = broken
+        sys.argv[0] = "train.py"
+        runpy.run_path("train.py", run_name="__main__")"""
+    done = command("-c", code, "--only", "energy,similar", "--models-dir", tmp_path, DATABASE_URL=table)
+    log, summary = done.stderr.splitlines(), done.stdout.splitlines()
+    assert done.returncode == 1 and "\x1b" not in done.stderr + done.stdout and "Traceback" not in done.stderr
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} \| [A-Z]+ +\| ", line) for line in log), log
+    said = [line.split(" | ", 2)[-1] for line in log] + summary
+    assert sorted(set(said)) == sorted(said)
+    busy = [line for line in said if "the disk was busy" in line]
+    assert [re.sub(r"\d+ s", "N s", line) for line in busy] == [
+        *(f"Task run 'train-energy' - energy: the disk was busy; retrying in N s ({n} of 3)" for n in (1, 2, 3)),
+        "train - energy: the disk was busy", "energy failed: the disk was busy"]
+
+
 def test_csv_table_truncate_and_clusters_together_then_failed(prefect, url, tmp_path):
     db.demo_songs(600).assign(genre="pop").to_csv(tmp_path / "songs.csv", index=False)
     arguments = ("--csv-path", tmp_path / "songs.csv", "--table-name", "my songs", "--truncate", "--n-clusters", "3", "--models-dir", tmp_path / "models")
