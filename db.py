@@ -411,6 +411,11 @@ def load_songs(url, table):
     import pandas as pd
     rows, parts = [], []
 
+    def keep(row):
+        rows.append(row)
+        if len(rows) > 2 * PARSE_ROWS:      # the server is ahead of us: it can wait, memory cannot
+            time.sleep(.01)
+
     def parse():
         block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
         parts.append(_parse(block, used))
@@ -420,7 +425,7 @@ def load_songs(url, table):
 
         def receive():
             copy = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
-            cursor.copy_expert(copy, types.SimpleNamespace(write=rows.append))
+            cursor.copy_expert(copy, types.SimpleNamespace(write=keep))
             cursor.connection.commit()      # servers and poolers may end a connection that idles in a transaction
         with _in_thread(cursor, receive) as receiving:
             while not receiving.done():     # while the server sends, parse what is here
