@@ -380,6 +380,7 @@ def test_what_was_wrong_is_not_hidden_by_the_try_without_tls(managed):
     fails(db.DataError, 'password authentication failed for user "owner". Correct user', db.check_table, uri.replace(PASSWORD, "x"), "t")
 
 
+@pytest.mark.slow
 def test_a_wrong_certificate_ends_a_run_at_once(prefect, managed, tmp_path):
     uri, at, _ = managed
     done = ends_with(2, "certificate verify failed. In DATABASE_URL name the host", "--models-dir", tmp_path, DATABASE_RETRY_SECONDS="0.1",
@@ -1989,6 +1990,7 @@ def test_a_fit_without_memory_is_tried_again_alone_and_leaves_nothing_behind(tab
     assert [(line["model"], line["status"]) for line in models.read_history(tmp_path)[2:]] == [("energy", "failed"), ("similar", "trained"), ("energy", "trained")]
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_models_are_trained_one_after_another(table, tmp_path, monkeypatch):
     def lonely(songs, **settings):
         gc.collect()
@@ -2069,6 +2071,7 @@ def test_a_log_has_every_line_once(table, tmp_path):
         "train - energy: the disk was busy", "energy failed: the disk was busy"]
 
 
+@pytest.mark.slow
 def test_csv_table_truncate_and_clusters_together_then_failed(prefect, url, tmp_path):
     db.demo_songs(600).assign(genre="pop").to_csv(tmp_path / "songs.csv", index=False)
     arguments = ("--csv-path", tmp_path / "songs.csv", "--table-name", "my songs", "--truncate", "--n-clusters", "3", "--models-dir", tmp_path / "models")
@@ -2593,6 +2596,7 @@ def test_a_memory_limit_costs_time_or_single_models(table, tmp_path):
     assert re.search(r"popularity failed: 200,000 songs do not fit in the memory that is left \([\d.]+ MB\); raise the limit", text)
 
 
+@pytest.mark.slow
 def test_two_tables_at_once(table, tmp_path):
     db.load_demo(900, table, "other songs", seed=1)
     runs = {name: started("--models-dir", tmp_path / name, "--table-name", name, "--only", "genre,clusters,similar", DATABASE_URL=table)
