@@ -98,9 +98,10 @@ def holdout(songs, split: int = 0):
     in `train`. The choice hangs on hashed names, not on row numbers: what is held out tonight is held out tomorrow,
     when the table has grown, and the figures of two nights compare.
     """
-    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, f"artist {split}")
+    number = str(split or "")
+    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, "artist" + number)
     known = ~new
-    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, f"song {split}")
+    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, "song" + number)
     train = ~new & ~known
     recording = recordings(songs)
     known &= ~np.isin(recording, recording[train])
