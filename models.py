@@ -130,7 +130,8 @@ def _judge(name, make, songs, answers):
                  extra={"model": name, "phase": "evaluating"})
         judged = make().fit(songs[train], songs.loc[train, name])
         for part, mask in zip(found, held_out):
-            part.extend([answers(judged, songs[train], songs[mask])] * bool(mask.any()))
+            if mask.any():
+                part.append(answers(judged, songs[train], songs[mask]))
     log.info("%s: fitting on %s songs", name, f"{len(songs):,}", extra={"model": name, "phase": "fitting"})
     return [tuple(map(np.concatenate, zip(*part))) for part in found]
 
@@ -543,16 +544,17 @@ def train_genre(songs):
     if learnable < 2:
         raise DataError(f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; the table has {learnable}")
     def answers(judged, learnt, held_out):
+        actual = held_out["genre"].to_numpy(object)
         likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
-        return held_out["genre"].to_numpy(object), likely, np.full(len(held_out), learnt["genre"].mode()[0], object)
+        in_top3 = (likely == actual[:, None]).any(axis=1)
+        return actual, likely[:, 0], in_top3, np.full(len(actual), learnt["genre"].mode()[0], object)
     known, new = _judge("genre", GenreClassifier, songs, answers)
     final = GenreClassifier().fit(songs, songs["genre"])
-    actual, likely, common = known or (np.zeros(0), np.zeros((0, 3)), np.zeros(0))
-    predicted = likely[:, 0]
+    actual, predicted, in_top3, common = known or [np.zeros(0)] * 4
     metrics = {
         "accuracy": _mean(predicted == actual),
-        "accuracy_new_artists": _mean(new[1][:, 0] == new[0]) if new else None,
-        "top3_accuracy": _mean((likely == actual[:, None]).any(axis=1)),
+        "accuracy_new_artists": _mean(new[1] == new[0]) if new else None,
+        "top3_accuracy": _mean(in_top3),
         "f1_macro": float(f1_score(actual.astype(str), predicted.astype(str), average="macro")) if known else None,
         "baseline_accuracy": _mean(common == actual),
         "classes": len(final.classes_),

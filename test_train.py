@@ -1329,6 +1329,15 @@ def test_regression_metrics_agree_with_scikit_learn(songs, trained, target):
     assert metrics["mae_new_artists"] == pytest.approx(mean_absolute_error(*new))
 
 
+def test_a_rare_genre_that_a_split_holds_out_whole():
+    songs = db.demo_songs(200, seed=3, genres=2)
+    rare = songs.index[songs.track_id.isin(songs.track_id[models.holdout(songs, 1)[1]])][:5]
+    songs.loc[rare, "genre"] = "rare"  # so the first split learns three genres, the second two
+    seen = [songs.genre[models.holdout(songs, split)[0]].nunique() for split in range(3)]
+    assert min(seen) == 2 and max(seen) == 3
+    assert 0 < models.train_genre(songs)[1]["accuracy"] <= 1
+
+
 def test_a_large_table_is_judged_on_one_split(songs, monkeypatch):
     monkeypatch.setattr(models, "FEW_SONGS", len(songs))
     train, known, _ = models.holdout(songs)
