@@ -15,8 +15,10 @@ import importlib.util
 import io
 import logging
 import os
+import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +33,6 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import dotenv
-import numpy as np
 import psycopg2
 from psycopg2 import sql
 
@@ -219,7 +220,7 @@ def _parse_url(url):
 
 
 @contextlib.contextmanager
-def connect(url, read_only=False):
+def connect(url, read_only=False, statement_ms=None):
     """A cursor in one transaction, committed at the end of the block, rolled back if it raises; always closed.
 
     Session settings are made inside the transaction, so that a pooler in transaction mode will do.
@@ -232,7 +233,7 @@ def connect(url, read_only=False):
         connection.set_session(readonly=read_only or None)      # None: where the server says read-only, it is
         with connection, connection.cursor() as cursor:
             cursor.execute("SELECT set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true), "
-                           "set_config('work_mem', %s, true)", [str(STATEMENT_MS), str(LOCK_MS), SORT_MEMORY])
+                           "set_config('work_mem', %s, true)", [str(statement_ms or STATEMENT_MS), str(LOCK_MS), SORT_MEMORY])
             yield cursor
     except psycopg2.Error as error:
         raise _explain(error, parts, read_only) from error
@@ -402,6 +403,71 @@ def _select(name, columns):
     return used, sql.SQL(f'SELECT {{}} FROM {{}} ORDER BY {key} COLLATE "C"').format(sql.SQL(", ").join(parts), name)
 
 
+def _send_songs():
+    """What the process of _received does: url, table and time limit come in on standard input; the columns, blocks of CSV
+    and at the end None, or the error that came before it, go out on standard output. Each is a pickle."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())    # unwinds, and so cancels the query
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # nobody listens any more
+    (url, table, limit), rows, error = pickle.load(sys.stdin.buffer), [], None
+
+    def send(message):
+        pickle.dump(message, sys.stdout.buffer)
+        sys.stdout.flush()
+
+    def keep(row):
+        rows.append(row)
+        if len(rows) > 2 * PARSE_ROWS:      # the server is ahead of us: it can wait, memory cannot
+            time.sleep(.01)
+
+    def send_rows():
+        block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
+        send(block)
+    try:
+        with connect(url, read_only=True, statement_ms=limit) as cursor:
+            name, _, columns = _existing(cursor, table)
+            used, select = _select(name, columns)
+            send(used)
+
+            def receive():
+                copy = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
+                cursor.copy_expert(copy, types.SimpleNamespace(write=keep))
+                cursor.connection.commit()      # servers and poolers may end a connection that idles in a transaction
+            with _in_thread(cursor, receive) as receiving:
+                while not receiving.done():
+                    send_rows() if len(rows) >= PARSE_ROWS else time.sleep(.01)
+                receiving.result()
+        while rows:
+            send_rows()
+    except Exception as failure:
+        error = failure
+    send(error)
+
+
+@contextlib.contextmanager
+def _received(url, table):
+    """Iterator over what _send_songs sends: the columns, then blocks of CSV; raises the error that ended it.
+
+    A process of its own, since psycopg2 calls Python for every row: in this one it would stand still, and the server with
+    it, whenever pandas makes strings of the rows before."""
+    command = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv[1]); import db; db._send_songs()", str(ROOT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        def messages():
+            try:
+                with process.stdin:
+                    pickle.dump((url, table, STATEMENT_MS), process.stdin)
+                while isinstance(message := pickle.load(process.stdout), (list, bytes)):
+                    yield message
+            except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                message = DatabaseUnavailable(f"The process that reads the table ended before its time (status {process.wait()}); "
+                                              "was it killed for want of memory?")
+            if message:
+                raise message
+        try:
+            yield messages()
+        finally:
+            process.terminate()
+
+
 def load_songs(url, table):
     """Read the table, once: REQUIRED and the OPTIONAL columns that are there, sorted by track_id, one row a song.
 
@@ -409,30 +475,9 @@ def load_songs(url, table):
     Songs without id, artist, title, genre or with a required number that is none are left out, with a warning.
     Raises DataError (missing table or columns, nothing left) or DatabaseUnavailable."""
     import pandas as pd
-    rows, parts = [], []
-
-    def keep(row):
-        rows.append(row)
-        if len(rows) > 2 * PARSE_ROWS:      # the server is ahead of us: it can wait, memory cannot
-            time.sleep(.01)
-
-    def parse():
-        block, rows[:PARSE_ROWS] = b"".join(rows[:PARSE_ROWS]), []
-        parts.append(_parse(block, used))
-    with connect(url, read_only=True) as cursor:
-        name, _, columns = _existing(cursor, table)
-        used, select = _select(name, columns)
-
-        def receive():
-            copy = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv)").format(select)
-            cursor.copy_expert(copy, types.SimpleNamespace(write=keep))
-            cursor.connection.commit()      # servers and poolers may end a connection that idles in a transaction
-        with _in_thread(cursor, receive) as receiving:
-            while not receiving.done():     # while the server sends, parse what is here
-                parse() if len(rows) >= PARSE_ROWS else time.sleep(.01)
-            receiving.result()
-    while rows:
-        parse()
+    with _received(url, table) as messages:
+        used = next(messages)
+        parts = [_parse(block, used) for block in messages]
     frames, counts = zip(*parts or [_parse(b"", used)])
     songs, left_out = pd.concat(frames, ignore_index=True), sum(counts, Counter())
     if (songs.track_id.to_numpy()[1:] == songs.track_id.to_numpy()[:-1]).any():
@@ -450,6 +495,7 @@ def load_songs(url, table):
 
 def _parse(block, used):
     """The songs of a block of COPY output that can be used, and a Counter of the reasons why the others cannot."""
+    import numpy as np
     import pandas as pd
     numbers, texts = [c for c in used if c not in TEXT], [c for c in used if c in TEXT]
     with np.errstate(over="ignore"):        # 1e300 is infinite as a float32
@@ -777,6 +823,7 @@ def demo_songs(n, seed=0, genres=20):
     """`n` made-up songs with all columns of REQUIRED and OPTIONAL, the same for the same seed.
 
     Artists have one main genre, Zipf-like output and a fame of their own; each genre has a sound of its own."""
+    import numpy as np
     import pandas as pd
     rng = np.random.default_rng(seed)
     names = np.array([f"demo-{GENRES[g % 20]}" + (f"-{g // 20 + 1}" if g >= 20 else "") for g in range(genres)], object)

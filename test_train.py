@@ -353,8 +353,11 @@ def pooled(managed):
     if not pooler:
         pytest.skip("for this test: apt-get install pgbouncer")
     uri = re.sub(r":\d+/", f":{pooler}/", uri) + f"?sslmode=verify-full&sslrootcert={at}/ca.pem"
-    with contextlib.suppress(psycopg2.OperationalError):
-        wait_until(lambda: execute(uri, "SELECT 1"))
+
+    def listening():
+        with socket.socket() as knock:
+            return knock.connect_ex(("127.0.0.1", pooler)) == 0
+    assert wait_until(listening)
     return uri
 
 
@@ -429,7 +432,6 @@ def test_no_connection_idles(prefect, managed, tmp_path, monkeypatch):
         return {"toy": len(songs)}, {"figure": 1.0}
     db.load_demo(1200, uri, "spotify_songs")
     monkeypatch.setenv("DATABASE_URL", uri)
-    monkeypatch.setattr(db, "PARSE_ROWS", 500)
     monkeypatch.setattr(db, "_parse", slowly)
     monkeypatch.setitem(models.MODELS, "similar", look)
     result = train.ml_training_pipeline(models_dir=str(tmp_path), only=["similar"])
@@ -490,6 +492,28 @@ def test_an_exit_during_a_load_stays_an_exit(url, tmp_path):
     with pytest.raises(SystemExit):
         db.load_csv(tmp_path / "a.csv", url, "songs", truncate=True, progress=lambda *_: sys.exit(143))
     assert len(db.load_songs(url, "songs")) == 1
+
+
+def test_a_reading_that_breaks_off(url, tmp_path, monkeypatch):
+    """Whichever of the two processes fails, the other ends as well and the server is left alone."""
+    queries = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY (SELECT%'"
+    db.load_csv(write(tmp_path / "a.csv", [GOOD]), url, "songs")
+    receiver = lambda: subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "_send_songs"], capture_output=True, text=True).stdout.split()
+
+    def kill():
+        wait_until(lambda: execute(url, queries) == [(1,)])
+        os.kill(int(receiver()[0]), signal.SIGKILL)
+    with db.connect(url) as other, pytest.raises(db.DatabaseUnavailable, match=r"ended before its time \(status -9\)"):
+        other.execute("LOCK TABLE songs")
+        threading.Thread(target=kill).start()
+        db.load_songs(url, "songs")
+
+    def parse(block, used):
+        raise MemoryError
+    monkeypatch.setattr(db, "_parse", parse)
+    with pytest.raises(MemoryError):
+        db.load_songs(url, "songs")
+    assert wait_until(lambda: execute(url, queries) == [(0,)]) and not receiver()
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
