@@ -440,6 +440,7 @@ def _send_songs():
             send_rows()
     except Exception as failure:
         error = failure
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)           # which would now only disturb the end
     send(error)
 
 
@@ -458,8 +459,8 @@ def _received(url, table):
                 while isinstance(message := pickle.load(process.stdout), (list, bytes)):
                     yield message
             except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-                message = DatabaseUnavailable(f"The process that reads the table ended before its time (status {process.wait()}); "
-                                              "was it killed for want of memory?")
+                message = DatabaseUnavailable("The process that reads the table ended before its time (status "
+                                              f"{process.wait()}); was it killed for want of memory? (dmesg tells)")
             if message:
                 raise message
         try:
