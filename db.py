@@ -233,7 +233,8 @@ def connect(url, read_only=False, statement_ms=None):
         connection.set_session(readonly=read_only or None)      # None: where the server says read-only, it is
         with connection, connection.cursor() as cursor:
             cursor.execute("SELECT set_config('statement_timeout', %s, true), set_config('lock_timeout', %s, true), "
-                           "set_config('work_mem', %s, true)", [str(statement_ms or STATEMENT_MS), str(LOCK_MS), SORT_MEMORY])
+                           "set_config('work_mem', %s, true)",
+                           [str(statement_ms or STATEMENT_MS), str(LOCK_MS), SORT_MEMORY])
             yield cursor
     except psycopg2.Error as error:
         raise _explain(error, parts, read_only) from error
@@ -459,6 +460,7 @@ def _received(url, table):
                 while isinstance(message := pickle.load(process.stdout), (list, bytes)):
                     yield message
             except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                process.terminate()     # should it still be there, waiting for it would be for ever
                 message = DatabaseUnavailable("The process that reads the table ended before its time (status "
                                               f"{process.wait()}); was it killed for want of memory? (dmesg tells)")
             if message:
