@@ -25,7 +25,7 @@ import time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache, partial
-from itertools import chain, repeat
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,7 @@ DRIFT_RATIO = 1.5       # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25 # change of a feature's mean, in standard deviations
 
 SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
-QUERY_SAMPLE = 2000       # songs whose neighbours are looked at for the metrics of `similar`
+QUERY_SAMPLE = 1000       # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
 MATRIX_GENRES = 12        # up to as many genres the picture shows a whole confusion matrix
 
@@ -632,41 +632,39 @@ def _train_regressor(target, songs):
 
 
 def train_similar(songs):
-    """Index songs by sound. Return (SimilarSongs, metrics).
+    """Index songs by sound and company. Return (SimilarSongs, metrics).
 
-    Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's own genre
-    (`same_genre_at_10`) against what drawing songs at random would give (`same_genre_by_chance`), the share by the
-    song's own artist, and milliseconds of processor time per query (`query_ms`).
+    Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's own genre, which
+    the query does not know (`same_genre_at_10`), against what drawing songs at random would give
+    (`same_genre_by_chance`), the share by the song's own artist, and milliseconds of processor time per query.
     """
     songs = _distinct(songs, "similar", 2)
-    log.info("similar: fitting on all %s songs", f"{len(songs):,}", extra={"model": "similar", "phase": "fitting"})
-    index = SimilarSongs().fit(songs)
-    if index.distinct_ < 2:
-        raise DataError("similar needs at least 2 different recordings; the table has 1")
+    _say("similar", "fitting", len(songs))
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
-    log.info("similar: evaluating on %s songs", f"{len(sample):,}", extra={"model": "similar", "phase": "evaluating"})
+    index = SimilarSongs().fit(songs, sample)
+    if not index.recording_.any():
+        raise DataError("similar needs at least 2 different recordings; the table has 1")
+    if not index.settings_["company"]:
+        log.warning("similar: the songs have no genres, so the company they keep is left out: it is sound alone that counts")
+    _say("similar", "evaluating", len(sample))
+    answers = [index.neighbours(row, point=point)[0] for row, point in zip(sample, index.asked_)]
     start = time.thread_time()  # of this thread alone: the other models are computing at the same time
-    answers = [index.neighbours(row)[0] for row in sample]
+    same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
     query_ms = (time.thread_time() - start) / len(sample) * 1000
-    genre, artist = songs["genre"].to_numpy(object), songs["artist_name"].to_numpy(object)
-    same = lambda column: [column[answer] == column[row] for row, answer in zip(sample, answers)]
-    by_chance = float((songs["genre"].value_counts(normalize=True) ** 2).sum())
-    metrics = {
-        "same_genre_at_10": _mean(np.concatenate(same(genre))), "same_genre_by_chance": by_chance,
-        "same_artist_at_10": _mean(np.concatenate(same(artist))), "query_ms": query_ms,
-        "plot": {"same_genre_at": [_mean([s[rank] for s in same(genre) if len(s) > rank]) for rank in range(10)],
-                 "by_chance": by_chance},
-    }
-    return index, metrics
+    genre = column(songs, "genre").fillna("").to_numpy(object)
+    same_genre = [genre[answer] == genre[row] for row, answer in zip(sample, answers) if genre[row]]
+    ranks = list(zip_longest(*same_genre))
+    mean = lambda found: float(np.mean(found)) if len(found) else None
+    by_chance = float((songs["genre"][genre != ""].value_counts(normalize=True) ** 2).sum()) if same_genre else None
+    return index, {
+        "same_genre_at_10": mean(np.concatenate(same_genre or [[]])), "same_genre_by_chance": by_chance,
+        "same_artist_at_10": mean(np.concatenate(same_artist)), "query_ms": query_ms,
+        "plot": {"same_genre_at": [mean([s for s in rank if s is not None]) for rank in ranks], "by_chance": by_chance}}
 
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no core waits for it.
 MODELS = {"genre": train_genre, "clusters": train_clusters, "energy": train_energy,
           "popularity": train_popularity, "similar": train_similar}
-
-
-def _mean(values):
-    return float(np.mean(values)) if len(values) else None
 
 
 def _largest_first(kmeans):
@@ -704,71 +702,99 @@ def _plot_regression(actual, predicted, bins=40):
 # Similar songs
 # ---------------------------------------------------------------------------------------------------------------------
 
-class SimilarSongs:
-    """Exact cosine neighbours of songs by sound.
+def far_apart(count, dimensions):
+    """Return so many unit vectors, each pushed away from its nearest until they are far apart (Tammes, 1930)."""
+    places = np.random.default_rng(SEED).normal(size=(count, dimensions))
+    for step in range(min(300, 10 ** 8 // max(count, 1) ** 2) + 1):
+        push = np.exp(16 * (places @ places.T - 1)) * (1 - np.eye(count)) if step else 0 * np.eye(count)
+        places = places - 0.1 * push / push.sum(axis=1, keepdims=True).clip(1e-300) @ places
+        places /= np.linalg.norm(places, axis=1, keepdims=True)
+    return places
 
-    Every feature is made normal by its quantiles (they are skewed: half of all songs have an instrumentalness of 0)
-    and every song a unit vector; on unit vectors the nearest by Euclid are the nearest by cosine, so a k-d tree
-    (scipy.spatial.KDTree; Maneewongvatana and Mount, 1999) answers without a scan.
+
+class SimilarSongs:
+    """Exact neighbours of songs by sound and by the company they keep, in a k-d tree.
+
+    Sound: every feature is made normal by its ranks (they are skewed: half of all songs have an instrumentalness of 0),
+    and their principal components are kept. Company: a mixture of genres, the song's own and those of all songs of its
+    first artist, under a square root (so that distances are Hellinger's), each genre in a place of its own.
+    The tree (scipy.spatial.KDTree; Maneewongvatana and Mount, 1999) answers without a scan, in few dimensions.
     """
 
-    FEATURES = AUDIO + ("liveness", "tempo")
-    LANDMARKS = 501
-    EXTREME = 0.00135  # quantiles beyond three standard deviations are cut: an outlier shall not outweigh the rest
+    FEATURES = AUDIO + ("liveness", "tempo", "duration_ms", "year")
+    DIMENSIONS, COMPANY_DIMENSIONS = 14, 8
+    EXTREME = 3            # standard deviations: an outlier shall not outweigh the rest
+    OWN_GENRE = 0.4        # its share of the company
+    COMPANY_WEIGHT = 1.25  # against sound, whose total variance is 1
 
-    def fit(self, songs):
+    def fit(self, songs, sample=()):
+        """`songs` is a DataFrame, one row per song; asked_ are the sample's points as if their genres were not known."""
         from scipy.spatial import KDTree
-        self.features_ = present(songs, self.FEATURES)
-        self.quantiles_ = np.nanquantile(songs[self.features_].to_numpy(np.float64), np.linspace(0, 1, self.LANDMARKS), axis=0)
-        self.tree_ = KDTree(self.transform(songs))
-        self.recording_ = recordings(songs).astype(np.int32)
-        self.distinct_ = int(self.recording_.max()) + 1
         # Arrays of objects: joblib hands them to the C pickler whole, lists it walks through in Python.
         self.track_ids_, self.titles_, self.artists_ = (
             songs[name].to_numpy(object) for name in ("track_id", "track_name", "artist_name"))
+        self.recording_ = recordings(songs).astype(np.int32)
+        company, asked = self._company(songs, sample)
+        sound = self._sound(songs, self.DIMENSIONS - company.shape[1])
+        self.tree_ = KDTree(np.hstack([sound, company]), leafsize=20)
+        self.asked_ = np.hstack([sound[sample], asked])
         return self
 
-    def transform(self, songs):
-        """Return unit vectors, one row per song; a missing feature counts as the median."""
-        vectors = np.nan_to_num(self.normal(songs))
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-
-    def normal(self, songs):
-        """Return the features as standard normal quantiles, one row per song; missing is NaN."""
+    def _sound(self, songs, dimensions):
+        """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
-        normal = ndtri(np.linspace(0, 1, self.LANDMARKS).clip(self.EXTREME, 1 - self.EXTREME))
-        vectors = np.empty((len(songs), len(self.features_)))
-        for column, (name, landmarks) in enumerate(zip(self.features_, self.quantiles_.T)):
-            values = songs[name].to_numpy(np.float64)
-            # From both sides, as scikit-learn's QuantileTransformer does: among ties the middle of their quantiles.
-            vectors[:, column] = (np.interp(values, landmarks, normal)
-                                  - np.interp(-values, -landmarks[::-1], -normal[::-1])) / 2
-        return vectors
+        self.features_ = present(songs, self.FEATURES)
+        normal = np.column_stack([ndtri((songs[name].rank() - 0.5) / songs[name].count()).clip(-self.EXTREME, self.EXTREME).fillna(0)
+                                  for name in self.features_])
+        normal -= normal.mean(axis=0)
+        sound = normal @ np.linalg.eigh(normal.T @ normal)[1][:, ::-1][:, :dimensions]
+        return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
 
-    def neighbours(self, row, k=10):
-        """Return (rows, cosines) of the k songs most like the song in that row, the most similar first.
+    def _company(self, songs, sample):
+        """Return (points of all songs, points of the sample with their own genres hidden); no columns without genres."""
+        from sklearn.preprocessing import normalize
+        own, genres = incidence(column(songs, "genre"), whole)
+        artist, _ = incidence(songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()])
+        self.artist_, self.settings_ = artist.indices, {"company": len(genres) > 1}
+        counts = artist.T @ own
+        places = far_apart(len(genres), min(len(genres) - 1, self.COMPANY_DIMENSIONS) if genres else 0)
+        def points(mixture):
+            company = mixture.sqrt() @ places
+            return self.COMPANY_WEIGHT * company / np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
+        others = normalize(counts, "l1")
+        return (points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * (artist @ others)),
+                points(normalize(artist[sample] @ counts - own[sample], "l1")))
 
-        Never the song itself nor another copy of its recording, and no recording twice; fewer than k where the table
-        has no more.
+    def neighbours(self, row, k=10, same_artist=False, point=None):
+        """Return (rows, similarities) of the k songs most like the song in that row, the most similar first.
+
+        Never the song itself nor another copy of its recording, no recording twice, and of ten no more than three by
+        its first artist, unless `same_artist`; fewer than k where the table has no more. A similarity is exp(-d²/2),
+        1 for a song that is the same in everything. `point` is asked about in place of the song's own.
         """
         songs, wanted = len(self.track_ids_), 2 * k + 2
+        allowed = k if same_artist else max(1, 3 * k // 10)
         while True:
-            distances, rows = self.tree_.query(self.tree_.data[row], k=min(wanted, songs))
-            _, first = np.unique(self.recording_[rows], return_index=True)
-            first = np.sort(first)
-            first = first[self.recording_[rows[first]] != self.recording_[row]][:k]
+            distances, rows = self.tree_.query(self.tree_.data[row] if point is None else point, k=min(wanted, songs))
+            first = np.sort(np.unique(self.recording_[rows], return_index=True)[1])
+            first = first[self.recording_[rows[first]] != self.recording_[row]]
+            own = self.artist_[rows[first]] == self.artist_[row]
+            first = first[~own | (np.cumsum(own) <= allowed)][:k]
             if len(first) == k or wanted >= songs:
-                return rows[first], 1 - distances[first] ** 2 / 2
-            wanted *= 4
+                return rows[first], np.exp(-distances[first] ** 2 / 2)
+            wanted *= 3
 
     def find(self, text, artist=None):
-        """Return one row per recording with that track_id, or else with that title (case-folded), by that artist."""
+        """Return one row per recording, by that artist: of that track_id; or of that title; or else of titles "Text - …"
+        and "Text (…)"; or that begin with the text; or that contain it. All case-folded."""
         if (same := np.flatnonzero(self.track_ids_ == text)).size:
             return [int(same[0])]
-        title, artist = text.casefold(), artist and artist.casefold()
-        rows = [row for row, name in enumerate(self.titles_) if name.casefold() == title
-                and (not artist or artist in self.artists_[row].casefold())]
-        return list({self.recording_[row]: row for row in reversed(rows)}.values())[::-1]
+        text, artist, found = text.casefold(), (artist or "").casefold(), ({}, {}, {}, {})
+        for row, title in enumerate(map(str.casefold, self.titles_)):
+            if text in title and artist in self.artists_[row].casefold():
+                looks = title == text, title.startswith((f"{text} - ", f"{text} (")), title.startswith(text), True
+                found[looks.index(True)].setdefault(self.recording_[row], row)
+        return list(next(filter(None, found), {}).values())
 
     def suggestions(self, text):
         """Return up to five titles spelt like the text."""
@@ -958,6 +984,7 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
     current = _current_as_version(name, models_dir)
     report = {"model": name, "metrics": {key: metrics[key] for key in metrics if key != "plot"}, **about,
               "trained_at": datetime.now(timezone.utc).isoformat(), "seed": SEED, "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
+              "settings": about["settings"] | getattr(estimator, "settings_", {}),
               "versions": {"python": platform.python_version(), **library_versions()}, "plot": metrics.get("plot", {})}
     reason = current and not force and _worse(report, current)
     report |= {"status": "held_back" if reason else "trained", "error": reason or None,
@@ -1208,23 +1235,23 @@ def similar(options):
     """Print the songs most like one song."""
     import notify
     index = load_model("similar", options.models_dir)["estimator"]
-    rows = index.find(options.song, options.artist)
     song = lambda row: {"track_id": index.track_ids_[row], "track_name": index.titles_[row], "artist_name": index.artists_[row]}
+    rows, asked = index.find(options.song, options.artist), f'"{options.song}"' + f" by {options.artist}" * bool(options.artist)
     if not rows:
         near = "".join(f"\n  {title}" for title in index.suggestions(options.song))
-        by = f" by {options.artist}" if options.artist else ""
-        raise ModelError(f'no song is called "{options.song}"{by}' + (f"; did you mean:{near}" if near else ""))
+        raise ModelError(f"no song is called {asked}" + (f"; did you mean:{near}" if near else ""))
     if len(rows) > 1:
-        choices = "".join(f"\n  {index.track_ids_[row]}  {index.artists_[row]}" for row in rows[:20])
-        choices += f"\n  and {len(rows) - 20} more" * (len(rows) > 20)
-        raise ModelError(f'{len(rows)} songs are called "{options.song}"; say which, --artist NAME or a track_id:{choices}')
-    answers = [song(row) | {"similarity": round(float(alike), 4)} for row, alike in zip(*index.neighbours(rows[0], options.k))]
+        choices = "".join("\n  {track_id}  {track_name}, by {artist_name}".format(**song(row)) for row in rows[:20])
+        raise ModelError(f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:{choices}"
+                         + f"\n  and {len(rows) - 20:,} more" * (len(rows) > 20))
+    found = zip(*index.neighbours(rows[0], options.k, options.same_artist))
+    answers = [song(row) | {"similarity": round(float(alike), 4)} for row, alike in found]
     if options.json:
         print(json.dumps({"song": song(rows[0]), "similar": answers}, indent=1, ensure_ascii=False))
     else:
         lines = [(f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"]) for a in answers]
         notify.print_table(("alike>", "title", "artist", "track_id"), lines,
-                           above=[(f"Like {index.titles_[rows[0]]} by {index.artists_[rows[0]]}", "bold")])
+                           above=[("Like {track_name} by {artist_name}".format(**song(rows[0])), "bold")])
     return 0
 
 
@@ -1283,6 +1310,7 @@ def main(arguments=None):
     add("song", help="its title or track_id")
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
+    add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
     add = command("predict", predict_csv, "add the predictions to the rows of a CSV", machine)
     add("csv", help="songs, with the column names of the table or their aliases")
     add("--out", help="the CSV to write (default: print the first 20)")

@@ -375,19 +375,23 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
     assert out.drop(columns="cluster").notna().all(axis=None) and out.cluster.isna().all() == (missing == "energy")
 
 
-def test_similar_is_exact(songs):
-    """Against brute force: every distance, sorted, less the song's own recording and repeated recordings."""
+@pytest.mark.parametrize("same_artist", [False, True])
+def test_similar_is_exact(songs, same_artist):
+    """Against brute force: every distance, sorted, less the song's own recording, repeated ones, and a fourth by its artist."""
     few = pd.concat([songs.head(400), songs.head(40).assign(track_id=[f"copy{i}" for i in range(40)])], ignore_index=True)
-    index = models.SimilarSongs().fit(few)
+    few.loc[::5, "artist_name"] = "Demo Artist 1"
+    index, first = models.SimilarSongs().fit(few), few.artist_name.str.casefold().str.split(";").str[0]
     points, recording = np.asarray(index.tree_.data), (few.artist_name + "\0" + few.track_name).str.casefold()
     for row in range(0, len(few), 3):
-        distances, expected = np.linalg.norm(points - points[row], axis=1), {}
+        distances, seen, expected, own = np.linalg.norm(points - points[row], axis=1), {recording[row]}, [], 0
         for other in np.argsort(distances, kind="stable"):
-            expected.setdefault(recording[other], distances[other])
-        del expected[recording[row]]
-        rows, alike = index.neighbours(row)
-        assert len(rows) == 10 == len({*recording[rows]} - {recording[row]}) and (np.diff(alike) <= 0).all()
-        assert np.allclose(distances[rows], list(expected.values())[:10]) and 0 <= alike.min() <= alike.max() <= 1
+            if recording[other] not in seen and (own < 3 or first[other] != first[row] or same_artist):
+                expected.append(distances[other])
+                own += first[other] == first[row]
+            seen.add(recording[other])
+        rows, alike = index.neighbours(row, same_artist=same_artist)
+        assert np.allclose(distances[rows], expected[:10]) and len(rows) == 10 == len({*recording[rows]} - {recording[row]})
+        assert (np.diff(alike) <= 0).all() and 0 <= alike.min() <= alike.max() <= 1
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, models_dir):
