@@ -1,9 +1,10 @@
 """What people are told about a run: the terminal (live lines, one table), report.png and one Discord message.
 
-All of it is made from the result of a run, the dict that the flow returns, so that terminal, picture and message
-never disagree. Nothing here decides anything; nothing here may cost a trained model.
+All of it is made from the result of a run, one dict that is JSON from end to end, so that terminal, picture, message
+and exit status never disagree. Nothing here may cost a trained model.
 """
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -11,6 +12,9 @@ import logging
 import math
 import os
 import re
+import resource
+import shlex
+import socket
 import sys
 import textwrap
 import threading
@@ -22,8 +26,12 @@ import uuid
 from datetime import datetime, timezone
 from pathlib import Path
 
-from db import redact, setting
+from db import DataError, Expected, command, redact, setting
 
+# Exit statuses.
+TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
+
+LOGGERS = "train", "models", "db", "notify"
 log = logging.getLogger("notify")
 
 # Metrics as people say them, in the order of a panel's second line; what is not here goes by its own name, and only
@@ -56,6 +64,7 @@ TITLE, DESCRIPTION, FIELDS, VALUE, FOOTER, EMBEDS = 256, 4096, 25, 1024, 256, 60
 USER_AGENT = "ml-training-pipeline (https://discord.com/developers/docs/resources/webhook, 1.0)"  # urllib's: 403
 TIMEOUT = 10               # seconds for one request
 POST_SECONDS = 30          # for a whole message, waits and retries included
+STOPPED_SECONDS = 5        # the same after a stop: whoever stopped the run waits
 CHECK_SECONDS = 4
 RETRY_DELAYS = (1, 2)      # seconds before the retries after a 5xx or a broken connection
 RATE_LIMITED = 5           # how often a 429 is waited out
@@ -128,15 +137,167 @@ def facts(result):
     return [say(result[key]) for key, say in said.items() if result[key]]
 
 
+def warnings(result):
+    """The most important first: that the run was ended and started again, then what the models' data say."""
+    return result["deaths"] + result["warnings"]
+
+
 def notes(result):
     """What there is to say below the models: the error if the message has it not, warnings, the CSV's rows."""
     error, csv = plain(result["error"] or ""), result["csv"]
-    said = [error] * (error not in plain(result["message"])) + [f"warning: {plain(w)}" for w in result["warnings"]]
+    said = [error] * (error not in plain(result["message"])) + [f"warning: {plain(w)}" for w in warnings(result)]
     if csv:
         reasons = "; ".join(f"{plain(reason, 80)}: {count:,}" for reason, count in csv["rejected"].items())
         said.append(f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, {csv['repeated']:,} repeated, "
                     f"{sum(csv['rejected'].values()):,} rejected" + f" ({reasons})" * bool(reasons))
     return said
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+class Stopped(Expected):
+    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, TERMINATED or INTERRUPTED."""
+
+    def __init__(self, code):
+        super().__init__(code)
+        self.code = code
+
+    def __str__(self):
+        return f"the run was stopped by {'Ctrl-C' if self.code == INTERRUPTED else 'SIGTERM'}"
+
+
+SAY_IT_ALL = Expected, OSError, MemoryError  # errors of which nobody needs a traceback
+
+
+def explain(error):
+    """An error as a sentence without secrets."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return redact(f"there is no space left for {error.filename or 'a file'}; make room on that disk and run it again")
+    if isinstance(error, MemoryError):
+        return ("there is not enough memory; raise the limit (ulimit -v, the container's), train fewer models at a time "
+                "(--only), or name a view with a sample of the songs as --table-name")
+    return redact(str(error) if isinstance(error, SAY_IT_ALL) else f"{type(error).__name__}: {error}")
+
+
+def attempt(step, *arguments):
+    """Run a step whose failure must not stop the next one; return (what it returned, None) or (None, the error)."""
+    try:
+        return step(*arguments), None
+    except Exception as error:
+        if not isinstance(error, SAY_IT_ALL):
+            log.error("%s failed", getattr(step, "__name__", "a step"), exc_info=error)
+        return None, error
+
+
+def quiet_logs():
+    """Let our log lines through, and no secret in any line of ours or of Prefect's."""
+    for name in (*LOGGERS, *logging.root.manager.loggerDict):
+        if name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.INFO)
+        if name in LOGGERS or name.startswith("prefect"):
+            logging.getLogger(name).addFilter(_without_secrets)
+
+
+def _without_secrets(record):
+    """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
+    record.msg, record.args = redact(record.getMessage()), ()
+    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
+        record.exc_info = None
+    elif record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    return True
+
+
+# ---------------------------------------------------------------------------------------------- result of a run
+
+def new_result(parameters, asked, folder):
+    """The result of a run that is about to begin. `parameters`: the flow's; `asked`: names of models; `folder`: theirs."""
+    words, folder = [], Path(folder).resolve()
+    options = {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}
+    for name, default in options.items():
+        value = parameters.get(name, default)
+        words += [f"--{name.replace('_', '-')}", value] * (value != default)
+    words += ["--models-dir", folder] * bool(parameters["models_dir"]) + ["--force"] * parameters["force"]
+    words += ["--no-notify"] * (not parameters["enable_notifications"])
+    return {"status": "failed", "exit_status": None, "message": "", "error": None,
+            "started_at": datetime.now(timezone.utc).isoformat(), "clock": time.monotonic(), "seconds": 0.0,
+            "read_seconds": None, "peak_mb": None, "host": socket.gethostname(), "table": parameters["table_name"],
+            "rows": None, "models_dir": str(folder), "demo": parameters["demo"], "warnings": [], "csv": None,
+            "asked": list(asked), "models": {}, "command": command("train.py", *words), "finish_command": None,
+            "notify": parameters["enable_notifications"], "parameters": parameters, "flow_run_id": None,
+            "training": None, "deaths": []}
+
+
+def entry(report, folder):
+    """What the result says of a model that has a metrics file."""
+    keys = "status", "error", "metrics", "plot", "previous", "bytes", "rows", "seconds"
+    path = Path(folder) / f"{report['model']}.joblib"
+    return {key: report[key] for key in keys} | {
+        "path": str(path) if report["status"] == "trained" else None, "heals": False}
+
+
+def failed_entry(error):
+    """What the result says of a model that there is none of."""
+    return {"status": "failed", "error": explain(error), "metrics": {}, "plot": {}, "previous": None, "bytes": None,
+            "rows": None, "seconds": None, "path": None, "heals": _heals(error)}
+
+
+def _heals(error):
+    """Whether trying again may help: the same input brings these back."""
+    return not isinstance(error, (ValueError, TypeError, KeyError))
+
+
+def peak_mb(so_far=0):
+    """The largest memory of this process and of those it waited for, in MB."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(so_far or 0, peak // (1024 if sys.platform == "linux" else 1024 ** 2))
+
+
+def decide(result, error=None):
+    """What the run was: status, exit status, message, and the command that finishes it where one can help."""
+    if result["exit_status"] is not None:
+        return
+    asked, models = result["asked"], result["models"]
+    named = {status: [name for name in asked if name in models and models[name]["status"] == status]
+             for status in ("trained", "held_back", "failed")}
+    if error:
+        result["error"] = explain(error)
+    if not models or len(named["failed"]) == len(models):
+        result |= {"status": "failed", "exit_status": WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED}
+    elif error or len(named["trained"]) < len(asked):
+        result |= {"status": "partial", "exit_status": PARTIAL}
+    else:
+        result |= {"status": "completed", "exit_status": TRAINED}
+    if isinstance(error, Stopped):
+        result["exit_status"] = error.code
+    said = [f"{status.replace('_', ' ')}: {', '.join(named[status])}" for status in ("held_back", "failed") if named[status]]
+    said = [f"{len(named['trained'])} of {len(asked)} models trained", *said, *[result["error"]] * bool(error)]
+    result["message"] = "; ".join(said) if models else f"Nothing was trained: {result['error'] or 'no reason was given'}"
+    if (not error or _heals(error)) and any(name not in models or models[name]["heals"] for name in asked):
+        result["finish_command"] = _finish_command(result)
+    result |= {"seconds": time.monotonic() - result["clock"], "peak_mb": peak_mb(result["peak_mb"])}
+
+
+def _finish_command(result):
+    """The command that trains what this run has not trained, also where it has not loaded its CSV."""
+    words, parameters = ["--failed"], result["parameters"]
+    if not result["csv"] and (csv := parameters["csv_path"]):
+        words += ["--csv-path", csv if re.match("https?://", csv) else str(Path(csv).resolve())]
+        words += ["--truncate"] * parameters["truncate_table"]
+    return f"{result['command']} {shlex.join(words)}"
+
+
+def tell(result, history):
+    """Draw the picture and post to Discord; what fails is a warning. `history`: the lines of history.jsonl as dicts."""
+    stopped, picture = result["exit_status"] in (TERMINATED, INTERRUPTED), Path(result["models_dir"]) / "report.png"
+    trouble = stopped or not result["models"]
+    if not trouble:
+        _, trouble = attempt(draw_report, result, history, picture)
+        if trouble:
+            result["warnings"].append(f"the picture could not be made: {explain(trouble)}")
+    if result["notify"] and webhook_url():
+        seconds = STOPPED_SECONDS if stopped else POST_SECONDS
+        post_discord(result, webhook_url(), None if trouble else picture, seconds)
 
 
 # ------------------------------------------------------------------------------------------------- terminal
@@ -293,7 +454,7 @@ def draw_report(result, history, path):
 def report_figure(result, history):
     """The matplotlib Figure behind draw_report: a headline, a panel per model of this run, the metric history."""
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
-    models, warnings = result["models"], result["warnings"]
+    models, warned = result["models"], warnings(result)
     columns = 3 if len(models) > 3 else 2
     rows = len(models) // columns + 1
     height = HEADER_INCHES + ROW_INCHES * rows + 1.5 * (rows == 1)
@@ -304,12 +465,12 @@ def report_figure(result, history):
         _draw_model(figure.add_subplot(grid[place // columns, place % columns]), name, model)
     _draw_history(figure.add_subplot(grid[-1, len(models) % columns:]), result, history)
     when = f"{datetime.fromisoformat(result['started_at']).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+    more = f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""
     write = functools.partial(_write, figure, 0.015)
     write(1 - 0.62 / height, result["message"], 80, size=25, weight="bold", color=STATUS[result["status"]][2])
     write(1 - 0.95 / height, " · ".join([when, *facts(result)]), 145, size=14)
-    if warnings:
-        write(1 - 1.25 / height, f"warning: {plain(warnings[0], 110)}{more}", 150, size=13.5, color=MIXED[1])
+    if warned:
+        write(1 - 1.25 / height, f"warning: {plain(warned[0], 110)}{more}", 150, size=13.5, color=MIXED[1])
     return figure
 
 
@@ -540,7 +701,7 @@ def escape(text):
 def discord_payload(result):
     """The JSON of the message: one embed, green, yellow or red, a field per model, within all limits of Discord."""
     models, status = result["models"], result["status"]
-    status = "partial" if status == "completed" and result["warnings"] else status
+    status = "partial" if status == "completed" and warnings(result) else status
     title = fit(f"{STATUS[status][1]} {escape(result['message'])}", TITLE)
     footer = fit(", ".join(facts(result)).replace("@", "@\u200b"), FOOTER)
     room = min(VALUE, (EMBEDS - 2 * TITLE - FOOTER) // min(FIELDS, len(models) or 1) - 80)  # the description needs some
@@ -583,6 +744,12 @@ def check_webhook(url):
         return False, _malformed(url)
     status, body, _ = _within(CHECK_SECONDS, lambda: _request(url, None, {}, CHECK_SECONDS), (NO_ANSWER, "", None))
     return (True, "the Discord webhook answers") if status == 200 else (False, _scrub(_reason(status, body), url))
+
+
+def check_discord(enabled):
+    """The lines of --check: (what, "ok" or "problem", sentence)."""
+    fine, sentence = check_webhook(webhook_url()) if enabled else (True, "--no-notify: nothing is posted")
+    return [("Discord", "ok" if fine else "problem", sentence)]
 
 
 def _within(seconds, function, otherwise):
