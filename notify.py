@@ -242,10 +242,10 @@ def entry(report, folder):
 def failed_entry(error):
     """What the result says of a model that there is none of."""
     return dict.fromkeys(ENTRY) | {"status": "failed", "error": explain(error), "metrics": {}, "plot": {}, "path": None,
-                                   "heals": _heals(error)}
+                                   "heals": heals(error)}
 
 
-def _heals(error):
+def heals(error):
     """Whether trying again may help: the same input brings these back."""
     return not isinstance(error, (ValueError, TypeError, KeyError))
 
@@ -275,7 +275,7 @@ def decide(result, error=None):
     said = [f"{len(trained)} of {len(asked)} models trained"] + ["held back: " + ", ".join(held_back)] * bool(held_back)
     said += ["failed: " + ", ".join(failed)] * bool(failed) + [result["error"]] * bool(result["error"])
     result["message"] = "; ".join(said) if models else f"Nothing was trained: {result['error'] or 'no reason was given'}"
-    if (not error or _heals(error)) and any(name not in models or models[name]["heals"] for name in asked):
+    if (not error or heals(error)) and any(name not in models or models[name]["heals"] for name in asked):
         result["finish_command"] = _finish_command(result)
     result |= {"seconds": time.monotonic() - result["clock"], "peak_mb": peak_mb(result["peak_mb"])}
 
@@ -299,6 +299,31 @@ def tell(result, history):
             result["warnings"].append(f"the picture could not be made: {explain(trouble)}")
     if result["notify"] and (url := setting("DISCORD_WEBHOOK_URL")):
         post_discord(result, url, None if trouble else picture, STOPPED_SECONDS if stopped else POST_SECONDS)
+
+
+def in_short(name, model):
+    metric, change = metric_and_change(model)
+    return f"{name}: {model['error'] or f'done, {metric} ({change})'}"
+
+
+def model_page(name, model, history):
+    """Markdown for Prefect's UI: the figures of a model, and its last runs from the lines of the history."""
+    figures = [(key, number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
+    runs = [(line["run"][:16].replace("T", " "), escape(line.get("error") or line["status"].replace("_", " ")),
+             "" if line["value"] is None else number(line["value"]))
+            for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
+    tables = (("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)
+    return "\n\n".join("\n".join("|".join(cells) for cells in (heading, ["---"] * len(heading), *lines))
+                       for heading, lines in tables if lines)
+
+
+def history_line(result, name, status):
+    """A line of history.jsonl: what became of a model in this run, as far as it is known."""
+    model = result["models"].get(name, {})
+    metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
+    return {"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
+            "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
+            "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")}
 
 
 # ------------------------------------------------------------------------------------------------- terminal
