@@ -131,7 +131,7 @@ def outcome(model):
 
 
 def in_short(name, model):
-    return f"{name}: {outcome(model)}"
+    return f"{name}: {'done, ' * (model['status'] == 'trained')}{outcome(model)}"
 
 
 def table_row(name, model):
@@ -319,29 +319,15 @@ def tell(result, history):
         post_discord(result, url, None if trouble else picture, STOPPED_SECONDS if stopped else POST_SECONDS)
 
 
-def in_short(name, model):
-    metric, change = metric_and_change(model)
-    return f"{name}: {model['error'] or f'done, {metric} ({change})'}"
-
-
 def model_page(name, model, history):
     """Markdown for Prefect's UI: the figures of a model, and its last runs from the lines of the history."""
     figures = [(key, number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
     runs = [(line["run"][:16].replace("T", " "), escape(line.get("error") or line["status"].replace("_", " ")),
-             "" if line["value"] is None else number(line["value"]))
+             "" if line.get("value") is None else number(line["value"]))
             for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
     tables = (("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)
     return "\n\n".join("\n".join("|".join(cells) for cells in (heading, ["---"] * len(heading), *lines))
                        for heading, lines in tables if lines)
-
-
-def history_line(result, name, status):
-    """A line of history.jsonl: what became of a model in this run, as far as it is known."""
-    model = result["models"].get(name, {})
-    metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
-    return {"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
-            "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
-            "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")}
 
 
 # ------------------------------------------------------------------------------------------------- terminal
@@ -644,7 +630,7 @@ def check_discord(enabled):
     if not enabled or not url:
         return [("Discord", "ok", f"{'DISCORD_WEBHOOK_URL is not set' if enabled else '--no-notify'}: nothing is posted")]
     trouble = _trouble(url, CHECK_SECONDS, lambda url: _succeed(*_request(url, CHECK_SECONDS)))
-    return [("Discord", "problem" if trouble else "ok", trouble or "the webhook answers")]
+    return [("Discord", "problem" if trouble else "ok", trouble or "the Discord webhook answers")]
 
 
 def _trouble(url, seconds, step, *arguments):
