@@ -319,10 +319,9 @@ def _demand(names, there, where, fix):
     for name in NEEDED:
         if name not in names:
             close = difflib.get_close_matches(name, there, 1, .5)
-            missing.append(name + f' (is it "{"".join(close)}"?)' * len(close))
+            missing.append(name + f' (closest: "{"".join(close)}")' * len(close))
     if missing:
-        found = ", ".join(name.strip()[:40] for name in there[:40])
-        raise DataError(f"{where} lacks the columns {', '.join(missing)}; {fix.format(found)}")
+        raise DataError(f"{where} lacks the columns {', '.join(missing)}; {fix.format(', '.join(there)[:999])}")
 
 
 def _open_table(cursor, table, to_load=False):
@@ -383,10 +382,9 @@ def check(csv_path, table, demo):
         return [("database", "ok", "made-up songs need no table")]
     url, embedded, lines = setting("DATABASE_URL"), ROOT / ".postgres", []
     if csv_path:
-        with open(os.devnull, "w") as nowhere:
-            found = _convert(csv_path, nowhere, nowhere, most=CHECK_ROWS)[1]
+        found = _convert(csv_path, io.StringIO(), io.StringIO(), most=CHECK_ROWS)[1]
         why = _count(found["rejected"] + found["unread"])
-        lines = [("CSV", "warning" if why else "ok", f"{csv_path}: its first {found['read']} rows can be loaded" + f", but for {why}" * bool(why))]
+        lines = [("CSV", "warning" if why else "ok", f"{csv_path}: the first {found['read']} rows can be loaded, but for {why or 'none'}")]
     if not url and not (embedded / "data").exists():
         if csv_path:
             return lines + [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
@@ -399,17 +397,15 @@ def check(csv_path, table, demo):
     without = ", ".join(column for column in REQUIRED + OPTIONAL if nulls.get(column, 1) == 1)
     holes = ", ".join(f"{column} {share:.1%}" for column, share in nulls.items() if (0 if column in NEEDED else .5) < share < 1)
     return lines + [
-        ("table", "problem" if rows < MIN_SONGS else "ok", f"{table} has {rows:,} rows" + f"; {MIN_SONGS} are needed" * (rows < MIN_SONGS)),
+        ("table", "problem" if rows < MIN_SONGS else "ok", f"{table} has {rows:,} rows; {MIN_SONGS} are needed"),
         ("columns", "ok", f"all that every model needs; not there: {without or 'none'}"),
-        ("genres", "warning" if genres < 2 else "ok", f"{genres} genres of {MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
-        ("nulls", "warning" if holes else "ok", f"{holes}: without artist, title or a feature a song is left out, other values are "
-         "treated as missing" if holes else "none that matter")]
+        ("genres", "warning" if genres < 2 else "ok", f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"),
+        ("nulls", "warning" if holes else "ok", f"missing values: {holes or 'none that matter'}")]
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
-def _meaning(name, text, label):
-    """What a cell of our column `name`, which its owner calls `label`, says: text, or a number, NaN for none; infinite if it cannot
-    be read."""
+def _meaning(name, text):
+    """What a cell of our column `name` says: text, or a number, NaN for none; infinite if it cannot be read."""
     bare = text.strip().lower()
     if name in TEXT:
         parts = [text]
@@ -417,8 +413,6 @@ def _meaning(name, text, label):
             parts = [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
         elif name == "genre":
             parts = re.split("[,;|]", text)
-        elif "(s)" in label:                                    # Exportify: A, B
-            parts = re.split(", ?", text)
         return ";".join(parts[:1] if name == "genre" else parts)
     if bare in MISSING:
         return float("nan")
@@ -432,7 +426,7 @@ def _meaning(name, text, label):
         return float("inf")
 
 
-def _songs(cells, where, labels, unread):
+def _songs(cells, where, unread):
     """Turn a DataFrame of our columns, each text or float32, in place into what they say: text, "" for none; numbers, NaN for none.
 
     Returns why each row is no song, or "". What cannot be read and is not needed is missing, and counted in `unread`.
@@ -442,16 +436,16 @@ def _songs(cells, where, labels, unread):
     for column in cells:
         values, reason, needed = cells[column], f"no {column}", column in NEEDED or column == "track_id"
         if values.dtype != "float32" and column not in ("track_id", "track_name", "album_name"):
-            values = values.map({text: _meaning(column, text, labels.get(column, "")) for text in values.unique()})
+            values = values.map({text: _meaning(column, text) for text in values.unique()}).astype("str" if column in TEXT else float)
         if column in TEXT:
-            values = values.astype("str").where(values.str.strip() != "", "")
+            values = values.where(values.str.strip() != "", "")
         else:
-            (low, high), values = RANGES[column], values.astype(values.dtype if values.dtype == "float32" else float)
+            low, high = RANGES[column]
             outside, reason = (values < low) | (values > high), f"{column} is not a number between {low:g} and {high:g}"
             percentages = values.between(1.001, 1000).sum() if needed and high == 1 else 0
             if percentages > max(10, len(values) // 100):      # not just mistakes
                 raise DataError(f"{where}: {percentages} of {len(values)} rows have an {column} above 1; divide percentages by 100")
-            unread[column] += 0 if needed else int(outside.sum())
+            unread[column] += (outside & (not needed)).sum()
             values = values.mask(outside).mask(values.abs() < 1e-30, 0)     # which the type real would refuse
             values = values.round() if column in INTEGERS else values
         cells[column] = values
@@ -493,7 +487,7 @@ def load_songs(url, table):
         songs = pd.read_csv(file, header=None, names=used, keep_default_na=False, na_values=dict.fromkeys(numbers, ["", "NaN"]),
                             dtype={**dict.fromkeys(used, "str"), **dict.fromkeys(numbers, "float32")})
     unread = Counter()
-    why = _songs(songs, f'The table "{table}"', {}, unread)
+    why = _songs(songs, f'The table "{table}"', unread)
     left_out = Counter(why[why != ""])
     songs = songs[why == ""].astype({column: "float32" for column in used if column not in TEXT})
     if "track_id" not in used:
@@ -571,14 +565,12 @@ def _rows(file, path):
         while line := ahead.popleft() if ahead else file.readline(MAX_LINE).replace("\0", "\ufffd"):     # PostgreSQL has no NUL
             taken.append(line)
             yield line
-    header = next((line for line in lines() if line.strip()), "")
-    mark, number = max(",;\t", key=lambda mark: len(our_columns(header.split(mark)))), len(taken) + 1
-    try:
-        header = next(csv.reader([header], delimiter=mark))
-    except csv.Error as error:
-        raise DataError(f"The first line of {path} is not a CSV header ({error})") from error
+    first, header = next((line for line in lines() if line.strip()), ""), []
+    mark, number = max(",;\t", key=lambda mark: len(our_columns(first.split(mark)))), len(taken) + 1
+    with contextlib.suppress(csv.Error):
+        header = next(csv.reader([first], delimiter=mark))
     if not header:
-        raise DataError(f"{path} is empty; a CSV file with a header is needed")
+        raise DataError(f"{path} is empty or no CSV file; its first line must name the columns")
     yield header
     while True:
         taken, fields, wrong = [], [], ""
@@ -599,31 +591,39 @@ def _rows(file, path):
         number += len(taken)
 
 
+def _frame(header, rows):
+    """(all cells of these rows under the file's own header, those of our columns) as DataFrames of text."""
+    import pandas as pd
+    width, columns = len(header), our_columns(header)
+    cells = pd.DataFrame([(fields + [""] * width)[:width] for _, fields, _ in rows], columns=header, dtype="str")
+    ours = cells.iloc[:, list(columns.values())].set_axis(list(columns), axis=1)
+    if "artist_name" in ours and "(s)" in header[columns["artist_name"]]:       # Exportify: A, B
+        ours["artist_name"] = ours["artist_name"].str.replace(", ?", ";", regex=True)
+    return cells, ours
+
+
 def _convert(path, good, aside, progress=None, most=None):
     """Write the songs of a CSV file to `good` and the rows that cannot be loaded to `aside`, both open files.
 
     Returns (columns of `good`, dict(read, rejected, examples, unread))."""
-    import pandas as pd
     read, rejected, unread, examples, put_aside = 0, Counter(), Counter(), [], csv.writer(aside).writerow
     with _open_csv(path) as (file, raw):
         rows, total = _rows(file, path), os.fstat(raw.fileno()).st_size
         header = next(rows)
-        columns = our_columns(header)
+        columns, rows = our_columns(header), itertools.islice(rows, most)
         _demand(columns, header, path, "found: {}. Fix: " + (
             "rename or add them" if columns else "the first line must name the columns, separated by commas"))
-        labels, rows = {name: header[i] for name, i in columns.items()}, itertools.islice(rows, most)
         put_aside(["line", "reason", *header])
         while block := list(itertools.islice(rows, BLOCK_ROWS)):
-            songs = pd.DataFrame([["" if wrong else fields[i] for i in columns.values()] for _, fields, wrong in block],
-                                 columns=list(columns), dtype="str")
-            why = _songs(songs, path, labels, unread)
-            for (line, fields, wrong), reason in zip(block, why):
-                if reason := wrong or reason:
-                    rejected[reason] += 1
-                    put_aside([line, reason, *fields])
+            songs = _frame(header, block)[1]
+            why = _songs(songs, path, unread)
+            for i, (line, fields, wrong) in enumerate(block):
+                if wrong := wrong or why[i]:
+                    why[i] = wrong
+                    rejected[wrong] += 1
+                    put_aside([line, wrong, *fields])
                     if len(examples) < 3:
-                        shown = ",".join(fields)
-                        examples.append(f"line {line}: {reason}: {shown[:150]}{'…' * (len(shown) > 150)}")
+                        examples.append(f"line {line}: {wrong}: {','.join(fields)[:150]}")
             songs[why == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
             read += len(block)
             if progress:
@@ -634,7 +634,7 @@ def _convert(path, good, aside, progress=None, most=None):
     if "track_id" not in columns:
         log.info("%s has no track_id: one is made of artist, title and album", path)
     _tell_unread(unread, path)
-    return list(songs), {"read": read, "rejected": rejected, "examples": examples, "unread": unread}
+    return list(songs), {"read": read, "rejected": rejected, "examples": examples, "unread": +unread}
 
 
 def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=None):
@@ -654,8 +654,8 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
         with connect(url) as cursor:
             repeated = _merge(cursor, table, columns, good, truncate)
     if rejected:
-        log.warning("%d of %d rows rejected: %s%s: %s …", rejected, found["read"], _count(found["rejected"]),
-                    f"; they are in {rejected_path}" if rejected_path else "", "; ".join(found["examples"]))
+        log.warning("%d of %d rows rejected: %s; they are in %s: %s …", rejected, found["read"], _count(found["rejected"]), aside.name,
+                    "; ".join(found["examples"]))
     loaded = found["read"] - rejected - repeated
     log.info('%d songs loaded into "%s" (%d rows read, %d repeated)', loaded, table, found["read"], repeated)
     return {**found, "loaded": loaded, "repeated": repeated}
@@ -664,15 +664,11 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
 def read_csv(path):
     """(rows, songs) of a CSV file for predictions: all cells as text under the file's own header, and as many songs, our
     columns, in which what is missing or cannot be read is "" or NaN. Raises DataError."""
-    import pandas as pd
     with _open_csv(path) as (file, _):
         header, *rows = _rows(file, path)
-    for line, _, wrong in rows:
-        if wrong:
-            raise DataError(f"line {line} of {path}: {wrong}; correct it")
-    rows, columns = pd.DataFrame([fields for _, fields, _ in rows], columns=header, dtype="str"), our_columns(header)
-    songs = pd.DataFrame({name: rows.iloc[:, columns[name]] if name in columns else "" for name in REQUIRED + OPTIONAL}, rows.index, dtype="str")
-    _songs(songs, path, {name: header[i] for name, i in columns.items()}, Counter())
+    rows, songs = _frame(header, rows)
+    songs = songs.reindex(columns=REQUIRED + OPTIONAL, fill_value="").astype("str")
+    _songs(songs, path, Counter())
     return rows, songs.astype({name: "float32" for name in songs if name not in TEXT})
 
 
