@@ -17,7 +17,7 @@ import sys
 import textwrap
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from db import DataError, Expected, command, redact, setting
@@ -203,7 +203,7 @@ def quiet_logs():
     """Let our log lines through, and no secret in any line of ours or of Prefect's."""
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
-    for name in list(logging.root.manager.loggerDict):
+    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
         if name.startswith((*LOGGERS, "prefect")):
             logging.getLogger(name).addFilter(_without_secrets)
 
@@ -223,13 +223,15 @@ def _without_secrets(record):
 def new_result(parameters, asked, folder):
     """The result of a run that is about to begin. `parameters`: the flow's; `asked`: names of models; `folder`: theirs."""
     words, folder = [], Path(folder).resolve()
-    for name, default in {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}.items():
+    options = {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}
+    for name, default in options.items():
         value = parameters.get(name, default)
         words += [f"--{name.replace('_', '-')}", value] * (value != default)
     words += ["--models-dir", folder] * bool(parameters["models_dir"]) + ["--force"] * parameters["force"]
     words += ["--no-notify"] * (not parameters["enable_notifications"])
-    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command", "flow_run_id", "training"))
-    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(timezone.utc).isoformat(),
+    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command",
+                             "flow_run_id", "training"))
+    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(UTC).isoformat(),
                       "clock": time.monotonic(), "seconds": 0.0, "host": socket.gethostname(), "warnings": [],
                       "table": parameters["table_name"], "models_dir": str(folder), "demo": parameters["demo"],
                       "asked": list(asked), "models": {}, "command": command("train.py", *words), "deaths": [],
@@ -439,7 +441,7 @@ def draw_report(result, history, path):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with matplotlib.rc_context(STYLE):
-            report_figure(result, history).savefig(temporary, format="png", dpi=100)
+            report_figure(result, history).savefig(temporary, format="png")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -458,9 +460,10 @@ def report_figure(result, history):
     for name, model in models.items():
         _draw_model(panels[name], name, model)
     _draw_history(panels["history"], history)
-    when = f"{datetime.fromisoformat(result['started_at']).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    when = f"{datetime.fromisoformat(result['started_at']).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
     more = f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""
-    lines = [(0.62, result["message"], 95, 25, STATUS[result["status"]][2]), (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
+    lines = [(0.62, result["message"], 95, 25, STATUS[result["status"]][2]),
+             (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
     lines += [(1.25, f"warning: {plain(warning, 130)}{more}", 160, 13.5, MIXED[1]) for warning in warned[:1]]
     for inches, text, width, size, color in lines:
         _write(figure, 0.015, 1 - inches / height, text, width, size=size, color=color)
@@ -587,17 +590,19 @@ def escape(text):
 
 def discord_payload(result):
     """The JSON of the message: one embed, green, yellow or red, a field per model, within all limits of Discord."""
-    models, status, lines = list(result["models"].items())[:FIELDS], result["status"], [escape(note) for note in notes(result)]
+    models, status = list(result["models"].items())[:FIELDS], result["status"]
     status = "partial" if status == "completed" and warnings(result) else status
-    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
+    lines = [escape(note) for note in notes(result)]
     if result["finish_command"]:
         command = plain(result["finish_command"]).replace("`", "'").replace("@", MENTION)
         lines.append(f"to finish the job: `{command}`")
+    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
+    fields = [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
+               "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room),
+               "inline": model["status"] == "trained"} for name, model in models]
     embed = {"title": fit(f"{STATUS[status][1]} {escape(result['message'])}", TITLE), "color": STATUS[status][3],
-             "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"],
-             "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)},
-             "fields": [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
-                         "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room), "inline": model["status"] == "trained"} for name, model in models]}
+             "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"], "fields": fields,
+             "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)}}
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
