@@ -68,7 +68,12 @@ class Discord(http.server.BaseHTTPRequestHandler):
         payload, route = json.loads(data), self.path.split("/")[3]
         self.server.got.append((payload, files))
         if route == "slow":
-            time.sleep(3)
+            time.sleep(2)
+        if route == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while not time.sleep(0.1):
+                self.wfile.write(b" ")
         if "python" in self.headers["User-Agent"].lower():
             return self.answer(403, "error code: 1010")
         images = [embed["image"]["url"] for embed in payload["embeds"] if "image" in embed]
@@ -122,7 +127,7 @@ def on_terminal(work):
 PARAMETERS = {"csv_path": None, "table_name": "spotify_songs", "truncate_table": False, "n_clusters": 2, "only": None,
               "enable_notifications": True, "models_dir": None, "demo": None, "force": False, "dask": None}
 NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
-NAMES = ["A genre with a very long name indeed", "$m_i^2$ _under_", "東京 Jポップ", "rock 🎸", "русский", "\x00\ud800"]
+NAMES = ["A genre with a very long name indeed", "$\\m_i^2$ _x_", "東京 Jポップ", "rock 🎸", "русский", "\x00\ud800"]
 
 
 def a_model(plot, metrics, **changes):
@@ -216,11 +221,13 @@ def test_logs_hold_no_secrets_and_no_needless_traceback(monkeypatch):
     ("limited", False, 6, "too many messages"), ("limited-long", False, 1, "too many messages"),
     ("broken-twice", True, 3, "answered 500"), ("broken", False, 3, "answered 500: oops"),
     ("dropped-once", True, 2, "answered nothing"), ("dropped", False, 3, "no connection"), ("moved", False, 1, "answered 302"),
-    ("refused", False, 1, "answered 400"), ("slow", False, 1, "no answer"), (" ", False, 0, "Copy Webhook URL")])
-def test_discord_replies(discord, caplog, route, told, posts, logged):
+    ("refused", False, 1, "answered 400"), ("slow", False, 1, "no answer"), ("endless", False, 1, "no answer within 2 s"),
+    (" ", False, 0, "Copy Webhook URL")])
+def test_discord_replies(discord, caplog, monkeypatch, route, told, posts, logged):
     caplog.set_level("DEBUG")
+    monkeypatch.setattr(notify, "TIMEOUT", 0.5)
     begun = time.monotonic()
-    assert notify.post_discord(a_run(), discord(route), seconds=1 if route == "slow" else 20) is told
+    assert notify.post_discord(a_run(), discord(route), seconds=2 if route == "endless" else 20) is told
     assert (len(discord.got), time.monotonic() - begun < 4) == (posts, True)
     assert logged in caplog.text and TOKEN not in caplog.text
 
@@ -277,7 +284,8 @@ def seen(result, history=()):
      ["genre: failed", "energy: held back at R² 0.884", "first run"]),
     (a_run({"genre": a_genre(["rock", "pop"]), "clusters": some_clusters(5)}, warnings=["x"], deaths=["ended by SIGKILL"]),
      a_history(3), 0xF1C40F, ["5 of 5", "warning: ended by SIGKILL"], ["80%", "last 3", "SIGKILL (and 1 more)"]),
-    (a_run({"genre": a_genre(NAMES), "clusters": some_clusters(12), "more": a_regression()}), [], 0x2ECC71, [], ["$m_i", "русский"]),
+    (a_run({"genre": a_genre(NAMES), "clusters": some_clusters(12), "more": a_regression()}), [], 0x2ECC71, [],
+     ["_i^2$", "русский"]),
     (a_run({"genre": a_genre(NAMES * 3), "similar": None}, host="ホスト$"), [], 0x2ECC71, [], ["русский →", "…"]),
     (a_run(NONE | {"similar": a_model({}, {"some_new_one": 1.0})}), [], 0x2ECC71, ["some new one 1.000"], ["nothing to draw"]),
     (a_run(NONE, STOPPED), [], 0xE74C3C, ["Nothing was trained: the run was stopped by SIGTERM"], [])])
