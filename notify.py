@@ -17,7 +17,7 @@ import sys
 import textwrap
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from db import DataError, Expected, command, redact, setting
@@ -87,17 +87,14 @@ def number(value):
     """A metric as people read it: three digits that matter, thousands separated."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "not known"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def duration(seconds):
-    """41.2 -> "41.2 s", 754 -> "12 min 34 s", 4000 -> "1 h 6 min"; "" for none."""
+    """41.2 -> "41.2 s", 754 -> "12 min 34 s"; "" for none."""
     if not seconds or seconds < 60:
         return f"{seconds:.1f} s" if seconds else ""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def size(count):
@@ -113,13 +110,13 @@ def metric_and_change(model):
     name, value = next(iter(model["metrics"].items()))
     previous = model.get("previous")
     change = "first" if None in (previous, value) else f"{value - previous:+.3f}"
-    return f"{METRICS.get(name, plain(name))} {number(value)}", change
+    return f"{METRICS.get(name, plain(name).replace('_', ' '))} {number(value)}", change
 
 
 def reason(model):
     """"failed: ...", "held back: ..." or "no better than guessing"; "" where there is nothing to say."""
     if model["status"] == "trained":
-        return "no better than guessing" * bool(model["guessing"])
+        return "no better than guessing" * bool(model.get("guessing"))
     word, error = STATUS[model["status"]][0], plain(model["error"] or "no reason was given")
     return f"{word}: {error.removeprefix(f'{word}: ')}"
 
@@ -204,10 +201,10 @@ def attempt(step, *arguments):
 
 def quiet_logs():
     """Let our log lines through, and no secret in any line of ours or of Prefect's."""
-    for name in (*LOGGERS, *logging.root.manager.loggerDict):
-        if name in LOGGERS:
-            logging.getLogger(name).setLevel(logging.INFO)
-        if name in LOGGERS or name.startswith("prefect"):
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
+        if name.startswith((*LOGGERS, "prefect")):
             logging.getLogger(name).addFilter(_without_secrets)
 
 
@@ -226,13 +223,15 @@ def _without_secrets(record):
 def new_result(parameters, asked, folder):
     """The result of a run that is about to begin. `parameters`: the flow's; `asked`: names of models; `folder`: theirs."""
     words, folder = [], Path(folder).resolve()
-    for name, default in {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}.items():
+    options = {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}
+    for name, default in options.items():
         value = parameters.get(name, default)
         words += [f"--{name.replace('_', '-')}", value] * (value != default)
     words += ["--models-dir", folder] * bool(parameters["models_dir"]) + ["--force"] * parameters["force"]
     words += ["--no-notify"] * (not parameters["enable_notifications"])
-    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command", "flow_run_id", "training"))
-    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(timezone.utc).isoformat(),
+    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command",
+                             "flow_run_id", "training"))
+    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(UTC).isoformat(),
                       "clock": time.monotonic(), "seconds": 0.0, "host": socket.gethostname(), "warnings": [],
                       "table": parameters["table_name"], "models_dir": str(folder), "demo": parameters["demo"],
                       "asked": list(asked), "models": {}, "command": command("train.py", *words), "deaths": [],
@@ -272,6 +271,16 @@ def history_line(result, name, status):
     return {"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
             "seconds": model["seconds"], "rows": result["rows"], "read_seconds": result["read_seconds"],
             "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model["error"]}
+
+
+def model_page(name, model, history):
+    """Markdown about a model: its figures, and its last runs, the latest first."""
+    lines = ["|metric|value|", "|---|---|"]
+    lines += [f"|{key}|{number(value)}|" for key, value in model["metrics"].items() if not isinstance(value, (list, dict))]
+    lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
+    lines += [f"|{line['run'][:16]}|{escape(line['error'] or line['status'])}|{number(line['value'])}|"
+              for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
+    return "\n".join(lines)
 
 
 def decide(result, error=None):
@@ -380,9 +389,10 @@ def print_table(columns, rows, above=(), below=(), file=None):
 
 def _log_handler():
     """The handler whose rich console writes the log to a terminal, as Prefect's does: what is live goes below it."""
-    consoles = [handler for handler in logging.getLogger().handlers if hasattr(handler, "console")]
-    return next((handler for handler in consoles if handler.console.file.isatty()
-                 and not handler.console.is_dumb_terminal and "utf" in handler.console.encoding), None)
+    for handler in logging.getLogger().handlers:
+        console = getattr(handler, "console", None)
+        if console and console.file.isatty() and not console.is_dumb_terminal and "utf" in console.encoding:
+            return handler
 
 
 @contextlib.contextmanager
@@ -442,7 +452,7 @@ def draw_report(result, history, path):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with matplotlib.rc_context(STYLE):
-            report_figure(result, history).savefig(temporary, format="png", dpi=100)
+            report_figure(result, history).savefig(temporary, format="png")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -461,9 +471,10 @@ def report_figure(result, history):
     for name, model in models.items():
         _draw_model(panels[name], name, model)
     _draw_history(panels["history"], history)
-    when = f"{datetime.fromisoformat(result['started_at']).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    when = f"{datetime.fromisoformat(result['started_at']).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
     more = f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""
-    lines = [(0.62, result["message"], 80, 25, STATUS[result["status"]][2]), (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
+    lines = [(0.62, result["message"], 95, 25, STATUS[result["status"]][2]),
+             (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
     lines += [(1.25, f"warning: {plain(warning, 130)}{more}", 160, 13.5, MIXED[1]) for warning in warned[:1]]
     for inches, text, width, size, color in lines:
         _write(figure, 0.015, 1 - inches / height, text, width, size=size, color=color)
@@ -510,34 +521,26 @@ def _draw_matrix(axes, plot):
     ConfusionMatrixDisplay(numpy.array(plot["matrix"]["rows"]), display_labels=names).plot(
         ax=axes, cmap="cividis", values_format=".0%", colorbar=False, xticks_rotation=20,
         im_kw={"vmin": 0, "vmax": 1, "aspect": "auto"}, text_kw={"size": 8 + 12 // len(names)})
-    axes.set(xlabel="predicted", ylabel="actual")
-    axes.tick_params(labelsize=9)
 
 
 def _draw_confusions(axes, plot):
     """Many genres: which are most often taken for which, as bars with their names on them."""
     shown = plot["confusions"][:CONFUSIONS_SHOWN]
-    shares = [share for *_, share in shown]
-    axes.barh(range(len(shown)), shares, color="#A9CCE3")
+    axes.barh(range(len(shown)), [share for *_, share in shown], color="#A9CCE3")
     for at, (actual, predicted, count, share) in enumerate(shown):
-        style = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 11}
-        _write(axes, 0.01, at, f"{plain(actual, 14)} → {plain(predicted, 14)}", 50, **style)
-        _write(axes, 0.99, at, f"{share:.0%} ({count:,})", 50, ha="right", color=GREY, **style)
-    axes.set(xlim=(0, shares[0] * 1.35), ylim=(CONFUSIONS_SHOWN - 0.5, -0.5), yticks=[], xticks=[],
-             xlabel="actual → predicted, share of the actual (songs)")
+        said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
+        _write(axes, 0.01, at, said, 50, size=11, va="center", transform=axes.get_yaxis_transform())
+    axes.set(ylim=(CONFUSIONS_SHOWN - 0.5, -0.5), yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
     axes.spines[:].set_visible(False)
 
 
 def _draw_clusters(axes, plot):
-    """The songs on their first two principal components, coloured and numbered by cluster, as in predictions."""
+    """The songs on their first two principal components, coloured by cluster."""
     for i, (label, size) in enumerate(zip(plot["labels"], plot["sizes"])):
         x, y = ([point[axis] for point in plot["points"] if point[2] == i] for axis in (0, 1))
         name = f"{_drawable(f'{i} {label}', 20)} {size / sum(plot['sizes']):.0%}"
         axes.scatter(x, y, s=9, alpha=0.6, linewidths=0, color=PALETTE[i % len(PALETTE)],
                      marker=MARKERS[i % len(MARKERS)], label=name if i < CLUSTERS_NAMED else None)
-        if x:
-            axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i, ha="center", va="center", size=14,
-                      weight="bold", bbox={"fc": "white", "alpha": 0.85, "ec": "none", "boxstyle": "circle,pad=0.2"})
     axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
     axes.legend(ncols=2, markerscale=2.5, **BELOW)
 
@@ -554,12 +557,12 @@ def _draw_density(axes, plot):
 
 def _draw_similar(axes, plot):
     """How many of the neighbours at each rank share the song's genre, against chance."""
-    shares, chance = [share for share in plot["same_genre_at"] if share is not None], plot["by_chance"]
+    shares, chance = plot["same_genre_at"], plot["by_chance"]
     ranks = range(1, len(shares) + 1)
     axes.plot(ranks, shares, color=PALETTE[0], marker="o", markersize=8)
     axes.axhline(chance, color=PALETTE[3], linestyle="--")
-    axes.text(len(shares), chance, f"by chance {chance:.1%}", ha="right", va="bottom", size=13, color=PALETTE[3])
-    axes.set(ylim=(0, None), xticks=ranks, xlabel="rank of the neighbour", ylabel="of the song's own genre")
+    axes.set(ylim=(0, None), xticks=ranks, ylabel="of the song's own genre",
+             xlabel=f"rank of the neighbour (dashed: by chance {chance:.1%})")
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
@@ -576,9 +579,8 @@ def _draw_history(axes, history):
     axes.set_title((f"last {len(runs)} runs" if len(runs) > 1 else "first run") + " (× failed or held back)")
     if runs:
         axes.legend(ncols=3, **BELOW)
-        part = slice(5, 10) if runs[0][:10] != runs[-1][:10] else slice(11, 16)  # the day, or the time of the day
-        ticks = range(0, len(runs), len(runs) // 5 + 1)
-        axes.set_xticks(ticks, [runs[at][part] for at in ticks])
+        ticks = range(0, len(runs), len(runs) // 4 + 1)
+        axes.set_xticks(ticks, [runs[at][5:16].replace("T", " ") for at in ticks])
 
 
 # -------------------------------------------------------------------------------------------------- Discord
@@ -599,17 +601,19 @@ def escape(text):
 
 def discord_payload(result):
     """The JSON of the message: one embed, green, yellow or red, a field per model, within all limits of Discord."""
-    models, status, lines = list(result["models"].items())[:FIELDS], result["status"], [escape(note) for note in notes(result)]
+    models, status = list(result["models"].items())[:FIELDS], result["status"]
     status = "partial" if status == "completed" and warnings(result) else status
-    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
+    lines = [escape(note) for note in notes(result)]
     if result["finish_command"]:
         command = plain(result["finish_command"]).replace("`", "'").replace("@", MENTION)
         lines.append(f"to finish the job: `{command}`")
+    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
+    fields = [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
+               "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room),
+               "inline": model["status"] == "trained"} for name, model in models]
     embed = {"title": fit(f"{STATUS[status][1]} {escape(result['message'])}", TITLE), "color": STATUS[status][3],
-             "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"],
-             "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)},
-             "fields": [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
-                         "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room), "inline": model["status"] == "trained"} for name, model in models]}
+             "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"], "fields": fields,
+             "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)}}
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
