@@ -19,18 +19,19 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from functools import lru_cache
-from itertools import chain, repeat
+from functools import lru_cache, partial
+from itertools import chain, repeat, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 import db
-from db import DataError
+from db import MIN_GENRE_SONGS, MIN_SONGS, DataError
 
 log = logging.getLogger("models")
 
@@ -47,8 +48,7 @@ KNOWN_SONGS = 0.12   # share of the other artists' songs held out
 FEW_SONGS = 50_000   # of fewer, what is held out of one split leaves much to chance ...
 SPLITS = 3           # ... so a model is judged on so many,
 AVERAGED = 3         # and a regressor that is saved averages so many fits (each that is judged is one, and a little worse)
-MIN_SONGS = 20       # fewer cannot be split into a part to learn from and a part to be judged by
-MIN_GENRE_SONGS = 5  # a genre of fewer songs cannot be learnt; two genres need as many
+SPACE_NEEDED = 100 << 20  # bytes free for a night: five models, their versions and a picture
 
 # The gate: a retrained model may be this much worse than the current one and still take its place.
 GATE_RELATIVE = 0.05
@@ -62,12 +62,12 @@ DRIFT_RATIO = 1.5       # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25 # change of a feature's mean, in standard deviations
 
 SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
-QUERY_SAMPLE = 2000       # songs whose neighbours are looked at for the metrics of `similar`
+QUERY_SAMPLE = 1000       # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
 MATRIX_GENRES = 12        # up to as many genres the picture shows a whole confusion matrix
 
 
-class ModelError(Exception):
+class ModelError(db.Expected):
     """A model file that is missing, damaged, or does not belong to its metrics; the text names the fix."""
 
 
@@ -75,23 +75,22 @@ class ModelError(Exception):
 # Evaluation: which songs a model is judged by
 # ---------------------------------------------------------------------------------------------------------------------
 
-def recordings(songs) -> np.ndarray:
+def recordings(songs):
     """Return an integer per song, the same for two songs of the same artist and title (case-folded): one recording."""
     import pandas as pd
     names = songs["artist_name"].astype(object) + "\0" + songs["track_name"].astype(object)
     return pd.factorize(names.str.casefold())[0]
 
 
-def _first_by_hash(values, share: float, key: str) -> np.ndarray:
+def _first_by_hash(values, share, key):
     """Return True for every row whose value is among the `share` of the distinct values whose hashes come first."""
     import pandas as pd
-    hashed = pd.util.hash_array(values.to_numpy(object), hash_key=f"{key:16.16}")
-    distinct = np.unique(hashed)
-    cut = int(len(distinct) * share)
-    return hashed < distinct[cut] if cut else np.zeros(len(values), bool)
+    hashes = pd.util.hash_array(values.to_numpy(object), hash_key=f"{key:16.16}")
+    distinct, rank = np.unique(hashes, return_inverse=True)
+    return rank < int(len(distinct) * share)
 
 
-def holdout(songs, split: int = 0):
+def holdout(songs, split=0):
     """Split songs into three boolean masks (train, known, new); another number of the split, another split.
 
     `new` is every song of 10 % of the artists; `known` is 12 % of the other songs, less those of which another copy is
@@ -108,35 +107,39 @@ def holdout(songs, split: int = 0):
     return train, known, new
 
 
-def _fitted_on(name, estimator, songs) -> dict:
-    """Return {"fitted_on": songs} where the fit saw a sample of the songs only, and say so; {} where it saw all."""
-    if estimator.fitted_on_ == len(songs):
-        return {}
-    log.info("%s: fitted on a sample of %s of the %s songs; artists are counted over all", name,
-             f"{estimator.fitted_on_:,}", f"{len(songs):,}")
-    return {"fitted_on": estimator.fitted_on_}
+def _say(name, phase, count):
+    log.info("%s: %s on %s songs", name, phase, f"{count:,}", extra={"model": name, "phase": phase})
 
 
-def _judge(name, make, songs, answers):
-    """Return (known, new): what the songs held out were answered with, one estimator fitted for each split.
+def _judge_and_fit(name, make, final, songs, answers):
+    """Return (known, new, more): what the songs held out were answered with; fit `final` on all songs.
 
-    `name` is the model and the column it predicts; `make() -> estimator`; `answers(estimator, learnt, held_out)`
-    returns arrays, one value per held-out song. Those of all splits are put end to end; () where nothing was held out.
+    `name` is the model and the column it predicts; `make() -> estimator` is fitted for each split, `final` in the end;
+    `answers(estimator, learnt, held_out)` returns arrays, the actual values first, one value per held-out song. Those
+    of all splits are put end to end; () where nothing was held out. `more` is {"fitted_on": songs} of a sampled fit.
     """
     found = [], []
     for split in range(SPLITS if len(songs) < FEW_SONGS else 1):
         train, *held_out = holdout(songs, split)
-        log.info("%s: evaluating on %s held-out songs", name, f"{(~train).sum():,}",
-                 extra={"model": name, "phase": "evaluating"})
+        _say(name, "evaluating", (~train).sum())
         judged = make().fit(songs[train], songs.loc[train, name])
         for part, mask in zip(found, held_out):
             if mask.any():
                 part.append(answers(judged, songs[train], songs[mask]))
-    log.info("%s: fitting on %s songs", name, f"{len(songs):,}", extra={"model": name, "phase": "fitting"})
-    return [tuple(map(np.concatenate, zip(*part))) for part in found]
+    _say(name, "fitting", len(songs))
+    final.fit(songs, songs[name])
+    more = {"fitted_on": final.fitted_on_} if final.fitted_on_ < len(songs) else {}
+    if more:
+        log.info("%s: fitted on a sample of %s songs; artists are counted over all", name, f"{final.fitted_on_:,}")
+    return *(tuple(map(np.concatenate, zip(*part))) for part in found), more
 
 
-def _distinct(songs, name: str, at_least: int):
+def _figure(metric, answers, at=1):
+    """Return the metric of the actual values and those in answers[at]; None where fewer than two songs were held out."""
+    return float(metric(answers[0], answers[at])) if answers and len(answers[0]) > 1 else None
+
+
+def _distinct(songs, name, at_least):
     """Return the songs without repeated track_ids; raise DataError when there are too few of them for the model."""
     if not songs["track_id"].is_unique:  # else no copy: five of a large table are more than the table itself
         songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
@@ -160,27 +163,26 @@ TEXTS_KEPT = 1 << 18  # two models split the same texts, each twice: for its eva
 
 
 @lru_cache(TEXTS_KEPT)
-def credits(artist_name: str) -> list[str]:
+def credits(artist_name):
     """Return the credited artists: "A;B" is A and B."""
     return [name.strip() for name in artist_name.casefold().split(";")]
 
 
-@lru_cache(TEXTS_KEPT)
-def featured(track_name: str) -> list[str]:
+def featured(track_name):
     """Return the artists a title names: B and C of "Title (feat. B & C)"."""
     if not BRACKET.search(track_name):
         return []
-    found = ",".join(filter(None, (name for match in FEATURED.findall(track_name.casefold()) for name in match)))
-    return [name.strip() for name in re.split(r",|&| and | x ", found) if name.strip()]
+    found = chain.from_iterable(FEATURED.findall(track_name.casefold()))
+    return [name.strip() for name in re.split(r",|&| and | x ", ",".join(found)) if name.strip()]
 
 
 @lru_cache(TEXTS_KEPT)
-def words(text: str) -> list[str]:
+def words(text):
     """Return the words of a title: "remix" or "christmas" tells something even of an artist never seen."""
     return WORD.findall(text.casefold())
 
 
-def whole(text: str) -> list[str]:
+def whole(text):
     return [text.casefold()] if text else []
 
 
@@ -190,7 +192,12 @@ def column(songs, name):
     return songs[name] if name in songs else pd.Series(np.nan, index=songs.index, dtype=object)
 
 
-def incidence(names, split, levels: dict | None = None):
+def present(songs, names):
+    """Return those of the columns that have any values."""
+    return [name for name in names if name in songs and songs[name].notna().any()]
+
+
+def incidence(names, split, levels=None):
     """Return (matrix, levels): a sparse 0/1 matrix, songs x levels, 1 where a key of the name is the level's.
 
     `names` is a Series of text, NaN allowed; `split(text) -> keys`; `levels` maps each key to its column, and is made
@@ -198,22 +205,26 @@ def incidence(names, split, levels: dict | None = None):
     """
     import pandas as pd
     from scipy.sparse import csr_array
-    codes, uniques = pd.factorize(names)
-    found = [split(name) for name in np.asarray(uniques, dtype=object)] + [()]  # the last row: no name
-    keys = list(chain.from_iterable(found))
+    codes, uniques = pd.factorize(names)  # -1: no name
+    found = [split(name) for name in np.asarray(uniques, dtype=object)] + [()]
     if levels is None:
-        levels = {key: column for column, key in enumerate(dict.fromkeys(keys))}
-    columns = np.fromiter(map(levels.get, keys, repeat(-1)), np.int32, len(keys))
-    rows = np.repeat(np.arange(len(found)), np.fromiter(map(len, found), int, len(found)))
-    rows, columns = rows[columns >= 0], columns[columns >= 0]
+        levels = {key: column for column, key in enumerate(dict.fromkeys(chain.from_iterable(found)))}
+    columns = np.fromiter(map(levels.get, chain.from_iterable(found), repeat(-1)), np.int32)
+    rows = np.repeat(np.arange(len(found)), [*map(len, found)])[columns >= 0]
+    columns = columns[columns >= 0]
     table = csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(found), len(levels)))
     table.data[:] = 1  # also of a key that stands twice in a name
-    return table[np.where(codes < 0, len(uniques), codes)], levels
+    return table[codes], levels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Genre
 # ---------------------------------------------------------------------------------------------------------------------
+
+def in_parts(songs, rows, function):
+    """Return function(songs) put together from that many songs at a time: what it needs on the way is large."""
+    return np.concatenate([function(songs.iloc[i:i + rows]) for i in range(0, max(len(songs), 1), rows)])
+
 
 def softmax(scores):
     scores = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -252,17 +263,16 @@ class GenreClassifier:
         self._fit_network(*self._encode(songs), y, rng)
         return self
 
-    def predict_proba(self, songs) -> np.ndarray:
+    def predict_proba(self, songs):
         """Return P(genre), float32, songs x classes_."""
-        parts = (songs.iloc[i:i + self.CHUNK] for i in range(0, max(len(songs), 1), self.CHUNK))
-        return np.vstack([softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part)) for part in parts])
+        return in_parts(songs, self.CHUNK, lambda part: softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part)))
 
-    def predict(self, songs) -> np.ndarray:
+    def predict(self, songs):
         return self.classes_[self.predict_proba(songs).argmax(axis=1)]
 
     def _fit_effect(self, songs, y):
-        from scipy.sparse import csr_array
-        one_hot = csr_array((np.ones(len(y), np.float32), (np.arange(len(y)), y)))
+        from scipy.sparse import eye_array
+        one_hot = eye_array(len(self.classes_), dtype=np.float32, format="csr")[y]
         names = incidence(songs["artist_name"], credits)[1] | incidence(songs["track_name"], featured)[1]
         self.artists_ = {name: at for at, name in enumerate(names)}
         self.exact_ = incidence(songs["artist_name"], whole)[1]
@@ -274,7 +284,7 @@ class GenreClassifier:
         named = incidence(artist, credits, self.artists_)[0].maximum(incidence(title, featured, self.artists_)[0])
         return named, incidence(artist, whole, self.exact_)[0]
 
-    def effect(self, songs) -> np.ndarray:
+    def effect(self, songs):
         """Return log P(genre | artists) - log P(genre), songs x genres: exactly 0 where no artist was seen in training."""
         p = self.prior_[None, :]
         for matrix, counts, strength in zip(self._levels(songs), self.counts_, (self.ARTIST_SONGS, self.CREDIT_SONGS)):
@@ -283,16 +293,14 @@ class GenreClassifier:
         return np.log(p) - np.log(self.prior_)
 
     def _fit_encoding(self, songs):
-        self.features_ = [name for name in NUMBERS if name in songs and songs[name].notna().any()]
+        self.features_ = present(songs, NUMBERS)
         self.edges_ = {name: np.unique(np.nanquantile(songs[name].astype(np.float64), np.linspace(0, 1, self.BINS + 1)))
                        for name in self.features_}
         self.words_ = {}
-        for name, split in self.TEXTS.items():
-            if name in songs:
-                matrix, levels = incidence(songs[name].drop_duplicates(), split)
-                common = matrix.sum(axis=0) >= self.MIN_NAMES
-                kept = [word for word, at in levels.items() if common[at]]
-                self.words_[name] = {word: at for at, word in enumerate(kept)}
+        for name in filter(songs.__contains__, self.TEXTS):
+            matrix, levels = incidence(songs[name].drop_duplicates(), self.TEXTS[name])
+            common = np.array([*levels], object)[matrix.sum(axis=0) >= self.MIN_NAMES]
+            self.words_[name] = {word: at for at, word in enumerate(common)}
         numbers = self._numbers(songs.iloc[::1 + len(songs) // 50_000])
         self.mean_ = np.nanmean(numbers, axis=0)
         self.scale_ = np.nanstd(numbers, axis=0) + np.float32(0.1)  # a bin that hardly varies must not shout
@@ -322,15 +330,14 @@ class GenreClassifier:
 
     def _fit_network(self, numbers, texts, y, rng):
         """Adam for the dense weights, row-wise Adagrad for the words in the batch, a cosine schedule after a warm-up."""
-        n = len(y)
+        (n, inputs), classes = numbers.shape, len(self.classes_)
         batch = int(np.clip(n // 150, 16, self.MAX_BATCH))
         epochs = max(self.EPOCHS, 200 * batch // n)
-        shape = {"in": (numbers.shape[1], self.HIDDEN), "out": (self.HIDDEN, len(self.classes_))}
-        net = {"in": rng.normal(0, shape["in"][0] ** -0.5, shape["in"]), "in0": np.zeros(self.HIDDEN),
-               "out": rng.normal(0, self.HIDDEN ** -0.5 / 2, shape["out"]), "out0": np.log(self.prior_),
+        net = {"in": rng.normal(0, inputs ** -0.5, (inputs, self.HIDDEN)), "in0": np.zeros(self.HIDDEN),
+               "out": rng.normal(0, self.HIDDEN ** -0.5 / 2, (self.HIDDEN, classes)), "out0": np.log(self.prior_),
                "words": np.zeros((texts.shape[1], self.HIDDEN))}
         self.network_ = net = {name: weights.astype(np.float32) for name, weights in net.items()}
-        moments = {name: (np.zeros_like(net[name]), np.zeros_like(net[name])) for name in ("in", "in0", "out", "out0")}
+        moments = {name: np.zeros((2, *net[name].shape), np.float32) for name in ("in", "in0", "out", "out0")}
         squares = np.zeros((texts.shape[1], 1), np.float32)
         batches = [rows[i:i + batch] for rows in (rng.permutation(n) for _ in range(epochs)) for i in range(0, n, batch)]
         for step, rows in enumerate(batches, 1):
@@ -365,7 +372,7 @@ class GenreClassifier:
         return {"in": numbers.T @ back, "in0": back.sum(0), "out": hidden.T @ error, "out0": error.sum(0),
                 "words": text.T @ back}
 
-    def sound(self, songs) -> np.ndarray:
+    def sound(self, songs):
         """Return log P(genre | sound, words) up to a constant per song, songs x genres."""
         numbers, texts = self._encode(songs)
         net = self.network_
@@ -386,9 +393,8 @@ KEYS = {"artist": ("artist_name", credits), "album": ("album_name", whole),
 def text_counts(songs):
     """Return songs x 5, float32: ";" in the artist, length of title and of album, if they are the same, if the title has
     a bracket or dash."""
-    artist, title, album = (column(songs, name).astype("str").str for name in ("artist_name", "track_name", "album_name"))
-    title, album = title.casefold(), album.casefold()
-    return np.column_stack([artist.count(";"), title.str.len(), album.str.len(), title == album,
+    artist, title, album = (column(songs, name).astype("str").str.casefold() for name in ("artist_name", "track_name", "album_name"))
+    return np.column_stack([artist.str.count(";"), title.str.len(), album.str.len(), title == album,
                             title.str.contains(r" - |\(|\[")]).astype(np.float32)
 
 
@@ -432,15 +438,14 @@ class SongRegressor:
         "energy": dict(keys=("artist", "album"), counts=False, curve=True,
                        trees=dict(max_iter=250, learning_rate=0.08, max_leaf_nodes=47, max_features=0.4))}
 
-    def __init__(self, target: str, fits: int = 1):
+    def __init__(self, target, fits=1):
         self.target, self.fits = target, fits
 
     def fit(self, songs, y):
         """`songs` is a DataFrame, one row per song; `y` its target, finite. The target's own column is not looked at."""
         from sklearn.ensemble import HistGradientBoostingRegressor
         settings, y, rng = self.SETTINGS[self.target], np.asarray(y, dtype=float), np.random.default_rng(SEED)
-        self.features_ = [name for name in AUDIO + MORE_AUDIO
-                          if name != self.target and name in songs and songs[name].notna().any()]
+        self.features_ = [name for name in present(songs, AUDIO + MORE_AUDIO) if name != self.target]
         self.genres_ = {genre: code for code, genre in enumerate(songs["genre"].value_counts().index[:self.MAX_GENRES])}
         self._fit_start(songs, y, settings["curve"], rng)
         residual = y - self._start(songs)
@@ -453,40 +458,40 @@ class SongRegressor:
             for seed in range(SEED, SEED + self.fits)]
         return self
 
-    def predict(self, songs) -> np.ndarray:
+    def predict(self, songs):
         """Return the target of each song; absent columns, a missing genre and unknown names are missing values."""
         if not len(songs):
             return np.zeros(0)
         known = [self._audio(songs)]
-        for key, levels in self.levels_.items():
+        for key, (levels, totals) in self.known_.items():
             name, split = KEYS[key]
-            known.append(summary(incidence(column(songs, name), split, levels)[0] @ self.totals_[key]))
+            known.append(summary(incidence(column(songs, name), split, levels)[0] @ totals))
         X = np.hstack(known)
         return np.clip(self._start(songs) + np.mean([trees.predict(X) for trees in self.trees_], axis=0), *self.range_)
 
     def _training_rows(self, songs, residual, keys, rng):
-        """Learn levels_ and totals_; return (X, rows): what the trees learn from, and which song each row of X is."""
+        """Learn known_; return (X, rows): what the trees learn from, and which song each row of X is."""
         import pandas as pd
         moments = np.c_[np.ones(len(residual)), residual, residual ** 2]
         by_song = rng.integers(0, self.SONG_FOLDS, len(residual))
         artists = pd.factorize(songs["artist_name"])[0]
         by_artist = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
-        self.levels_, self.totals_, known, new = {}, {}, [], []
+        self.known_, known, new = {}, [], []
         for key in keys:
             name, split = KEYS[key]
             if name in songs:
-                matrix, self.levels_[key] = incidence(songs[name], split)
-                self.totals_[key] = matrix.T @ moments
+                matrix, levels = incidence(songs[name], split)
+                self.known_[key] = levels, matrix.T @ moments
                 known.append(summary_without_own_fold(matrix, moments, by_song))
                 new.append(summary_without_own_fold(matrix, moments, by_artist))
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for typical new artists.
-        shared = np.any([part[:, 0] > 0 for key, part in zip(self.levels_, known) if "words" not in key], axis=0)
-        rows, kept = np.r_[np.flatnonzero(shared), np.arange(len(songs))], slice(None)
+        shared = np.any([part[:, 0] > 0 for key, part in zip(self.known_, known) if "words" not in key], axis=0)
+        rows = np.r_[np.flatnonzero(shared), np.arange(len(songs))]
+        hidden = np.arange(len(rows)) >= shared.sum()  # is the artist hidden whole?
         if len(rows) > self.MAX_FIT_ROWS:
             kept = np.sort(rng.choice(len(rows), self.MAX_FIT_ROWS, replace=False))
-        rows, hidden = rows[kept], (np.arange(len(rows)) >= shared.sum())[kept]  # is the artist hidden whole?
-        table = np.vstack([np.hstack([part[rows[mask]] for part in parts])
-                           for parts, mask in ((known, ~hidden), (new, hidden))])
+            rows, hidden = rows[kept], hidden[kept]
+        table = np.hstack([np.where(hidden[:, None], *(part[rows] for part in parts)) for parts in zip(new, known)])
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
         return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
@@ -506,23 +511,20 @@ class SongRegressor:
                                         StandardScaler(), Ridge(10.0)).fit(self._plane(songs.iloc[some]), y[some])
 
     def _start(self, songs):
-        if self.curve_ is None:
-            return self._genre_mean(songs)
-        starts = [self.curve_.predict(self._plane(songs.iloc[i:i + self.CURVE_ROWS]))
-                  for i in range(0, len(songs), self.CURVE_ROWS)]
-        return np.clip(np.concatenate(starts), *self.range_)  # a quadratic runs away where songs are rare
-
-    def _genre_mean(self, songs):
-        return column(songs, "genre").map(self.genre_means_).astype(float).fillna(self.mean_).to_numpy()
+        start = self.curve_.predict if self.curve_ else lambda plane: plane[:, -1]
+        starts = in_parts(songs, self.CURVE_ROWS, lambda part: start(self._plane(part)))
+        return np.clip(starts, *self.range_)  # a quadratic runs away where songs are rare
 
     def _plane(self, songs):
-        return np.column_stack([column(songs, name).astype(float) for name in self.features_] + [self._genre_mean(songs)])
+        """Return songs x (features_, the genre's mean)."""
+        genre = column(songs, "genre").map(self.genre_means_).astype(float).fillna(self.mean_)
+        return np.column_stack([*(column(songs, name).astype(float) for name in self.features_), genre])
 
     def _audio(self, songs):
         """Return songs x (features_, the genre's number and, where set, the quadratic's value, the counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
-        if self.curve_ is not None:
+        if self.curve_:
             table.append(self._start(songs).astype(np.float32))  # where on its scale a song starts says how far it strays
         return np.column_stack(table + [text_counts(songs)] * self.SETTINGS[self.target]["counts"])
 
@@ -538,38 +540,34 @@ def train_genre(songs):
     `top3_accuracy` and `f1_macro` on songs of known artists, `accuracy_new_artists` on artists never seen,
     `baseline_accuracy` for always naming the most common genre.
     """
-    from sklearn.metrics import f1_score
+    from sklearn.metrics import accuracy_score, f1_score
     songs = _distinct(songs, "genre", MIN_SONGS)
     learnable = int((songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum())
     if learnable < 2:
         raise DataError(f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; the table has {learnable}")
     def answers(judged, learnt, held_out):
-        actual = held_out["genre"].to_numpy(object)
+        actual = held_out["genre"].to_numpy(object).astype(str)
         likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
-        in_top3 = (likely == actual[:, None]).any(axis=1)
-        return actual, likely[:, 0], in_top3, np.full(len(actual), learnt["genre"].mode()[0], object)
-    known, new = _judge("genre", GenreClassifier, songs, answers)
-    final = GenreClassifier().fit(songs, songs["genre"])
-    actual, predicted, in_top3, common = known or [np.zeros(0)] * 4
-    metrics = {
-        "accuracy": _mean(predicted == actual),
-        "accuracy_new_artists": _mean(new[1] == new[0]) if new else None,
-        "top3_accuracy": _mean(in_top3),
-        "f1_macro": float(f1_score(actual.astype(str), predicted.astype(str), average="macro")) if known else None,
-        "baseline_accuracy": _mean(common == actual),
-        "classes": len(final.classes_),
-        "plot": _plot_genres(actual, predicted),
-    }
-    return final, metrics | _fitted_on("genre", final, songs)
+        best_of_3 = np.where((likely == actual[:, None]).any(axis=1), actual, likely[:, 0])
+        return actual, likely[:, 0], best_of_3, np.full(len(actual), learnt["genre"].mode()[0])
+    final = GenreClassifier()
+    known, new, more = _judge_and_fit("genre", GenreClassifier, final, songs, answers)
+    return final, {
+        "accuracy": _figure(accuracy_score, known), "accuracy_new_artists": _figure(accuracy_score, new),
+        "top3_accuracy": _figure(accuracy_score, known, 2), "f1_macro": _figure(partial(f1_score, average="macro"), known),
+        "baseline_accuracy": _figure(accuracy_score, known, 3), "classes": len(final.classes_),
+        "plot": _plot_genres(*known[:2]) if known else {}, **more}
 
 
-def train_clusters(songs, n_clusters: int = 2):
+def train_clusters(songs, n_clusters=2):
     """Cluster songs by sound: standardised audio features, k-means. Return (Pipeline, metrics).
 
     Raises DataError where there are fewer than n_clusters distinct songs. `silhouette` (-1 to 1) is that of a seeded
-    sample; `profiles` are each cluster's mean features. Cluster 0 is the largest.
+    sample; `profiles` are each cluster's mean features, and two words for those in which it differs most. Cluster 0 is
+    the largest.
     """
     from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
     from sklearn.metrics import silhouette_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -581,21 +579,23 @@ def train_clusters(songs, n_clusters: int = 2):
     if distinct < n_clusters:
         raise DataError(f"clusters needs at least {n_clusters} distinct songs for {n_clusters} clusters; "
                         f"the table has {distinct}")
-    log.info("clusters: fitting on all %s songs", f"{len(songs):,}", extra={"model": "clusters", "phase": "fitting"})
+    _say("clusters", "fitting", len(songs))
     pipeline = make_pipeline(StandardScaler(), KMeans(n_clusters, n_init=4, random_state=SEED)).fit(features)
-    _largest_first(pipeline[-1])
-    standardised, labels = pipeline[0].transform(features), pipeline[-1].labels_
+    kmeans = pipeline[-1]
+    _largest_first(kmeans)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
-    log.info("clusters: evaluating on %s songs", f"{len(sample):,}", extra={"model": "clusters", "phase": "evaluating"})
-    separable = 1 < len(np.unique(labels[sample])) < len(sample)
-    metrics = {
-        "silhouette": float(silhouette_score(standardised[sample], labels[sample])) if separable else None,
-        "sizes": np.bincount(labels, minlength=n_clusters).tolist(),
-        "profiles": _profiles(features, pipeline[-1].cluster_centers_, labels),
-    }
-    points = _plane(standardised[sample[:PLOT_POINTS]], labels[sample[:PLOT_POINTS]])
-    labels = [profile["label"] for profile in metrics["profiles"]]
-    return pipeline, metrics | {"plot": {"points": points, "labels": labels, "sizes": metrics["sizes"]}}
+    _say("clusters", "evaluating", len(sample))
+    standardised, labels = pipeline[0].transform(features.iloc[sample]), kmeans.labels_[sample]
+    separable = 1 < len(np.unique(labels)) < len(sample)
+    sizes = np.bincount(kmeans.labels_, minlength=n_clusters).tolist()
+    means = features.groupby(kmeans.labels_).mean().round(4)
+    words = [", ".join(WORDS[AUDIO[i]][int(center[i] < 0)] for i in np.argsort(-np.abs(center))[:2])
+             for center in kmeans.cluster_centers_]
+    points = np.c_[PCA(2, random_state=SEED).fit_transform(standardised[:PLOT_POINTS]).round(3), labels[:PLOT_POINTS]]
+    return pipeline, {
+        "silhouette": float(silhouette_score(standardised, labels)) if separable else None, "sizes": sizes,
+        "profiles": [{"label": label, "means": mean} for label, mean in zip(words, means.to_dict("records"))],
+        "plot": {"points": points.tolist(), "labels": words, "sizes": sizes}}
 
 
 def train_energy(songs):
@@ -608,7 +608,7 @@ def train_popularity(songs):
     return _train_regressor("popularity", songs)
 
 
-def _train_regressor(target: str, songs):
+def _train_regressor(target, songs):
     """Return (SongRegressor, metrics) for the target column.
 
     Raises DataError where the column is constant. `r2`, `mae`, `rmse` are on held-out songs of known artists (mae and
@@ -622,46 +622,44 @@ def _train_regressor(target: str, songs):
     def answers(judged, learnt, held_out):
         mean = np.full(len(held_out), learnt[target].mean())
         return held_out[target].to_numpy(np.float64), judged.predict(held_out), mean
-    known, new = _judge(target, lambda: SongRegressor(target), songs, answers)
-    final = SongRegressor(target, AVERAGED if len(songs) < FEW_SONGS else 1).fit(songs, songs[target])
-    figure = lambda metric, pair: float(metric(*pair)) if len(pair) and len(pair[0]) > 1 else None
-    metrics = {
-        "r2": figure(r2_score, known[:2]), "r2_new_artists": figure(r2_score, new[:2]),
-        "mae": figure(mean_absolute_error, known[:2]), "mae_new_artists": figure(mean_absolute_error, new[:2]),
-        "rmse": figure(root_mean_squared_error, known[:2]),
-        "baseline_mae": figure(mean_absolute_error, known[::2]),
-        "plot": _plot_regression(*known[:2]) if known else {},
-    }
-    return final, metrics | _fitted_on(target, final, songs)
+    final = SongRegressor(target, AVERAGED if len(songs) < FEW_SONGS else 1)
+    known, new, more = _judge_and_fit(target, partial(SongRegressor, target), final, songs, answers)
+    return final, {
+        "r2": _figure(r2_score, known), "r2_new_artists": _figure(r2_score, new),
+        "mae": _figure(mean_absolute_error, known), "mae_new_artists": _figure(mean_absolute_error, new),
+        "rmse": _figure(root_mean_squared_error, known), "baseline_mae": _figure(mean_absolute_error, known, 2),
+        "plot": _plot_regression(*known[:2]) if known else {}, **more}
 
 
 def train_similar(songs):
-    """Index songs by sound. Return (SimilarSongs, metrics).
+    """Index songs by sound and company. Return (SimilarSongs, metrics).
 
-    Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's own genre
-    (`same_genre_at_10`) against what drawing songs at random would give (`same_genre_by_chance`), the share by the
-    song's own artist, and milliseconds of processor time per query (`query_ms`).
+    Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's own genre, which
+    the query does not know (`same_genre_at_10`), against what drawing songs at random would give
+    (`same_genre_by_chance`), the share by the song's own artist, and milliseconds of processor time per query.
     """
     songs = _distinct(songs, "similar", 2)
-    log.info("similar: fitting on all %s songs", f"{len(songs):,}", extra={"model": "similar", "phase": "fitting"})
-    index = SimilarSongs().fit(songs)
-    if index.distinct_ < 2:
-        raise DataError("similar needs at least 2 different recordings; the table has 1")
+    _say("similar", "fitting", len(songs))
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
-    log.info("similar: evaluating on %s songs", f"{len(sample):,}", extra={"model": "similar", "phase": "evaluating"})
+    index = SimilarSongs().fit(songs, sample)
+    if not index.recording_.any():
+        raise DataError("similar needs at least 2 different recordings; the table has 1")
+    if not index.settings_["company"]:
+        log.warning("similar: the songs have no genres, so the company they keep is left out: it is sound alone that counts")
+    _say("similar", "evaluating", len(sample))
+    answers = [index.neighbours(row, point=point)[0] for row, point in zip(sample, index.asked_)]
     start = time.thread_time()  # of this thread alone: the other models are computing at the same time
-    answers = [index.neighbours(row)[0] for row in sample]
+    same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
     query_ms = (time.thread_time() - start) / len(sample) * 1000
-    genre, artist = songs["genre"].to_numpy(object), songs["artist_name"].to_numpy(object)
-    same = lambda column: [column[answer] == column[row] for row, answer in zip(sample, answers)]
-    by_chance = float((songs["genre"].value_counts(normalize=True) ** 2).sum())
-    metrics = {
-        "same_genre_at_10": _mean(np.concatenate(same(genre))), "same_genre_by_chance": by_chance,
-        "same_artist_at_10": _mean(np.concatenate(same(artist))), "query_ms": query_ms,
-        "plot": {"same_genre_at": [_mean([s[rank] for s in same(genre) if len(s) > rank]) for rank in range(10)],
-                 "by_chance": by_chance},
-    }
-    return index, metrics
+    genre = column(songs, "genre").fillna("").to_numpy(object)
+    same_genre = [genre[answer] == genre[row] for row, answer in zip(sample, answers) if genre[row]]
+    ranks = list(zip_longest(*same_genre))
+    mean = lambda found: float(np.mean(found)) if len(found) else None
+    by_chance = float((songs["genre"][genre != ""].value_counts(normalize=True) ** 2).sum()) if same_genre else None
+    return index, {
+        "same_genre_at_10": mean(np.concatenate(same_genre or [[]])), "same_genre_by_chance": by_chance,
+        "same_artist_at_10": mean(np.concatenate(same_artist)), "query_ms": query_ms,
+        "plot": {"same_genre_at": [mean([s for s in rank if s is not None]) for rank in ranks], "by_chance": by_chance}}
 
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no core waits for it.
@@ -669,15 +667,11 @@ MODELS = {"genre": train_genre, "clusters": train_clusters, "energy": train_ener
           "popularity": train_popularity, "similar": train_similar}
 
 
-def _mean(values):
-    return float(np.mean(values)) if len(values) else None
-
-
 def _largest_first(kmeans):
     """Renumber the clusters by size: k-means numbers them at random, and people remember numbers."""
     order = np.argsort(-np.bincount(kmeans.labels_, minlength=kmeans.n_clusters), kind="stable")
     kmeans.cluster_centers_ = kmeans.cluster_centers_[order]
-    kmeans.labels_ = np.argsort(order)[kmeans.labels_].astype(kmeans.labels_.dtype)
+    kmeans.labels_ = np.argsort(order)[kmeans.labels_].astype(np.int32)
 
 
 WORDS = {"danceability": ("danceable", "hard to dance to"), "energy": ("energetic", "calm"), "loudness": ("loud", "quiet"),
@@ -685,41 +679,16 @@ WORDS = {"danceability": ("danceable", "hard to dance to"), "energy": ("energeti
          "instrumentalness": ("instrumental", "vocal"), "valence": ("happy", "sad")}
 
 
-def _profiles(features, centers, labels):
-    """Describe each cluster: its mean features, and the two in which it differs most from the average song."""
-    profiles = []
-    for cluster, center in enumerate(centers):
-        extremes = np.argsort(-np.abs(center))[:2]
-        label = ", ".join(WORDS[AUDIO[i]][int(center[i] < 0)] for i in extremes)
-        means = features[labels == cluster].mean()
-        profiles.append({"label": label, "means": {name: round(float(means[name]), 4) for name in AUDIO}})
-    return profiles
-
-
 def _plot_genres(actual, predicted):
-    """Return what the picture shows of the genres: the confusions, the matrix where it is small, accuracy by genre."""
-    import pandas as pd
-    if not len(actual):
-        return {}
-    table = pd.crosstab(pd.Series(actual, name="actual"), pd.Series(predicted, name="predicted"))
-    songs = table.sum(axis=1)
-    pairs = table.stack().sort_values(ascending=False, kind="stable")
-    confusions = [[a, p, int(n), float(n / songs[a])] for (a, p), n in pairs.items() if a != p and n][:25]
-    labels = sorted(set(actual) | set(predicted))
-    square = table.reindex(index=labels, columns=labels, fill_value=0)
-    shares = square.div(square.sum(axis=1).clip(lower=1), axis=0).round(4)
-    return {"confusions": confusions,
-            "matrix": {"labels": labels, "rows": shares.to_numpy().tolist()} if len(labels) <= MATRIX_GENRES else None,
-            "by_genre": [[g, int(songs[g]), float(table[g][g] / songs[g]) if g in table else 0.0] for g in songs.index]}
-
-
-def _plane(standardised, labels):
-    """Return songs on their first two principal components, each with its cluster: [[x, y, cluster], ...]."""
-    from sklearn.decomposition import PCA
-    if len(standardised) < 2:
-        return []
-    flat = PCA(2, random_state=SEED).fit_transform(standardised)
-    return [[round(float(x), 3), round(float(y), 3), int(c)] for (x, y), c in zip(flat, labels)]
+    """Return what the picture shows of the genres: the worst confusions, the whole matrix where it is small."""
+    from sklearn.metrics import confusion_matrix
+    labels = sorted({*actual.tolist(), *predicted.tolist()})
+    table = confusion_matrix(actual, predicted, labels=labels)
+    shares = table / table.sum(axis=1, keepdims=True).clip(1)
+    wrong = np.where(np.eye(len(labels)), 0, table)
+    worst = [np.unravel_index(at, table.shape) for at in np.argsort(-wrong, axis=None, kind="stable")[:25]]
+    return {"confusions": [[labels[a], labels[p], int(wrong[a, p]), float(shares[a, p])] for a, p in worst if wrong[a, p]],
+            "matrix": {"labels": labels, "rows": shares.round(4).tolist()} if len(labels) <= MATRIX_GENRES else None}
 
 
 def _plot_regression(actual, predicted, bins=40):
@@ -733,73 +702,101 @@ def _plot_regression(actual, predicted, bins=40):
 # Similar songs
 # ---------------------------------------------------------------------------------------------------------------------
 
-class SimilarSongs:
-    """Exact cosine neighbours of songs by sound.
+def far_apart(count, dimensions):
+    """Return so many unit vectors, each pushed away from its nearest until they are far apart (Tammes, 1930)."""
+    places = np.random.default_rng(SEED).normal(size=(count, dimensions))
+    for step in range(min(300, 10 ** 8 // max(count, 1) ** 2) + 1):
+        push = np.exp(16 * (places @ places.T - 1)) * (1 - np.eye(count)) if step else 0 * np.eye(count)
+        places = places - 0.1 * push / push.sum(axis=1, keepdims=True).clip(1e-300) @ places
+        places /= np.linalg.norm(places, axis=1, keepdims=True)
+    return places
 
-    Every feature is made normal by its quantiles (they are skewed: half of all songs have an instrumentalness of 0)
-    and every song a unit vector; on unit vectors the nearest by Euclid are the nearest by cosine, so a k-d tree
-    (scipy.spatial.KDTree; Maneewongvatana and Mount, 1999) answers without a scan.
+
+class SimilarSongs:
+    """Exact neighbours of songs by sound and by the company they keep, in a k-d tree.
+
+    Sound: every feature is made normal by its ranks (they are skewed: half of all songs have an instrumentalness of 0),
+    and their principal components are kept. Company: a mixture of genres, the song's own and those of all songs of its
+    first artist, under a square root (so that distances are Hellinger's), each genre in a place of its own.
+    The tree (scipy.spatial.KDTree; Maneewongvatana and Mount, 1999) answers without a scan, in few dimensions.
     """
 
-    FEATURES = AUDIO + ("liveness", "tempo")
-    LANDMARKS = 501
-    EXTREME = 0.00135  # quantiles beyond three standard deviations are cut: an outlier shall not outweigh the rest
+    FEATURES = AUDIO + ("liveness", "tempo", "duration_ms", "year")
+    DIMENSIONS, COMPANY_DIMENSIONS = 14, 8
+    EXTREME = 3            # standard deviations: an outlier shall not outweigh the rest
+    OWN_GENRE = 0.4        # its share of the company
+    COMPANY_WEIGHT = 1.25  # against sound, whose total variance is 1
 
-    def fit(self, songs):
+    def fit(self, songs, sample=()):
+        """`songs` is a DataFrame, one row per song; asked_ are the sample's points as if their genres were not known."""
         from scipy.spatial import KDTree
-        self.features_ = [name for name in self.FEATURES if name in songs and songs[name].notna().any()]
-        self.quantiles_ = np.nanquantile(songs[self.features_].to_numpy(np.float64), np.linspace(0, 1, self.LANDMARKS), axis=0)
-        self.tree_ = KDTree(self.transform(songs))
-        self.recording_ = recordings(songs).astype(np.int32)
-        self.distinct_ = int(self.recording_.max()) + 1
         # Arrays of objects: joblib hands them to the C pickler whole, lists it walks through in Python.
         self.track_ids_, self.titles_, self.artists_ = (
             songs[name].to_numpy(object) for name in ("track_id", "track_name", "artist_name"))
+        self.recording_ = recordings(songs).astype(np.int32)
+        company, asked = self._company(songs, sample)
+        sound = self._sound(songs, self.DIMENSIONS - company.shape[1])
+        self.tree_ = KDTree(np.hstack([sound, company]), leafsize=20)
+        self.asked_ = np.hstack([sound[sample], asked])
         return self
 
-    def transform(self, songs) -> np.ndarray:
-        """Return unit vectors, one row per song; a missing feature counts as the median."""
-        vectors = np.nan_to_num(self.normal(songs))
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-12)
-
-    def normal(self, songs) -> np.ndarray:
-        """Return the features as standard normal quantiles, one row per song; missing is NaN."""
+    def _sound(self, songs, dimensions):
+        """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
-        normal = ndtri(np.linspace(0, 1, self.LANDMARKS).clip(self.EXTREME, 1 - self.EXTREME))
-        vectors = np.empty((len(songs), len(self.features_)))
-        for column, (name, landmarks) in enumerate(zip(self.features_, self.quantiles_.T)):
-            values = songs[name].to_numpy(np.float64)
-            # From both sides, as scikit-learn's QuantileTransformer does: among ties the middle of their quantiles.
-            vectors[:, column] = (np.interp(values, landmarks, normal)
-                                  - np.interp(-values, -landmarks[::-1], -normal[::-1])) / 2
-        return vectors
+        self.features_ = present(songs, self.FEATURES)
+        normal = np.column_stack([ndtri((songs[name].rank() - 0.5) / songs[name].count()).clip(-self.EXTREME, self.EXTREME).fillna(0)
+                                  for name in self.features_])
+        normal -= normal.mean(axis=0)
+        sound = normal @ np.linalg.eigh(normal.T @ normal)[1][:, ::-1][:, :dimensions]
+        return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
 
-    def neighbours(self, row: int, k: int = 10):
-        """Return (rows, cosines) of the k songs most like the song in that row, the most similar first.
+    def _company(self, songs, sample):
+        """Return (points of all songs, points of the sample with their own genres hidden); no columns without genres."""
+        from sklearn.preprocessing import normalize
+        own, genres = incidence(column(songs, "genre"), whole)
+        artist, _ = incidence(songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()])
+        self.artist_, self.settings_ = artist.indices, {"company": len(genres) > 1}
+        counts = artist.T @ own
+        places = far_apart(len(genres), min(len(genres) - 1, self.COMPANY_DIMENSIONS) if genres else 0)
+        def points(mixture):
+            company = mixture.sqrt() @ places
+            return self.COMPANY_WEIGHT * company / np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
+        others = normalize(counts, "l1")
+        return (points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * (artist @ others)),
+                points(normalize(artist[sample] @ counts - own[sample], "l1")))
 
-        Never the song itself nor another copy of its recording, and no recording twice; fewer than k where the table
-        has no more.
+    def neighbours(self, row, k=10, same_artist=False, point=None):
+        """Return (rows, similarities) of the k songs most like the song in that row, the most similar first.
+
+        Never the song itself nor another copy of its recording, no recording twice, and of ten no more than three by
+        its first artist, unless `same_artist`; fewer than k where the table has no more. A similarity is exp(-d²/2),
+        1 for a song that is the same in everything. `point` is asked about in place of the song's own.
         """
         songs, wanted = len(self.track_ids_), 2 * k + 2
+        allowed = k if same_artist else max(1, 3 * k // 10)
         while True:
-            distances, rows = self.tree_.query(self.tree_.data[row], k=min(wanted, songs))
-            _, first = np.unique(self.recording_[rows], return_index=True)
-            first = np.sort(first)
-            first = first[self.recording_[rows[first]] != self.recording_[row]][:k]
+            distances, rows = self.tree_.query(self.tree_.data[row] if point is None else point, k=min(wanted, songs))
+            first = np.sort(np.unique(self.recording_[rows], return_index=True)[1])
+            first = first[self.recording_[rows[first]] != self.recording_[row]]
+            own = self.artist_[rows[first]] == self.artist_[row]
+            first = first[~own | (np.cumsum(own) <= allowed)][:k]
             if len(first) == k or wanted >= songs:
-                return rows[first], 1 - distances[first] ** 2 / 2
-            wanted *= 4
+                return rows[first], np.exp(-distances[first] ** 2 / 2)
+            wanted *= 3
 
-    def find(self, text: str, artist: str | None = None) -> list[int]:
-        """Return one row per recording with that track_id, or else with that title (case-folded), by that artist."""
+    def find(self, text, artist=None):
+        """Return one row per recording, by that artist: of that track_id; or of that title; or else of titles "Text - …"
+        and "Text (…)"; or that begin with the text; or that contain it. All case-folded."""
         if (same := np.flatnonzero(self.track_ids_ == text)).size:
             return [int(same[0])]
-        title, artist = text.casefold(), artist and artist.casefold()
-        rows = [row for row, name in enumerate(self.titles_) if name.casefold() == title
-                and (not artist or artist in self.artists_[row].casefold())]
-        return list({self.recording_[row]: row for row in reversed(rows)}.values())[::-1]
+        text, artist, found = text.casefold(), (artist or "").casefold(), ({}, {}, {}, {})
+        for row, title in enumerate(map(str.casefold, self.titles_)):
+            if text in title and artist in self.artists_[row].casefold():
+                looks = title == text, title.startswith((f"{text} - ", f"{text} (")), title.startswith(text), True
+                found[looks.index(True)].setdefault(self.recording_[row], row)
+        return list(next(filter(None, found), {}).values())
 
-    def suggestions(self, text: str) -> list[str]:
+    def suggestions(self, text):
         """Return up to five titles spelt like the text."""
         import difflib
         text = text.casefold()
@@ -813,19 +810,16 @@ class SimilarSongs:
 # Saving and loading: models/NAME.joblib, models/metrics/NAME.json, models/versions/
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Locked(Exception):
+class Locked(db.Expected):
     """A run holds the models directory."""
 
 
-_locks = set()  # models directories this process holds: the command line takes the lock long before the flow asks for it
-
-
 @contextmanager
-def one_run_at_a_time(folder: Path):
-    """Hold MODELS_DIR/.lock. Raises Locked, saying who holds it since when. The kernel frees it when the holder dies."""
-    if folder in _locks:
-        yield
-        return
+def one_run_at_a_time(folder):
+    """Hold MODELS_DIR/.lock; yield its open file: the lock is held as long as a process has it open.
+
+    Raises Locked, saying who holds it since when. The kernel frees it when the last holder dies.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")
@@ -843,14 +837,22 @@ def one_run_at_a_time(folder: Path):
             file.truncate(0)
             file.write(f"process {os.getpid()} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
             file.flush()
-        _locks.add(folder)
-        try:
-            yield
-        finally:
-            _locks.remove(folder)
+        yield file
 
 
-def write_atomically(path: Path, write) -> None:
+def check_folder(folder):
+    """Return (what, "ok"|"warning"|"problem", sentence) of the models directory and its disk. Raises DataError."""
+    import notify
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
+    free = shutil.disk_usage(there).free
+    state = "problem" if free < SPACE_NEEDED else "warning" if free < 10 * SPACE_NEEDED else "ok"
+    return [("models directory", "ok", f"{folder} is writable" + "; it will be made" * (there != folder)),
+            ("space", state, f"{notify.size(free) or '0 B'} free" + f"; make room on the disk of {there}" * (state != "ok"))]
+
+
+def write_atomically(path, write):
     """Call write(file) on a temporary file beside path and put it in path's place once it is safely on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -864,7 +866,7 @@ def write_atomically(path: Path, write) -> None:
 
 
 @contextmanager
-def naming(path: Path):
+def naming(path):
     """Let an OSError say which file it is about: a full disk does not."""
     try:
         yield
@@ -873,8 +875,16 @@ def naming(path: Path):
         raise
 
 
-def _write_json(path: Path, content) -> None:
+def write_json(path, content):
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
+
+
+def read_json(text):
+    """Return the object in a file or a line; None where it is missing or cut short."""
+    try:
+        return json.loads(text.read_bytes() if isinstance(text, Path) else text)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _paths(name, models_dir):
@@ -882,121 +892,118 @@ def _paths(name, models_dir):
     return models_dir / f"{name}.joblib", models_dir / "metrics" / f"{name}.json"
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_report(name: str, models_dir=MODELS_DIR, digest: str | None = None) -> dict | None:
-    """Return what stands in metrics/NAME.json, or None.
+def _versions(name, models_dir):
+    """Return (path of the model, its report) of everything in versions/, the newest first."""
+    paths = sorted((Path(models_dir) / "versions").glob(f"{name}-*.json"), reverse=True)
+    return [(path.with_suffix(".joblib"), report) for path in paths if (report := read_json(path))]
 
-    A run killed between the two renames of `publish` leaves the new model with the old metrics, and the new metrics
-    beside them under the name .NAME.json.next: with the model's digest given, the one that belongs to it is returned.
+
+def _version(report, models_dir):
+    """Return where versions/ holds the model of a report; beside it, as .json, the report."""
+    moment = datetime.fromisoformat(report["trained_at"])
+    return Path(models_dir) / "versions" / f"{report['model']}-{moment:%Y%m%dT%H%M%S.%f}.joblib"
+
+
+def read_report(name, models_dir=MODELS_DIR, digest=None):
+    """Return the report of the current model, None where the model is missing, damaged or not ours.
+
+    It is the one with the file's SHA-256: in metrics/NAME.json, or, where a run was killed between the two files, in
+    versions/. `digest` saves reading the file.
     """
-    path = _paths(name, models_dir)[1]
-    reports = []
-    for candidate in (path.with_name(f".{path.name}.next"), path):
-        try:
-            reports.append(json.loads(candidate.read_text()))
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-        if reports[-1].get("sha256") == digest:
-            return reports[-1]
-    return reports[-1] if reports and path.exists() else None
+    path, metrics_path = _paths(name, models_dir)
+    if not path.exists():
+        return None
+    digest = digest or _sha256(path)
+    reports = chain([read_json(metrics_path)], (report for _, report in _versions(name, models_dir)))
+    return next((report for report in reports if report and report["sha256"] == digest), None)
 
 
-def load_model(name: str, models_dir=MODELS_DIR) -> dict:
+def list_versions(name, models_dir=MODELS_DIR):
+    """Return (model path, report) of the versions kept beside the current model, the newest first."""
+    current = read_report(name, models_dir) or {"sha256": None}
+    return [version for version in _versions(name, models_dir) if version[1]["sha256"] != current["sha256"]]
+
+
+def to_train(name, models_dir):
+    """Return the command line that trains a model as the last run into that folder did."""
+    last = read_json(_paths(name, models_dir)[1]) or {}
+    return f"{last.get('command') or db.command('train.py', *in_folder(models_dir))} --only {name}"
+
+
+def in_folder(models_dir):
+    """Return the options that say where the models are."""
+    folder = Path(models_dir).resolve()
+    return () if folder == MODELS_DIR else ("--models-dir", folder)
+
+
+def load_model(name, models_dir=MODELS_DIR):
     """Return the saved dict of a model: `estimator`, `metrics` and all that stands in its metrics file.
 
-    The file's SHA-256 is compared with the metrics file before anything is unpickled. Raises ModelError.
+    The file's SHA-256 is compared with its report's before anything is unpickled. Raises ModelError.
     """
     import joblib
     path, metrics_path = _paths(name, models_dir)
-    again = f"train it: python train.py --only {name}"
+    again = f"train it: {to_train(name, models_dir)}"
     if not path.exists():
         raise ModelError(f"there is no {name} model in {models_dir}; {again}")
-    digest = _sha256(path)
-    report = read_report(name, models_dir, digest)
+    report = read_report(name, models_dir)
     if not report:
-        raise ModelError(f"{metrics_path} is missing or damaged, so {path} cannot be trusted; {again}")
-    if report.get("sha256") != digest:
-        raise ModelError(f"{path} is damaged or was changed: its SHA-256 is not the one in {metrics_path}; put the "
-                         f"previous version back: python models.py rollback {name}, or {again}")
-    for package, version in library_versions("scikit-learn").items():
-        if report["versions"].get(package) != version:
-            log.warning("%s was trained with %s %s and is loaded with %s; if it misbehaves, %s",
-                        name, package, report["versions"].get(package), version, again)
+        raise ModelError(f"{path} is damaged or was changed: no report has its SHA-256, neither {metrics_path} nor one in "
+                         f"versions/; put a version back: {db.command('models.py', 'rollback', name, *in_folder(models_dir))}, "
+                         f"or {again}")
+    trained_with, installed = report["versions"].get("scikit-learn"), library_versions()["scikit-learn"]
+    if trained_with != installed:
+        log.warning("%s was trained with scikit-learn %s and is loaded with %s; if it misbehaves, %s",
+                    name, trained_with, installed, again)
     return joblib.load(path)
 
 
-def library_versions(*packages) -> dict:
-    """Return the installed version of each package, None where it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+def library_versions():
+    from importlib.metadata import version
+    return {package: version(package) for package in ("scikit-learn", "pandas", "numpy")}
 
 
-def publish(name: str, estimator, metrics: dict, about: dict, models_dir=MODELS_DIR, force: bool = False) -> dict:
-    """Save a trained model and its metrics in place of the current ones, which become a version; return the report.
+def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False):
+    """Save a trained model as a version, put it in the current one's place, return its report.
 
-    `about` says how it was trained: `run`, `settings` and what else shall stand in the metrics file.
+    `about` says how it was trained: `run`, `settings`, `command` and what else shall stand in the report.
 
     A model whose primary metric is worse than the current one's by more than 5 % of it, and by more than 0.01, is
-    held back: it is kept in versions/ and the current one stays. The first model, one trained with other settings and
-    `force` are never held back. Killed at any moment, this leaves either the old model or the new one, whole.
+    held back: it is in versions/ only. The first model, one trained with other settings and `force` are never held
+    back. Killed at any moment, this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
     import joblib
-    path, metrics_path = _paths(name, models_dir)
-    versions = Path(models_dir) / "versions"
-    for folder in (metrics_path.parent, versions):
-        folder.mkdir(parents=True, exist_ok=True)
-    current = read_report(name, models_dir, _sha256(path)) if path.exists() else None
-    intact = bool(current) and current["sha256"] == _sha256(path)
-    report = {"model": name, "metrics": {key: value for key, value in metrics.items() if key != "plot"}, **about,
-              "trained_at": datetime.now(timezone.utc).isoformat(), "seed": SEED, "features": feature_names(estimator),
-              "versions": {"python": platform.python_version(), **library_versions("scikit-learn", "pandas", "numpy", "prefect")},
-              "plot": metrics.get("plot", {})}
-    reason = _worse(report, current) if intact and not force else None
-    metric = next(iter(report["metrics"]))
-    report |= {"status": "held_back" if reason else "trained", "error": reason,
-               "previous": current["metrics"].get(metric) if intact else None}
+    for folder in ("metrics", "versions"):
+        (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
+    current = _current_as_version(name, models_dir)
+    report = {"model": name, "metrics": {key: metrics[key] for key in metrics if key != "plot"}, **about,
+              "trained_at": datetime.now(timezone.utc).isoformat(), "seed": SEED, "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
+              "settings": about["settings"] | getattr(estimator, "settings_", {}),
+              "versions": {"python": platform.python_version(), **library_versions()}, "plot": metrics.get("plot", {})}
+    reason = current and not force and _worse(report, current)
+    report |= {"status": "held_back" if reason else "trained", "error": reason or None,
+               "previous": current and current["metrics"].get(next(iter(metrics)))}
+    version = _version(report, models_dir)
     try:
-        staged = path.with_name(f".{path.name}.staged")
-        write_atomically(staged, lambda file: joblib.dump({**report, "estimator": estimator}, file))
-        report |= {"sha256": _sha256(staged), "bytes": staged.stat().st_size}
-        if reason:
-            _keep_version(name, staged, report, versions)
-            staged.unlink()
-        else:
-            if intact:
-                _keep_version(name, path, current, versions)
-            _swap_in(staged, report, path, metrics_path)
-    finally:
-        staged.unlink(missing_ok=True)
-    _prune(name, versions)
+        write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
+        report |= {"sha256": _sha256(version), "bytes": version.stat().st_size}
+        write_json(version.with_suffix(".json"), report)
+        if not reason:
+            _put_in_place(version, report, models_dir)
+    except BaseException:
+        _remove(version)
+        raise
+    _prune(name, models_dir)
     return report
 
 
-def feature_names(estimator) -> list[str]:
-    """Return the names of the columns an estimator uses."""
-    return [str(name) for name in getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))]
-
-
-def _swap_in(model: Path, report: dict, path: Path, metrics_path: Path) -> None:
-    """Move a model file to path and write its metrics, so that whoever dies in between leaves the two in step."""
-    following = metrics_path.with_name(f".{metrics_path.name}.next")
-    _write_json(following, report)
-    os.replace(model, path)
-    os.replace(following, metrics_path)
-
-
-def _worse(report: dict, current: dict) -> str | None:
+def _worse(report, current):
     """Return why the gate holds a model back, None where it passes."""
     metric, value = next(iter(report["metrics"].items()))
     before = current["metrics"].get(metric)
@@ -1005,69 +1012,70 @@ def _worse(report: dict, current: dict) -> str | None:
     if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
     return (f"held back: {metric} {'could not be measured' if value is None else f'fell to {value:.4f}'}, the current "
-            f"model has {before:.4f}; to publish all the same: python train.py --only {report['model']} --force")
+            f"model has {before:.4f}; to publish all the same: {report['command']} --only {report['model']} --force")
 
 
-def _stamp(report: dict) -> str:
-    return datetime.fromisoformat(report["trained_at"]).strftime("%Y%m%dT%H%M%S.%f")
+def _put_in_place(version, report, models_dir):
+    """Give a version the current model's names: first the report, which may find no space, then the model by a rename."""
+    path, metrics_path = _paths(report["model"], models_dir)
+    write_json(metrics_path, report)
+    _link(version, path)
 
 
-def _keep_version(name: str, model: Path, report: dict, versions: Path) -> None:
-    """Give a model file a second name in versions/, with its metrics beside it."""
-    target = versions / f"{name}-{_stamp(report)}.joblib"
-    if not target.exists():
-        os.link(model, target)
-    _write_json(target.with_suffix(".json"), report)
+def _link(source, target):
+    """Give a file a second name, atomically: by a hard link, or by a copy on a file system that has none."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        with open(source, "rb") as whole_file:
+            write_atomically(target, lambda file: shutil.copyfileobj(whole_file, file))
 
 
-def list_versions(name: str, models_dir=MODELS_DIR) -> list[tuple[Path, dict]]:
-    """Return (model path, report) of the versions kept of a model, the newest first."""
-    versions = sorted((Path(models_dir) / "versions").glob(f"{name}-*.json"), reverse=True)
-    return [(path.with_suffix(".joblib"), json.loads(path.read_text())) for path in versions]
+def _current_as_version(name, models_dir):
+    """Return read_report() of a model, after making sure that versions/ holds it: in the first edition it did not."""
+    report = read_report(name, models_dir)
+    if report and not (version := _version(report, models_dir)).exists():
+        _link(_paths(name, models_dir)[0], version)
+        write_json(version.with_suffix(".json"), report)
+    return report
 
 
-def _prune(name: str, versions: Path) -> None:
-    """Keep five versions, of which at most one that was not good enough: bad nights shall not push out good ones."""
-    good, bad = [], []
-    for path, report in list_versions(name, versions.parent):
-        (good if report["status"] == "trained" else bad).append(path)
-    for path in good[KEEP_VERSIONS - len(bad[:1]):] + bad[1:]:
+def _remove(version):
+    for path in (version, version.with_suffix(".json")):
         path.unlink(missing_ok=True)
-        path.with_suffix(".json").unlink(missing_ok=True)
 
 
-def rollback(name: str, models_dir=MODELS_DIR) -> dict:
+def _prune(name, models_dir):
+    """Keep five versions, of which at most one that was not good enough: bad nights shall not push out good ones."""
+    kept = list_versions(name, models_dir)
+    good, bad = ([path for path, report in kept if (report["status"] == "trained") == fine] for fine in (True, False))
+    for path in good[KEEP_VERSIONS - len(bad[:1]):] + bad[1:]:
+        _remove(path)
+
+
+def rollback(name, models_dir=MODELS_DIR):
     """Put the previous version of a model back, its metrics with it; return its report. Raises ModelError.
 
     The model taken back stays in versions/ as "rolled_back" and is not gone back to again.
     """
-    path, metrics_path = _paths(name, models_dir)
-    digest = _sha256(path) if path.exists() else None
-    current = read_report(name, models_dir, digest)
-    earlier = [(model, report) for model, report in list_versions(name, models_dir) if report["status"] == "trained"
-               and model.exists() and (not current or _stamp(report) < _stamp(current))]
-    if not earlier:
-        raise ModelError(f"there is no earlier version of {name} in {Path(models_dir) / 'versions'} to go back to")
-    model, report = earlier[0]
-    if current and current["sha256"] == digest:
-        _keep_version(name, path, {**current, "status": "rolled_back"}, model.parent)
-    _swap_in(model, report, path, metrics_path)
-    model.with_suffix(".json").unlink()
-    return report
+    current = _current_as_version(name, models_dir)
+    for version, report in _versions(name, models_dir):
+        earlier = not current or report["trained_at"] < current["trained_at"]
+        if earlier and report["status"] == "trained" and version.exists() and _sha256(version) == report["sha256"]:
+            if current:
+                write_json(_version(current, models_dir).with_suffix(".json"), {**current, "status": "rolled_back"})
+            _put_in_place(version, report, models_dir)
+            return report
+    raise ModelError(f"there is no earlier version of {name} in {Path(models_dir) / 'versions'} to go back to")
 
 
-def recover(models_dir=MODELS_DIR) -> None:
-    """Finish what a killed run had begun: bring model and metrics into step, remove its temporary files."""
+def clean_up(models_dir=MODELS_DIR):
+    """Remove what a killed run left half done: temporary files, versions without their other half."""
     models_dir = Path(models_dir)
-    for name in MODELS:
-        path, metrics_path = _paths(name, models_dir)
-        following = metrics_path.with_name(f".{metrics_path.name}.next")
-        if following.exists():
-            report = read_report(name, models_dir, _sha256(path) if path.exists() else None)
-            if report and path.exists() and report["sha256"] == _sha256(path):
-                _write_json(metrics_path, report)
-            following.unlink()
-    for leftover in [*models_dir.glob(".*.tmp"), *models_dir.glob(".*.staged"), *models_dir.glob("*/.*.tmp")]:
+    for leftover in [*models_dir.glob(".*.tmp"), *models_dir.glob("*/.*.tmp")]:
         leftover.unlink()
     for version in (models_dir / "versions").glob("*"):
         if not version.with_suffix(".json" if version.suffix == ".joblib" else ".joblib").exists():
@@ -1078,67 +1086,60 @@ def recover(models_dir=MODELS_DIR) -> None:
 # What is written down beside the models: history and data
 # ---------------------------------------------------------------------------------------------------------------------
 
-def append_history(models_dir, lines: list[dict]) -> None:
+def append_history(models_dir, lines):
     """Append lines to metrics/history.jsonl, one JSON object each."""
     path = Path(models_dir) / "metrics" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
-    with naming(path), open(path, "ab") as file:
-        file.write(b"\n" * bool(torn) + "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with naming(path), open(path, "a") as file:
+        file.write("\n" * torn + "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def read_history(models_dir=MODELS_DIR) -> list[dict]:
+def read_history(models_dir=MODELS_DIR):
     """Return the lines of metrics/history.jsonl, the oldest first, without lines a full disk cut short."""
-    path, lines = Path(models_dir) / "metrics" / "history.jsonl", []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    path = Path(models_dir) / "metrics" / "history.jsonl"
+    return [*filter(None, map(read_json, path.read_bytes().splitlines()))] if path.exists() else []
 
 
-def owed(models_dir=MODELS_DIR) -> list[str]:
+def owed(models_dir=MODELS_DIR):
     """Return the models whose last run failed, was held back or was killed, and those that have no file."""
-    last = {}
-    for line in read_history(models_dir):
-        last[line["model"]] = line
-    done = lambda name: name in last and (
-        last[name]["status"] == "trained" or (read_report(name, models_dir) or {}).get("run") == last[name]["run"])
-    return [name for name in MODELS if not (done(name) and _paths(name, models_dir)[0].exists())]
+    last = {line["model"]: line for line in read_history(models_dir)}
+    def done(name):
+        report = read_report(name, models_dir)
+        return report and name in last and (last[name]["status"] == "trained" or report["run"] == last[name]["run"])
+    return [name for name in MODELS if not done(name)]
 
 
-def describe(songs) -> dict:
+def describe(songs):
     """Return what a later run compares its songs with: rows, share of each genre, mean and deviation of each feature."""
     import pandas as pd
-    known = [name for name in (*AUDIO, "popularity", *MORE_AUDIO) if name in songs and songs[name].notna().any()]
+    numbers = songs[present(songs, NUMBERS)].astype(np.float64)
     hashes = pd.util.hash_pandas_object(songs, index=False).to_numpy()
     return {"rows": len(songs), "fingerprint": hashlib.sha256(hashes.tobytes()).hexdigest(),
-            "genres": {g: float(share) for g, share in songs["genre"].value_counts(normalize=True).head(500).items()},
-            "means": {name: float(songs[name].astype(np.float64).mean()) for name in known},
-            "deviations": {name: float(songs[name].astype(np.float64).std(ddof=0)) for name in known}}
+            "genres": songs["genre"].value_counts(normalize=True).head(500).to_dict(),
+            "means": numbers.mean().to_dict(), "deviations": numbers.std(ddof=0).to_dict()}
 
 
-def drift(now: dict, before: dict) -> list[str]:
-    """Compare two descriptions of the songs; return a sentence for everything that moved a lot."""
-    found = []
-    if not 1 - DRIFT_ROWS <= now["rows"] / before["rows"] <= 1 / (1 - DRIFT_ROWS):
-        found.append(f"the table has {now['rows']:,} songs; at the last training it had {before['rows']:,}")
-    for genre in sorted(now["genres"].keys() | before["genres"].keys()):
-        share, was = now["genres"].get(genre, 0.0), before["genres"].get(genre, 0.0)
-        if abs(share - was) >= DRIFT_SHARE and max(share, was) >= DRIFT_RATIO * min(share, was):
-            found.append(f"genre {genre} makes up {share:.1%} of the songs; it was {was:.1%}")
-    for name in sorted(now["means"].keys() & before["means"].keys()):
+def drift_since(now, table, models_dir=MODELS_DIR):
+    """Compare the songs with those of the model trained last on the same table; return a sentence for each that moved.
+
+    What matters most comes first: a feature that left its range, then the number of songs, then the genres.
+    """
+    reports = [report for name in MODELS if (report := read_report(name, models_dir)) and report.get("table") == table]
+    if not reports:
+        return []
+    before, found = max(reports, key=lambda report: report["trained_at"])["data"], []
+    for name in sorted(now["means"].keys() & before["means"]):
         mean, was, deviation = now["means"][name], before["means"][name], before["deviations"][name]
         if abs(mean - was) > DRIFT_DEVIATIONS * max(deviation, 1e-9):
             found.append(f"mean {name} is {mean:.4g}; it was {was:.4g} (standard deviation {deviation:.3g})")
+    if not 1 - DRIFT_ROWS <= now["rows"] / before["rows"] <= 1 / (1 - DRIFT_ROWS):
+        found.append(f"the table has {now['rows']:,} songs; at the last training it had {before['rows']:,}")
+    for genre in sorted(now["genres"].keys() | before["genres"]):
+        share, was = (data["genres"].get(genre, 0) for data in (now, before))
+        if abs(share - was) >= DRIFT_SHARE and max(share, was) >= DRIFT_RATIO * min(share, was):
+            found.append(f"genre {genre} makes up {share:.1%} of the songs; it was {was:.1%}")
     return found
-
-
-def drift_since(now: dict, table: str, models_dir=MODELS_DIR) -> list[str]:
-    """Compare the songs with those of the model trained last on the same table."""
-    reports = [report for name in MODELS if (report := read_report(name, models_dir)) and report.get("table") == table]
-    return drift(now, max(reports, key=_stamp)["data"]) if reports else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1154,28 +1155,23 @@ def read_text(path):
         raise DataError(f"cannot read {path}: {error}") from None
 
 
-def song_columns(rows) -> dict:
+def song_columns(rows):
     """Return our name -> the table's own name for every song column it has, by name or by alias."""
-    named = {db.ALIASES.get(column.strip().lower()): column for column in rows.columns[::-1]}
-    named |= {column.strip().lower(): column for column in rows.columns[::-1]}
-    return {name: named[name] for name in (*db.REQUIRED, *db.OPTIONAL) if name in named}
+    given = {name.strip().lower(): name for name in rows.columns[::-1]}
+    given = {db.ALIASES.get(name, name): given[name] for name in given} | given
+    return {name: given[name] for name in (*db.REQUIRED, *db.OPTIONAL) if name in given}
 
 
 def songs_from_text(rows):
     """Return the song columns of a table of text: names by db.ALIASES, numbers as float32; what is no number is NaN."""
     import pandas as pd
-    songs = pd.DataFrame(index=rows.index)
-    columns = song_columns(rows)
+    songs, columns = pd.DataFrame(index=rows.index), song_columns(rows)
     for name in (*db.REQUIRED, *db.OPTIONAL):
-        if name not in columns:
-            songs[name] = "" if name in db.TEXT else np.float32(np.nan)
-        elif name in db.TEXT:
-            songs[name] = rows[columns[name]]
-        else:
-            text = rows[columns[name]].str.strip().str.lower()
-            text = text.replace({"true": "1", "t": "1", "false": "0", "f": "0"}) if name == "explicit" else text
-            text = text.str[:4] if name == "year" else text
-            songs[name] = pd.to_numeric(text, errors="coerce").astype(np.float32)
+        text = rows[columns[name]] if name in columns else pd.Series("", index=rows.index)
+        if name not in db.TEXT:
+            text = text.str.strip().str.lower().replace({"true": "1", "t": "1", "false": "0", "f": "0"})
+            text = pd.to_numeric(text.str[:4] if name == "year" else text, errors="coerce").astype(np.float32)
+        songs[name] = text
     return songs.replace([np.inf, -np.inf], np.nan)
 
 
@@ -1187,26 +1183,24 @@ def predict(songs, models_dir=MODELS_DIR):
     missing genre as the predicted one, a song with a missing feature is in no cluster.
     """
     import pandas as pd
-    added, notes, loaded = pd.DataFrame(index=songs.index), [], {}
+    added, notes = pd.DataFrame(index=songs.index), []
     for name in ("genre", "clusters", "energy", "popularity"):
         try:
-            loaded[name] = load_model(name, models_dir)["estimator"]
+            model = load_model(name, models_dir)["estimator"]
         except ModelError as error:
             notes.append(f"{name} skipped: {error}")
-    if "genre" in loaded:
-        probabilities = loaded["genre"].predict_proba(songs)
-        added["genre_predicted"] = loaded["genre"].classes_[probabilities.argmax(axis=1)]
-        added["genre_confidence"] = probabilities.max(axis=1).round(4)
-        songs = songs.assign(genre=songs["genre"].where(songs["genre"] != "", added["genre_predicted"]))
-    if "clusters" in loaded:
-        features = songs[list(AUDIO)].astype(np.float64)
-        whole = features.notna().all(axis=1)
-        added["cluster"] = pd.array([pd.NA] * len(songs), dtype="Int64")
-        if whole.any():
-            added.loc[whole, "cluster"] = loaded["clusters"].predict(features[whole])
-    for name in ("energy", "popularity"):
-        if name in loaded:
-            added[f"{name}_predicted"] = loaded[name].predict(songs).round(4)
+            continue
+        if name == "genre":
+            probabilities = model.predict_proba(songs)
+            added["genre_predicted"] = model.classes_[probabilities.argmax(axis=1)]
+            added["genre_confidence"] = probabilities.max(axis=1).round(4)
+            songs = songs.assign(genre=songs["genre"].where(songs["genre"] != "", added["genre_predicted"]))
+        elif name == "clusters":
+            features = songs[list(AUDIO)].astype(np.float64).dropna()
+            clusters = model.predict(features) if len(features) else []
+            added["cluster"] = pd.Series(clusters, features.index, "Int64")
+        else:
+            added[f"{name}_predicted"] = model.predict(songs).round(4)
     return added, notes
 
 
@@ -1214,65 +1208,54 @@ def predict(songs, models_dir=MODELS_DIR):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
-def _age(when: str) -> str:
-    seconds = (datetime.now(timezone.utc) - datetime.fromisoformat(when)).total_seconds()
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            count = int(seconds // length)
-            return f"{count} {unit}{'s' * (count > 1)} ago"
-    return "just now"
-
-
-def show(options) -> int:
-    """Print the current models; 0 if every one of them can be loaded, 2 if none is there."""
+def show(options):
+    """Print the current models; 2 if there is none."""
     import notify
-    rows, reports, trouble = [], {}, []
+    rows, reports = [], {}
     for name in MODELS:
-        path, _ = _paths(name, options.models_dir)
-        report = read_report(name, options.models_dir, _sha256(path) if path.exists() else None)
-        if not path.exists() or not report or report["sha256"] != _sha256(path):
-            trouble.append(name)
-            rows.append((name, "not trained" if not path.exists() else "damaged", "", "", "", "", ""))
+        report = read_report(name, options.models_dir)
+        if not report:
+            there = _paths(name, options.models_dir)[0].exists()
+            rows.append((name, "damaged" if there else "not trained", *[""] * 5))
             continue
         versions = len(list_versions(name, options.models_dir))
-        reports[name] = {key: value for key, value in report.items() if key not in ("plot", "data")} | {"versions_kept": versions}
-        rows.append((name, *notify.metric_and_change(report), f"{report['rows']:,}", _age(report["trained_at"]),
+        reports[name] = {key: report[key] for key in report if key not in ("plot", "data")} | {"versions_kept": versions}
+        age = datetime.now(timezone.utc) - datetime.fromisoformat(report["trained_at"])
+        rows.append((name, *notify.metric_and_change(report), f"{report['rows']:,}", f"{notify.duration(age.total_seconds())} ago",
                      notify.size(report["bytes"]), versions))
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
         notify.print_table(("model", "metric", "change>", "songs>", "trained", "size>", "older>"), rows,
                            above=[(f"Models in {options.models_dir}", "bold")])
-    return 2 if len(trouble) == len(MODELS) else 0
+    return 0 if reports else 2
 
 
-def similar(options) -> int:
+def similar(options):
     """Print the songs most like one song."""
     import notify
     index = load_model("similar", options.models_dir)["estimator"]
-    rows = index.find(options.song, options.artist)
     song = lambda row: {"track_id": index.track_ids_[row], "track_name": index.titles_[row], "artist_name": index.artists_[row]}
+    rows, asked = index.find(options.song, options.artist), f'"{options.song}"' + f" by {options.artist}" * bool(options.artist)
     if not rows:
         near = "".join(f"\n  {title}" for title in index.suggestions(options.song))
-        by = f" by {options.artist}" if options.artist else ""
-        raise ModelError(f'no song is called "{options.song}"{by}' + (f"; did you mean:{near}" if near else ""))
+        raise ModelError(f"no song is called {asked}" + (f"; did you mean:{near}" if near else ""))
     if len(rows) > 1:
-        choices = "".join(f"\n  {index.track_ids_[row]}  {index.artists_[row]}" for row in rows[:20])
-        choices += f"\n  and {len(rows) - 20} more" * (len(rows) > 20)
-        raise ModelError(f'{len(rows)} songs are called "{options.song}"; say which, --artist NAME or a track_id:{choices}')
-    found, cosines = index.neighbours(rows[0], options.k)
-    answers = [song(row) | {"similarity": round(float(cosine), 4)} for row, cosine in zip(found, cosines)]
+        choices = "".join("\n  {track_id}  {track_name}, by {artist_name}".format(**song(row)) for row in rows[:20])
+        raise ModelError(f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:{choices}"
+                         + f"\n  and {len(rows) - 20:,} more" * (len(rows) > 20))
+    found = zip(*index.neighbours(rows[0], options.k, options.same_artist))
+    answers = [song(row) | {"similarity": round(float(alike), 4)} for row, alike in found]
     if options.json:
         print(json.dumps({"song": song(rows[0]), "similar": answers}, indent=1, ensure_ascii=False))
     else:
-        notify.print_table(
-            ("alike>", "title", "artist", "track_id"),
-            [(f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"]) for a in answers],
-            above=[(f"Like {index.titles_[rows[0]]} by {index.artists_[rows[0]]}", "bold")])
+        lines = [(f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"]) for a in answers]
+        notify.print_table(("alike>", "title", "artist", "track_id"), lines,
+                           above=[("Like {track_name} by {artist_name}".format(**song(rows[0])), "bold")])
     return 0
 
 
-def predict_csv(options) -> int:
+def predict_csv(options):
     """Write the rows of a CSV with the predictions added, or print the first of them."""
     import notify
     rows = read_text(options.csv)
@@ -1283,25 +1266,24 @@ def predict_csv(options) -> int:
     added, notes = predict(songs, options.models_dir)
     for note in notes:
         log.warning("%s", note)
-    if added.empty and not len(added.columns):
-        raise ModelError(f"none of the models in {options.models_dir} can predict; train them: python train.py")
-    whole = rows.assign(**{name: added[name] for name in added})
+    if not len(added.columns):
+        raise ModelError(f"none of the models in {options.models_dir} can predict; train them: "
+                         f"{db.command('train.py', *in_folder(options.models_dir))}")
+    whole = rows.assign(**added)
     if options.out:
-        write_atomically(Path(options.out), lambda file: whole.to_csv(file, index=False))
+        write_atomically(Path(options.out), partial(whole.to_csv, index=False))
         log.info("%s songs with %s written to %s", f"{len(whole):,}", ", ".join(added), options.out)
     elif options.json:
         print(whole.to_json(orient="records", lines=True, force_ascii=False), end="")
     else:
-        shown = songs[["track_name", "artist_name"]].join(added).head(20)
-        names = {"track_name": "title", "artist_name": "artist", "genre_predicted": "genre", "genre_confidence": "sure>"}
-        columns = [names.get(name, name.removesuffix("_predicted") + ">") for name in shown]
-        rows = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row]
-                for row in shown.itertuples(index=False)]
-        notify.print_table(columns, rows, above=[(f"{len(whole):,} songs; --out FILE writes them all", "bold")])
+        shown = added.rename(columns=lambda name: name.removesuffix("_predicted").removeprefix("genre_") + ">")
+        shown = songs[["track_name", "artist_name"]].set_axis(["title", "artist"], axis=1).join(shown).head(20)
+        cells = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row] for row in shown.to_numpy(object)]
+        notify.print_table([*shown], cells, above=[(f"{len(whole):,} songs; --out FILE writes them all", "bold")])
     return 0
 
 
-def roll_back(options) -> int:
+def roll_back(options):
     """Put the previous version of a model back."""
     folder = Path(options.models_dir).resolve()
     if not folder.is_dir():
@@ -1313,32 +1295,31 @@ def roll_back(options) -> int:
     return 0
 
 
-def main(arguments=None) -> int:
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="models.py", description="Look at the trained models and use them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)")
-    machine = argparse.ArgumentParser(add_help=False)
+    folder, machine = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    folder.add_argument("--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)")
     machine.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command = commands.add_parser("show", parents=[common, machine], help="the current models: metrics, age, versions kept")
-    command.set_defaults(run=show)
-    command = commands.add_parser("similar", parents=[common, machine], help="the songs most like one song")
-    command.add_argument("song", help="its title or track_id")
-    command.add_argument("-k", type=int, default=10, help="how many (default: %(default)s)")
-    command.add_argument("--artist", help="which of several songs of one title")
-    command.set_defaults(run=similar)
-    command = commands.add_parser("predict", parents=[common, machine], help="add the predictions to the rows of a CSV")
-    command.add_argument("csv", help="songs, with the column names of the table or their aliases")
-    command.add_argument("--out", help="the CSV to write (default: print the first 20)")
-    command.set_defaults(run=predict_csv)
-    command = commands.add_parser("rollback", parents=[common], help="put the previous version of a model back")
-    command.add_argument("model", choices=list(MODELS))
-    command.set_defaults(run=roll_back)
+    def command(name, run, text, *parents):
+        added = commands.add_parser(name, parents=[folder, *parents], help=text)
+        added.set_defaults(run=run)
+        return added.add_argument
+    command("show", show, "the current models: metrics, age, versions kept", machine)
+    add = command("similar", similar, "the songs most like one song", machine)
+    add("song", help="its title or track_id")
+    add("-k", type=int, default=10, help="how many (default: %(default)s)")
+    add("--artist", help="which of several songs of one title")
+    add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
+    add = command("predict", predict_csv, "add the predictions to the rows of a CSV", machine)
+    add("csv", help="songs, with the column names of the table or their aliases")
+    add("--out", help="the CSV to write (default: print the first 20)")
+    command("rollback", roll_back, "put the previous version of a model back")("model", choices=list(MODELS))
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return options.run(options)
-    except (DataError, ModelError, Locked, OSError) as error:
+    except (db.Expected, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2
 
