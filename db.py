@@ -118,14 +118,18 @@ def database_url(demo=False):
 
 # ---- embedded server -----------------------------------------------------------------------------------------------
 # Every user holds a shared lock for as long as he lives, and starts a keeper. One keeper at a time is the server's parent
-# and stops it when there are no users any more, however they ended; the others wait to take over.
+# and stops it when there are no users any more, however they ended; the others wait, as long as their user lives.
 KEEPER = """
 import fcntl, json, os, shutil, signal, subprocess, sys, time
 folder, binaries, options = sys.argv[1:]
 os.setsid()
 os.chdir(folder)
 for n in 1, 2: os.dup2(os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), n)
-fcntl.flock(only := open("keeper.lock", "a"), fcntl.LOCK_EX)
+user, only = os.getppid(), open("keeper.lock", "a")
+while True:
+    try: fcntl.flock(only, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: time.sleep(.1) if os.getppid() == user else sys.exit()
+    else: break
 users, data, fresh, options = open("users.lock"), folder + "/data", folder + "/fresh", json.loads(options)
 def wanted():
     try: fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)

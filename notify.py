@@ -5,7 +5,6 @@ and exit status never disagree. Nothing here may cost a trained model.
 """
 import contextlib
 import errno
-import io
 import json
 import logging
 import math
@@ -46,7 +45,7 @@ SIGNS = {"done": f"[{GOOD[1]}]✓[/]", "failed": f"[{BAD[1]}]✗[/]", "held_back
          "retrying": f"[{MIXED[1]}]↻[/]"}
 
 PLAIN_WIDTH = 160          # columns of a table where there is no terminal to ask
-LOG_EVERY = 0.25           # share of a CSV between two log lines where there is no terminal
+LOG_EVERY = 0.25           # share of a CSV between two log lines
 
 # The picture. Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
 INCHES, ROW_INCHES, HEADER_INCHES = 16, 4.2, 1.5  # at 100 dots per inch
@@ -56,7 +55,7 @@ INK, GREY = "#222222", "#707070"
 STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "text.color": INK, "lines.linewidth": 2,
          "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 15, "axes.titlepad": 30,
          "axes.labelcolor": GREY, "axes.labelsize": 12, "legend.frameon": False, "legend.fontsize": 11}
-BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.06), "columnspacing": 1, "handletextpad": 0.3, "handlelength": 1.2}
+BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.06), "columnspacing": 1, "handletextpad": 0.3}  # a legend
 RUNS_SHOWN, CONFUSIONS_SHOWN, CLUSTERS_NAMED = 30, 9, 8
 
 # Discord. Breaking a limit (fields, a field's value, an embed) is a 400 and loses the message; the others share the embed.
@@ -113,21 +112,33 @@ def metric_and_change(model):
         return "", ""
     name, value = next(iter(model["metrics"].items()))
     previous = model.get("previous")
-    change = "first" if previous is None else "" if value is None else f"{value - previous:+.3f}"
+    change = "first" if None in (previous, value) else f"{value - previous:+.3f}"
     return f"{METRICS.get(name, plain(name))} {number(value)}", change
 
 
 def reason(model):
-    """"failed: ..." or "held back: ..."; "" where nothing went wrong."""
-    word, error = STATUS[model["status"]][0], plain(model.get("error") or "")
-    return error and f"{word}: {error.removeprefix(f'{word}: ')}"
+    """"failed: ...", "held back: ..." or "no better than guessing"; "" where there is nothing to say."""
+    if model["status"] == "trained":
+        return "no better than guessing" * bool(model["guessing"])
+    word, error = STATUS[model["status"]][0], plain(model["error"] or "no reason was given")
+    return f"{word}: {error.removeprefix(f'{word}: ')}"
+
+
+def outcome(model):
+    """What became of a model: "accuracy 0.713 (+0.004)", where it was trained, and the reason."""
+    metric, change = metric_and_change(model)
+    return ", ".join(filter(None, [f"{metric} ({change})" * (model["status"] == "trained"), reason(model)]))
+
+
+def in_short(name, model):
+    return f"{name}: {'done, ' * (model['status'] == 'trained')}{outcome(model)}"
 
 
 def table_row(name, model):
     """A model as a row of a table: {"model", "status", "metric", "change", "time", "size"}, all text."""
     metric, change = metric_and_change(model)
     return {"model": plain(name, 20), "status": STATUS[model["status"]][0], "metric": metric, "change": change,
-            "time": duration(model.get("seconds")), "size": size(model.get("bytes"))}
+            "time": duration(model["seconds"]), "size": size(model["bytes"])}
 
 
 def facts(result):
@@ -215,19 +226,17 @@ def _without_secrets(record):
 def new_result(parameters, asked, folder):
     """The result of a run that is about to begin. `parameters`: the flow's; `asked`: names of models; `folder`: theirs."""
     words, folder = [], Path(folder).resolve()
-    options = {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}
-    for name, default in options.items():
+    for name, default in {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}.items():
         value = parameters.get(name, default)
         words += [f"--{name.replace('_', '-')}", value] * (value != default)
     words += ["--models-dir", folder] * bool(parameters["models_dir"]) + ["--force"] * parameters["force"]
     words += ["--no-notify"] * (not parameters["enable_notifications"])
-    return {"status": "failed", "exit_status": None, "message": "", "error": None,
-            "started_at": datetime.now(timezone.utc).isoformat(), "clock": time.monotonic(), "seconds": 0.0,
-            "read_seconds": None, "peak_mb": None, "host": socket.gethostname(), "table": parameters["table_name"],
-            "rows": None, "models_dir": str(folder), "demo": parameters["demo"], "warnings": [], "csv": None,
-            "asked": list(asked), "models": {}, "command": command("train.py", *words), "finish_command": None,
-            "notify": parameters["enable_notifications"], "parameters": parameters, "flow_run_id": None,
-            "training": None, "deaths": []}
+    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command", "flow_run_id", "training"))
+    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(timezone.utc).isoformat(),
+                      "clock": time.monotonic(), "seconds": 0.0, "host": socket.gethostname(), "warnings": [],
+                      "table": parameters["table_name"], "models_dir": str(folder), "demo": parameters["demo"],
+                      "asked": list(asked), "models": {}, "command": command("train.py", *words), "deaths": [],
+                      "notify": parameters["enable_notifications"], "parameters": parameters}
 
 
 ENTRY = "status", "error", "metrics", "plot", "previous", "bytes", "rows", "seconds", "guessing"
@@ -254,6 +263,15 @@ def peak_mb(so_far=0):
     """The largest memory of this process and of those it waited for, in MB."""
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return max(so_far or 0, peak // (1024 if sys.platform == "linux" else 1024 ** 2))
+
+
+def history_line(result, name, status):
+    """The line of history.jsonl on a model of a run."""
+    model = result["models"].get(name) or dict.fromkeys(ENTRY)
+    metric, value = next(iter((model["metrics"] or {}).items()), (None, None))
+    return {"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
+            "seconds": model["seconds"], "rows": result["rows"], "read_seconds": result["read_seconds"],
+            "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model["error"]}
 
 
 def decide(result, error=None):
@@ -301,29 +319,15 @@ def tell(result, history):
         post_discord(result, url, None if trouble else picture, STOPPED_SECONDS if stopped else POST_SECONDS)
 
 
-def in_short(name, model):
-    metric, change = metric_and_change(model)
-    return f"{name}: {model['error'] or f'done, {metric} ({change})'}"
-
-
 def model_page(name, model, history):
     """Markdown for Prefect's UI: the figures of a model, and its last runs from the lines of the history."""
     figures = [(key, number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
     runs = [(line["run"][:16].replace("T", " "), escape(line.get("error") or line["status"].replace("_", " ")),
-             "" if line["value"] is None else number(line["value"]))
+             "" if line.get("value") is None else number(line["value"]))
             for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
     tables = (("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)
     return "\n\n".join("\n".join("|".join(cells) for cells in (heading, ["---"] * len(heading), *lines))
                        for heading, lines in tables if lines)
-
-
-def history_line(result, name, status):
-    """A line of history.jsonl: what became of a model in this run, as far as it is known."""
-    model = result["models"].get(name, {})
-    metric, value = next(iter(model.get("metrics", {}).items()), (None, None))
-    return {"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
-            "seconds": model.get("seconds"), "rows": result["rows"], "read_seconds": result["read_seconds"],
-            "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model.get("error")}
 
 
 # ------------------------------------------------------------------------------------------------- terminal
@@ -360,8 +364,10 @@ def print_table(columns, rows, above=(), below=(), file=None):
         said, style = said if isinstance(said, tuple) else (said, "")
         return Text(plain(said), style)
     file = file or sys.stdout
-    tty, encoding = file.isatty(), getattr(file, "encoding", None) or "utf-8"
-    out = Console(file=io.StringIO(), width=Console(file=file).width if tty else PLAIN_WIDTH, force_terminal=tty)
+    tty = file.isatty()
+    if hasattr(file, "reconfigure"):
+        file.reconfigure(errors="backslashreplace")  # where a terminal or a log knows only ASCII
+    out = Console(file=file, width=None if tty else PLAIN_WIDTH, force_terminal=tty)
     table = Table(box=box.SIMPLE_HEAD if tty else None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold",
@@ -370,8 +376,6 @@ def print_table(columns, rows, above=(), below=(), file=None):
         table.add_row(*map(text, row))
     for part in (*map(text, above), *[table] * bool(rows), *map(text, below)):
         out.print(part, soft_wrap=part is not table)
-    file.write(re.sub(" +\n", "\n", out.file.getvalue()).encode(encoding, "backslashreplace").decode(encoding))
-    file.flush()
 
 
 def _log_handler():
@@ -379,15 +383,6 @@ def _log_handler():
     consoles = [handler for handler in logging.getLogger().handlers if hasattr(handler, "console")]
     return next((handler for handler in consoles if handler.console.file.isatty()
                  and not handler.console.is_dumb_terminal and "utf" in handler.console.encoding), None)
-
-
-@contextlib.contextmanager
-def _progress(console, *columns):
-    """rich's Progress below the log; what it shows is gone when the block ends."""
-    from rich.progress import Progress
-    from rich.theme import Theme
-    with console.use_theme(Theme()), Progress(*columns, console=console, transient=True) as progress:
-        yield progress
 
 
 @contextlib.contextmanager
@@ -401,17 +396,18 @@ def live_status(models):
     if not handler:
         yield
         return
-    from rich.progress import TextColumn, TimeElapsedColumn
-    width = max(map(len, models))
-    columns = TextColumn(f"{{task.fields[sign]}} {{task.fields[model]:{width}}}"), TimeElapsedColumn()
-    with _progress(handler.console, *columns, TextColumn("{task.description}", markup=False)) as progress:
-        lines = {name: progress.add_task("waiting", sign="·", model=name) for name in models}
+    from rich.markup import escape
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.theme import Theme
+    columns = TimeElapsedColumn(), TextColumn("{task.description}")
+    with handler.console.use_theme(Theme()), Progress(*columns, console=handler.console, transient=True) as progress:
+        lines = {name: progress.add_task(f"· {name:12}waiting") for name in models}
 
         def show(record):
             name, phase = getattr(record, "model", None), getattr(record, "phase", "")
             if name in lines:
-                said = plain(record.getMessage()).removeprefix(f"{name}: ")
-                progress.update(lines[name], description=said, sign=SIGNS.get(phase, f"[{PALETTE[0]}]▶[/]"))
+                said = escape(plain(record.getMessage()).removeprefix(f"{name}: "))
+                progress.update(lines[name], description=f"{SIGNS.get(phase, '▶')} {name:12}{said}")
                 if phase in ("done", "failed", "held_back"):
                     progress.stop_task(lines[name])
             return record.levelno >= logging.WARNING or name not in lines
@@ -422,23 +418,16 @@ def live_status(models):
             handler.removeFilter(show)
 
 
-@contextlib.contextmanager
 def load_progress():
-    """Gives progress(done_bytes, total_bytes): a bar below the log on a terminal, a log line per quarter elsewhere."""
-    handler, logged = _log_handler(), 0
-    if not handler:
-        def log_quarters(done, total):
-            nonlocal logged
-            if total and done / total >= logged + LOG_EVERY:
-                logged = done / total // LOG_EVERY * LOG_EVERY
-                log.info("loading the CSV: %.0f %% of %s", 100 * logged, size(total))
-        yield log_quarters
-        return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    columns = TextColumn("loading the CSV"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with _progress(handler.console, *columns) as progress:
-        bar = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total or None)
+    """progress(done_bytes, total_bytes), which logs a line per quarter of a CSV."""
+    logged = 0
+
+    def progress(done, total):
+        nonlocal logged
+        if total and done / total >= logged + LOG_EVERY:
+            logged = done / total // LOG_EVERY * LOG_EVERY
+            log.info("loading the CSV: %.0f %% of %s", 100 * logged, size(total))
+    return contextlib.nullcontext(progress)
 
 
 # -------------------------------------------------------------------------------------------------- picture
@@ -471,13 +460,13 @@ def report_figure(result, history):
     panels = figure.subplot_mosaic([cells[at:at + columns] for at in range(0, len(cells), columns)])
     for name, model in models.items():
         _draw_model(panels[name], name, model)
-    _draw_history(panels["history"], result, history)
-    when = datetime.fromisoformat(result["started_at"]).astimezone(timezone.utc)
+    _draw_history(panels["history"], history)
+    when = f"{datetime.fromisoformat(result['started_at']).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
     more = f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""
-    _write(figure, 0.015, 1 - 0.62 / height, result["message"], 80, size=25, weight="bold", color=STATUS[result["status"]][2])
-    _write(figure, 0.015, 1 - 0.95 / height, " · ".join([f"{when:%Y-%m-%d %H:%M} UTC", *facts(result)]), 145, size=14)
-    if warned:
-        _write(figure, 0.015, 1 - 1.25 / height, f"warning: {plain(warned[0], 130)}{more}", 160, size=13.5, color=MIXED[1])
+    lines = [(0.62, result["message"], 80, 25, STATUS[result["status"]][2]), (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
+    lines += [(1.25, f"warning: {plain(warning, 130)}{more}", 160, 13.5, MIXED[1]) for warning in warned[:1]]
+    for inches, text, width, size, color in lines:
+        _write(figure, 0.015, 1 - inches / height, text, width, size=size, color=color)
     return figure
 
 
@@ -499,7 +488,7 @@ def _draw_model(axes, name, model):
     (metric, change), metrics = metric_and_change(model), model["metrics"]
     words, _, color, _ = STATUS[model["status"]]
     if words == "trained":
-        words, color = metric + f" ({change})" * bool(change), INK
+        words, color = f"{metric} ({change})", INK
     elif metric:
         words += f" at {metric}"
     axes.set_title(_drawable(f"{plain(name, 20)}: {words}"), color=color)
@@ -574,26 +563,22 @@ def _draw_similar(axes, plot):
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
-def _draw_history(axes, result, history):
+def _draw_history(axes, history):
     """The primary metric of every model over the last runs; a line breaks where a run failed or was held back."""
     import pandas
-    points = {(row["run"], row["model"]): (row["status"], row.get("value")) for row in history}
-    for name, model in result["models"].items():
-        points[result["started_at"], name] = model["status"], next(iter(model["metrics"].values()), None)
+    points = {(line["run"], line["model"]): line.get("value") if line["status"] == "trained" else None for line in history}
     runs = sorted({run for run, _ in points})[-RUNS_SHOWN:]
-    for i, name in enumerate(dict.fromkeys(name for _, name in points)):
-        mine = {at: points[run, name] for at, run in enumerate(runs) if (run, name) in points}
-        good = pandas.Series({at: value for at, (status, value) in mine.items() if status == "trained"}, mine, float)
-        if good.notna().any():
-            color = PALETTE[i % len(PALETTE)]
-            axes.plot(good, color=color, marker=MARKERS[i % len(MARKERS)], label=_drawable(name, 14))
-            axes.plot(good.ffill().bfill()[good.isna()], "x", color=color, markersize=10, markeredgewidth=2.5)
+    for name, color, marker in zip(dict.fromkeys(name for _, name in points), PALETTE, MARKERS):
+        values = pandas.Series({at: points[run, name] for at, run in enumerate(runs) if (run, name) in points}, dtype=float)
+        axes.plot(values, color=color, marker=marker, label=_drawable(name, 14))
+        lost = values.ffill().bfill()[values.isna()]  # a cross stands at the height of the last good value
+        axes.plot(lost, "x", color=color, markersize=10, markeredgewidth=2.5)
     axes.set_title((f"last {len(runs)} runs" if len(runs) > 1 else "first run") + " (× failed or held back)")
-    if axes.lines:
+    if runs:
         axes.legend(ncols=3, **BELOW)
-    part = slice(5, 10) if runs[0][:10] != runs[-1][:10] else slice(11, 16)  # the day, or the time of the day
-    ticks = range(0, len(runs), len(runs) // 5 + 1)
-    axes.set_xticks(ticks, [runs[at][part] for at in ticks])
+        part = slice(5, 10) if runs[0][:10] != runs[-1][:10] else slice(11, 16)  # the day, or the time of the day
+        ticks = range(0, len(runs), len(runs) // 5 + 1)
+        axes.set_xticks(ticks, [runs[at][part] for at in ticks])
 
 
 # -------------------------------------------------------------------------------------------------- Discord
@@ -624,15 +609,8 @@ def discord_payload(result):
              "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"],
              "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)},
              "fields": [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
-                         "value": fit(_field(model), room), "inline": model["status"] == "trained"} for name, model in models]}
+                         "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room), "inline": model["status"] == "trained"} for name, model in models]}
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
-
-
-def _field(model):
-    """Metric, change and seconds of a model, or what went wrong; never empty, which Discord refuses."""
-    metric, change = metric_and_change(model)
-    said = escape(metric) + f" ({change})" * bool(change), escape(reason(model)), duration(model.get("seconds"))
-    return "\n".join(filter(None, said)) or "no reason was given"
 
 
 def post_discord(result, url, picture=None, seconds=POST_SECONDS):
@@ -652,7 +630,7 @@ def check_discord(enabled):
     if not enabled or not url:
         return [("Discord", "ok", f"{'DISCORD_WEBHOOK_URL is not set' if enabled else '--no-notify'}: nothing is posted")]
     trouble = _trouble(url, CHECK_SECONDS, lambda url: _succeed(*_request(url, CHECK_SECONDS)))
-    return [("Discord", "problem" if trouble else "ok", trouble or "the webhook answers")]
+    return [("Discord", "problem" if trouble else "ok", trouble or "the Discord webhook answers")]
 
 
 def _trouble(url, seconds, step, *arguments):

@@ -109,7 +109,7 @@ HELD = "accuracy fell from 0.709 to 0.112, more than 5 %; the old model stays (t
 
 def a_model(plot, previous=None, metrics=None, **changes):
     return {"status": "trained", "error": None, "metrics": metrics, "plot": plot, "previous": previous, "bytes": 9_876,
-            "rows": 89_740, "seconds": 3.2, "path": "/srv/models/x.joblib", "heals": False} | changes
+            "rows": 89_740, "seconds": 3.2, "path": "/srv/models/x.joblib", "heals": False, "guessing": False} | changes
 
 
 def a_genre(names=114, **changes):
@@ -153,7 +153,7 @@ def a_run(models=(), error=None, **changes):
     return result | {"seconds": 41.2, "started_at": "2026-11-23T03:00:00+00:00"} | changes
 
 
-def a_history(runs=29):
+def a_history(runs=30):
     return [{"run": f"2026-{10 + day // 31:02}-{day % 31 + 1:02}T03:00:00+00:00", "model": model, "error": None,
              "status": "failed" if day % 9 == at else "trained", "value": None if day % 9 == at else 0.5 + at / 10 + day % 5 / 50}
             for day in range(23, 23 + runs) for at, model in enumerate(NONE)]
@@ -309,11 +309,11 @@ def drawn(figure):
     (a_run({"genre": failed(), "energy": a_regression(1, status="held_back", error=HELD)}, warnings=["half the songs are gone"],
            deaths=["it was ended by SIGKILL"]), a_history(1),
      ["genre: failed", "at least 2 genres", "energy: held back at R² 0.884", "accuracy fell from 0.709", "by SIGKILL (and 1 more)"]),
-    (a_run({"genre": a_genre(2), "clusters": some_clusters(5), "energy": None}), a_history(2), ["genre-1", "80%", "last 3 runs"]),
+    (a_run({"genre": a_genre(2), "clusters": some_clusters(5), "energy": None}), a_history(3), ["genre-1", "80%", "last 3 runs"]),
     (a_run({"genre": a_genre(LONG), "clusters": some_clusters(12), "more": a_similar()}), a_history(), ["$m_i^2$", "русский"]),
     (a_run({"genre": a_genre(LONG * 3), "clusters": some_clusters(1)}, host="ホスト$"), [], ["русский →", "…"]),
     (a_run(dict.fromkeys(NONE, failed("it broke"))), [], ["genre: failed", "it broke"]),
-    (a_run(NONE, OSError("the database is gone")), a_history(), ["Nothing was trained: the database is gone", "last 29 runs"])])
+    (a_run(NONE, OSError("the database is gone")), a_history(), ["Nothing was trained: the database is gone", "last 30 runs"])])
 def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -403,7 +403,7 @@ def test_live_lines_and_load_progress(caplog):
             progress(500, 1000)
             time.sleep(0.3)
     text = on_terminal(work)
-    assert "fitting 9 songs" in text and "waiting" in text and text.count("something else") == 1 and "0.5/1.0 kB" in text
+    assert "fitting 9 songs" in text and "waiting" in text and text.count("something else") == 1 and "50 % of 1.0 kB" in text
     assert text.count("similar: no disk; retrying in 2 s") == 1 and "↻ similar" in text and "genre: fitting" not in text
     work(out := io.StringIO())
     with notify.load_progress() as progress:

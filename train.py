@@ -390,6 +390,7 @@ def tell_watcher(result: dict, **news) -> None:
 RUN = "import atexit, os; atexit.register(os._exit, 0); import train; train.run({pipe}, {own_server})"
 SERVER = "import runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
 CRASHED = """from prefect.client.orchestration import get_client; from prefect.states import Crashed
+sys.stdin.read()  # the imports take a second or two; meanwhile the run is being ended
 with get_client(sync_client=True) as client:
     client.set_flow_run_state(sys.argv[1], Crashed(message=sys.argv[2]), force=True)"""
 
@@ -437,15 +438,12 @@ def watch(result: dict, lock) -> None:
             with news:
                 for line in news:
                     result |= json.loads(line) if line.endswith("\n") else {}  # it may be killed amid a word
-            status = process.wait()
-            if status in (-signal.SIGTERM, notify.TERMINATED):
+            if process.wait() in (-signal.SIGTERM, notify.TERMINATED):
                 raise notify.Stopped(notify.TERMINATED)
             if result["exit_status"] is None:
-                carry_on(result, status)
+                carry_on(result, process)
     except notify.Stopped as why:
-        if process:
-            process.terminate()
-        mark_crashed(result, why)
+        end_run(process, result, why)
         raise
     finally:
         end(process)
@@ -463,13 +461,14 @@ def start_run(result: dict, lock, own_server: bool):
     return process, open(read)
 
 
-def carry_on(result: dict, status: int) -> None:
+def carry_on(result: dict, process) -> None:
     """Note that the run was ended, and by which model; conclude where nothing is left that a new one could train."""
+    status = process.returncode
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     memory = " (was memory short?)" if status == -signal.SIGKILL else ""
     error, culprit, first = RunEnded(f"the run was ended by {how}{memory}"), result["training"], not result["deaths"]
     amid = f" while training {culprit or ', '.join(owed_models(result))}" if result["rows"] else " before training"
-    mark_crashed(result, f"{error}{amid}")
+    end_run(process, result, f"{error}{amid}")
     again = "; it was started again, one model at a time" * first
     result |= {"training": None, "deaths": result["deaths"] + [f"{error}{amid}{again}"]}
     if culprit and not first:
@@ -496,11 +495,13 @@ def end(process) -> None:
             process.wait()
 
 
-def mark_crashed(result: dict, why) -> None:
-    """Tell Prefect that a run is over which can no longer say so itself."""
-    if result["flow_run_id"]:
-        with suppress(subprocess.TimeoutExpired):
-            start_python(CRASHED, result["flow_run_id"], str(why), stderr=subprocess.DEVNULL).wait(2 * STOP_SECONDS)
+def end_run(process, result: dict, why) -> None:
+    """End the process that trains, and tell Prefect, which cannot know it from a process that is killed."""
+    words = [result["flow_run_id"], str(why)]
+    marker = words[0] and start_python(CRASHED, *words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    end(process)
+    with suppress(subprocess.TimeoutExpired):
+        marker and marker.communicate(timeout=2 * STOP_SECONDS)
 
 
 def start_prefect_server():
@@ -578,7 +579,7 @@ def parse_options(arguments=None) -> argparse.Namespace:
             (options.failed and options.only, "--failed chooses the models itself; leave out --only"),
             (options.cron is not None and not options.serve, "--cron must be accompanied by --serve"),
             (options.serve and options.failed, "--serve trains what each run is asked for; leave out --failed"),
-            (0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_MEMORY, "ulimit -v leaves less than the 2 GB it needs; raise it")):
+            (0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_MEMORY, "a run needs 2 GB; raise the limit (ulimit -v)")):
         if wrong:
             parser.error(sentence)
     try:
