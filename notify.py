@@ -328,17 +328,6 @@ def tell(result, history):
         post_discord(result, url, None if trouble else picture, STOPPED_SECONDS if stopped else POST_SECONDS)
 
 
-def model_page(name, model, history):
-    """Markdown for Prefect's UI: the figures of a model, and its last runs from the lines of the history."""
-    figures = [(key, number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
-    runs = [(line["run"][:16].replace("T", " "), escape(line.get("error") or line["status"].replace("_", " ")),
-             "" if line.get("value") is None else number(line["value"]))
-            for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
-    tables = (("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)
-    return "\n\n".join("\n".join("|".join(cells) for cells in (heading, ["---"] * len(heading), *lines))
-                       for heading, lines in tables if lines)
-
-
 # ------------------------------------------------------------------------------------------------- terminal
 
 def print_summary(result, file=None):
