@@ -5,6 +5,7 @@ and exit status never disagree. Nothing here may cost a trained model.
 """
 import contextlib
 import errno
+import http.client
 import json
 import logging
 import math
@@ -17,6 +18,9 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.error
+import urllib.request
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -278,7 +282,7 @@ def model_page(name, model, history):
     lines = ["|metric|value|", "|---|---|"]
     lines += [f"|{key}|{number(value)}|" for key, value in model["metrics"].items() if not isinstance(value, (list, dict))]
     lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
-    lines += [f"|{line['run'][:16]}|{escape(line['error'] or line['status'])}|{number(line['value'])}|"
+    lines += [f"|{line['run'][:16]}|{escape(line.get('error') or line['status'])}|{number(line.get('value'))}|"
               for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
     return "\n".join(lines)
 
@@ -642,46 +646,61 @@ def _post(url, result, picture, deadline):
     """Send the message, without the picture where Discord does not take it; raise Expected if it takes neither."""
     payload = discord_payload(result)
     if picture:
-        embed = payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}
-        status, body = _send(url, deadline, data={"payload_json": json.dumps(payload | {"embeds": [embed]})},
-                             files={"files[0]": ("report.png", Path(picture).read_bytes(), "image/png")})
+        status, body = _send(url, deadline, *_with_picture(payload, Path(picture).read_bytes()))
         if status not in (400, 413):
             return _succeed(status, body)
         log.warning("Discord refused the picture (%d), trying without", status)
-    _succeed(*_send(url, deadline, json=payload))
+    _succeed(*_send(url, deadline, json.dumps(payload).encode(), "application/json"))
 
 
-def _send(url, deadline, **content):
-    """(status, body) of a POST, after obeying 429 and retrying what may heal as long as `deadline` allows."""
+def _with_picture(payload, image):
+    """(body, content type) of a form with the picture, to which the embed refers."""
+    told = json.dumps(payload | {"embeds": [payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}]})
+    edge, part = uuid.uuid4().hex, "Content-Disposition: form-data; name="
+    text = (f'--{edge}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n{told}\r\n'
+            f'--{edge}\r\n{part}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n')
+    return text.encode() + image + f"\r\n--{edge}--\r\n".encode(), f"multipart/form-data; boundary={edge}"
+
+
+def _send(url, deadline, body, kind):
+    """(status, reply) of a POST, after obeying 429 and retrying what may heal as long as `deadline` allows."""
     failures = limited = 0
     while True:
-        status, body, wait = _request(url, max(0.1, min(TIMEOUT, deadline - time.monotonic())), **content)
+        status, reply, wait = _request(url, max(0.1, min(TIMEOUT, deadline - time.monotonic())), body, kind)
         if status == 429 and limited < RATE_LIMITED:
             limited += 1
         elif (status == NO_CONNECTION or status >= 500) and failures < len(RETRY_DELAYS):
             failures, wait = failures + 1, RETRY_DELAYS[failures]
         else:
-            return status, body
+            return status, reply
         if time.monotonic() + wait >= deadline:
-            return status, body
+            return status, reply
         log.info("Discord answered %s; next try in %.1f s", status or "nothing", wait)
         time.sleep(wait)
 
 
-def _request(url, timeout, **content):
-    """(status, body, seconds to wait if limited) of a POST of the content, or of a GET; redirects are not followed."""
-    import httpx
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        """None: urllib would turn the POST into a GET, lose the message and call it a success."""
+
+
+def _request(url, timeout, body=None, kind="text/plain"):
+    """(status, reply, seconds to wait if limited) of a POST of the body, or of a GET."""
     if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[!-~]+", url, re.ASCII):
         raise Expected(f"DISCORD_WEBHOOK_URL is not a web address (https://discord.com/api/webhooks/...): {COPY_IT}")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs the URL, which is the secret
+    request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, "Content-Type": kind})
     try:
-        reply = httpx.request("POST" if content else "GET", url, headers={"User-Agent": USER_AGENT}, timeout=timeout, **content)
-    except httpx.ReadTimeout:  # the message may have arrived, so it is not sent twice
+        try:
+            reply = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
+        except urllib.error.HTTPError as error:
+            reply = error
+        text = reply.read(2000).decode("utf-8", "replace")
+    except TimeoutError:  # the message may have arrived, so it is not sent twice
         raise Expected("no answer in time") from None
-    except httpx.HTTPError as error:
+    except (OSError, http.client.HTTPException) as error:
         return NO_CONNECTION, str(error), 0
-    wait = re.search(r'"retry_after": ?(\d+\.?\d*)|$', reply.text)[1] or reply.headers.get("Retry-After", "")
-    return reply.status_code, reply.text, float(wait) if re.fullmatch(r"[\d.]+", wait) else 1.0
+    wait = re.search(r'"retry_after": ?(\d+\.?\d*)|$', text)[1] or reply.headers.get("Retry-After", "")
+    return reply.status, text, float(wait) if re.fullmatch(r"[\d.]+", wait) else 1.0
 
 
 def _succeed(status, body, _=None):
