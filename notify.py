@@ -56,7 +56,7 @@ INCHES, ROW_INCHES, HEADER_INCHES = 16, 4.2, 1.5  # at 100 dots per inch
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dvp*X"
 INK, GREY = "#222222", "#707070"
-STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "text.color": INK, "lines.linewidth": 2,
+STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "text.color": INK,
          "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 15, "axes.titlepad": 30,
          "axes.labelcolor": GREY, "axes.labelsize": 12, "legend.frameon": False, "legend.fontsize": 11}
 BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.06), "columnspacing": 1, "handletextpad": 0.3}  # a legend
@@ -341,7 +341,8 @@ def print_summary(result, file=None):
         model_name, status, *others = table_row(name, model).values()
         colour = STATUS[model["status"]][2]
         rows.append([(model_name, "bold"), (status, colour), *others])
-        lines += [(f"{name} {reason(model)}", colour)] * bool(reason(model))
+        if reason(model):
+            lines.append((f"{name} {reason(model)}", MIXED[1] if status == "trained" else colour))
     lines += [(note, MIXED[1] if note.startswith("warning") else "") for note in notes(result)]
     lines.append(", ".join(facts(result)))
     if any(model["path"] for model in result["models"].values()):
@@ -459,7 +460,7 @@ def report_figure(result, history):
     cells = [*models, *["history"] * (columns - len(models) % columns)]
     height = max(7.2, HEADER_INCHES + ROW_INCHES * len(cells) // columns)
     figure = Figure(figsize=(INCHES, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - HEADER_INCHES / height), wspace=0.06, hspace=0.06)
+    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - HEADER_INCHES / height), wspace=0.06)
     panels = figure.subplot_mosaic([cells[at:at + columns] for at in range(0, len(cells), columns)])
     for name, model in models.items():
         _draw_model(panels[name], name, model)
@@ -500,7 +501,8 @@ def _draw_model(axes, name, model):
     for key, draw in {"matrix": _draw_matrix, "confusions": _draw_confusions, "points": _draw_clusters,
                       "density": _draw_density, "same_genre_at": _draw_similar}.items():
         if model["plot"].get(key):
-            _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10, color=GREY, transform=axes.transAxes)
+            _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10, color=MIXED[1] if reason(model) else GREY,
+                   transform=axes.transAxes)
             return draw(axes, model["plot"])
     axes.set_axis_off()
     _write(axes, 0, 0.98, model["error"] or "nothing to draw", 40, 10, size=14, va="top", color=color)
@@ -523,8 +525,9 @@ def _draw_confusions(axes, plot):
     for at, (actual, predicted, count, share) in enumerate(shown):
         said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
         _write(axes, 0.01, at, said, 50, size=11, va="center", transform=axes.get_yaxis_transform())
-    axes.set(ylim=(CONFUSIONS_SHOWN - 0.5, -0.5), yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
-    axes.spines[:].set_visible(False)
+    axes.set(yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
+    axes.invert_yaxis()
+    axes.set_frame_on(False)
 
 
 def _draw_clusters(axes, plot):
