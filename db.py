@@ -12,7 +12,6 @@ import csv
 import difflib
 import fcntl
 import gzip
-import hashlib
 import http.client
 import importlib.util
 import io
@@ -28,6 +27,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 import zlib
 from collections import Counter, deque
 from pathlib import Path
@@ -108,9 +108,10 @@ def redact(text, *secrets):
     forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), repr(s)[1:-1])}
     for form in sorted(forms - {""}, key=len, reverse=True):    # a password "music" must not eat into "musician"
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", "***", text)
-    text = re.sub(r"(://[^\s:/@]*:)[^\s/]*@", r"\1***@", text)
-    text = re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)", r"\1***", text)
-    return re.sub(r"(/api/(?:v\d+/)?webhooks/\d+/)[\w-]+", r"\1***", text)
+    for pattern in (r"(://[^\s:/@]*:)[^\s/]*(?=@)", r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
+                    r"(/api/(?:v\d+/)?webhooks/\d+/)[\w-]+"):
+        text = re.sub(pattern, r"\1***", text)
+    return text
 
 
 def database_url(demo=False):
@@ -271,7 +272,9 @@ ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; t
      "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"),
     ("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
     ("^42501.*temporary", False, "Ask its owner for: GRANT TEMPORARY ON DATABASE {database} TO {user}"),
-    ("^42501", False, "Ask its owner for: GRANT {rights} {name} TO {user}"),
+    (r"^42501.*for schema (\S+)", False, "Ask its owner for: GRANT USAGE, CREATE ON SCHEMA {0} TO {user}"),
+    (r"^42501.*for database (\S+)", False, "Ask its owner for: GRANT TEMPORARY ON DATABASE {0} TO {user}"),
+    (r"^42501.*for \w+ (\S+)", False, "Ask its owner for: GRANT {rights} ON {0} TO {user}"),
     ("^25006", False, "Use the primary server, not a replica or a read-only role, in DATABASE_URL"),
     ("^57014.*statement timeout", True, f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"),
     ("^55P03", True, f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"),
@@ -286,11 +289,9 @@ def _explain(error, parts, read_only):
     """DataError or DatabaseUnavailable for an error of psycopg2: a sentence that names the server and the fix."""
     said = re.sub(UNENCRYPTED, "", str(error).split("\nLINE ")[0])
     said = " ".join(said.split()).rstrip(".") or "the connection was closed"
-    heals, fix = next(advice[1:] for advice in ADVICE if re.search(advice[0], f"{error.pgcode or '-'} {said}"))
-    kind, name = (re.findall(r"permission denied for (\w+) (\S+)", said) or [("table", "THE_TABLE")])[0]
-    rights = {"schema": "USAGE, CREATE ON SCHEMA", "database": "TEMPORARY ON DATABASE"}.get(
-        kind, "SELECT ON" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE ON")
-    fix = fix.format(rights=rights, name=name, user=parts.get("user", "THE_USER"), database=parts.get("dbname"))
+    found, heals, fix = next((found, *then) for pattern, *then in ADVICE if (found := re.search(pattern, f"{error.pgcode or '-'} {said}")))
+    fix = fix.format(*found.groups(), rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE",
+                     user=parts.get("user", "THE_USER"), database=parts.get("dbname"))
     message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix}.", parts.get("password", ""))
     return (DatabaseUnavailable if heals else DataError)(message)
 
@@ -369,13 +370,13 @@ def check_table(url, table, for_csv=False):
         cursor.execute(f"""
             SELECT json_build_object('server', current_setting('server_version'), 'database', current_database(), 'rows', count(*),
                 'nulls', json_build_object({shares}), 'genres', (SELECT count(*) FROM (SELECT FROM {name}
-                    GROUP BY {"genre" if "genre" in columns else "()"} HAVING count(*) >= {MIN_GENRE_SONGS}) genres))
+                    {f"GROUP BY genre HAVING count(genre) >= {MIN_GENRE_SONGS}" if "genre" in columns else "LIMIT 0"}) genres))
             FROM {name}""")
         found = cursor.fetchone()[0]
         if not for_csv and not found["rows"]:
             raise DataError(f'The table "{table}" is empty; load songs: {_load_into(table)}')
         cursor.connection.rollback()        # looking leaves no table behind
-    return {**found, "host": _place(_parse_url(url)).rpartition("/")[0]}
+        return {**found, "host": f"{cursor.connection.info.host}:{cursor.connection.info.port}"}
 
 
 def check(csv_path, table, demo):
@@ -388,22 +389,21 @@ def check(csv_path, table, demo):
     if csv_path:
         found = _convert(csv_path, io.StringIO(), io.StringIO(), most=CHECK_ROWS)[1]
         why = _count(found["rejected"] + found["unread"])
-        lines = [("CSV", "warning" if why else "ok", f"{csv_path}: the first {found['read']} rows can be loaded, but for {why or 'none'}")]
+        lines = [("CSV", "warning" if why else "ok", f"{csv_path}: its first {found['read']} rows were looked at; cannot be loaded or read: {why or 'none'}")]
     if not url and not (embedded / "data").exists():
         if csv_path:
             return lines + [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
         raise DataError(f"DATABASE_URL is not set and there is no embedded database yet; try: {_load_into(table)}")
     found = check_table(url or start_server(embedded, "music"), table, bool(csv_path))
-    rows, genres, nulls = found["rows"], found["genres"], found["nulls"]
     lines.append(("database", "ok", f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"))
     if csv_path:
-        return lines + [("table", "ok", f"{csv_path} may be loaded into {table} ({rows:,} rows)")]
-    without = ", ".join(column for column in REQUIRED + OPTIONAL if nulls.get(column, 1) == 1)
-    holes = ", ".join(f"{column} {share:.1%}" for column, share in nulls.items() if (0 if column in NEEDED else .5) < share < 1)
+        return lines + [("table", "ok", f"{csv_path} may be loaded into {table} ({found['rows']:,} rows)")]
+    without = ", ".join(column for column in REQUIRED + OPTIONAL if found["nulls"].get(column, 1) == 1)
+    holes = ", ".join(f"{column} {share:.1%}" for column, share in found["nulls"].items() if (0 if column in NEEDED else .5) < share < 1)
     return lines + [
-        ("table", "problem" if rows < MIN_SONGS else "ok", f"{table} has {rows:,} rows; {MIN_SONGS} are needed"),
+        ("table", "problem" if found["rows"] < MIN_SONGS else "ok", f"{table} has {found['rows']:,} rows; {MIN_SONGS} are needed"),
         ("columns", "ok", f"all that every model needs; not there: {without or 'none'}"),
-        ("genres", "warning" if genres < 2 else "ok", f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"),
+        ("genres", "warning" if found["genres"] < 2 else "ok", f"{found['genres']} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"),
         ("nulls", "warning" if holes else "ok", f"missing values: {holes or 'none that matter'}")]
 
 
@@ -412,11 +412,9 @@ def _meaning(name, text):
     """What a cell of our column `name` says: text, or a number, NaN for none; infinite if it cannot be read."""
     bare = text.strip().lower()
     if name in TEXT:
-        parts = [text]
+        parts = re.split("[,;|]", text) if name == "genre" else [text]
         if re.fullmatch(r"""\[(['"].*['"])?\]""", bare):         # ['A', "B's"]
             parts = [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
-        elif name == "genre":
-            parts = re.split("[,;|]", text)
         return ";".join(parts[:1] if name == "genre" else parts)
     if bare in MISSING:
         return float("nan")
@@ -458,7 +456,7 @@ def _songs(cells, where, unread):
             why[bad & (why == "")] = reason
     if "track_id" not in cells:
         names = zip(cells["artist_name"], cells["track_name"], cells.get("album_name", itertools.repeat("")))
-        cells.insert(0, "track_id", [hashlib.sha256("\0".join(name).encode()).hexdigest()[:22] for name in names])
+        cells.insert(0, "track_id", [uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(name)).hex for name in names])
     return why
 
 
@@ -551,9 +549,8 @@ def _fetch(url):
     try:
         with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
             shutil.copyfileobj(answer, file, BLOCK)
-            size = int(answer.headers.get("Content-Length") or 0)
-            if file.tell() < size:
-                raise ConnectionError(f"it ended after {file.tell():,} of {size:,} bytes")
+            if answer.length:
+                raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
     except (OSError, http.client.HTTPException) as error:
         kind = DataError if getattr(error, "code", 500) < 500 else DatabaseUnavailable
         raise kind(f"{redact(url)} could not be fetched ({error}); check the address given as --csv-path, or try again later") from error
@@ -612,11 +609,10 @@ def _convert(path, good, aside, progress=None, most=None):
     Returns (columns of `good`, dict(read, rejected, examples, unread))."""
     read, rejected, unread, examples, put_aside = 0, Counter(), Counter(), [], csv.writer(aside).writerow
     with _open_csv(path) as (file, raw):
-        rows, total = _rows(file, path), os.fstat(raw.fileno()).st_size
+        rows = _rows(file, path)
         header = next(rows)
         columns, rows = our_columns(header), itertools.islice(rows, most)
-        _demand(columns, header, path, "found: {}. Fix: " + (
-            "rename or add them" if columns else "the first line must name the columns, separated by commas"))
+        _demand(columns, header, path, "found: {}. Rename or add them; the first line must name the columns")
         put_aside(["line", "reason", *header])
         while block := list(itertools.islice(rows, BLOCK_ROWS)):
             songs = _frame(header, block)[1]
@@ -631,7 +627,7 @@ def _convert(path, good, aside, progress=None, most=None):
             songs[why == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
             read += len(block)
             if progress:
-                progress(raw.tell(), total)
+                progress(raw.tell(), os.fstat(raw.fileno()).st_size)
     if 2 * rejected.total() > read or not read:
         raise DataError(f"{path}: {rejected.total()} of {read} rows cannot be loaded ({_count(rejected) or 'there is only a header'}); "
                         f"the table is unchanged. {'; '.join(examples)}")
@@ -652,16 +648,15 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
         with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
             columns, found = _convert(csv_path, good, aside, progress)      # without a connection: servers end those that idle
         rejected = found["rejected"].total()
-        if not rejected and rejected_path and Path(rejected_path).is_file():            # os.devnull is none
-            Path(rejected_path).unlink()
+        if not rejected and os.path.isfile(aside.name):         # os.devnull is none
+            os.unlink(aside.name)
         good.seek(0)
         with connect(url) as cursor:
             repeated = _merge(cursor, table, columns, good, truncate)
-    if rejected:
-        log.warning("%d of %d rows rejected: %s; they are in %s: %s …", rejected, found["read"], _count(found["rejected"]), aside.name,
-                    "; ".join(found["examples"]))
     loaded = found["read"] - rejected - repeated
     log.info('%d songs loaded into "%s" (%d rows read, %d repeated)', loaded, table, found["read"], repeated)
+    if rejected:
+        log.warning("%d rows rejected: %s; they are in %s: %s …", rejected, _count(found["rejected"]), aside.name, "; ".join(found["examples"]))
     return {**found, "loaded": loaded, "repeated": repeated}
 
 

@@ -512,8 +512,8 @@ def test_numbers_that_are_none_in_a_table(url, caplog, kind):
 LINE = ",".join(HEADER).encode()
 BAD = {
     "missing": (None, "No such file"), "empty": (b"", "is empty"), "blank": (b"\n\n", "is empty"), "header only": (LINE, "there is only a header"),
-    "no header": (b"1,2,3\n4,5,6\n", "lacks the columns .* found: 1, 2, 3. Fix: the first line must name"),
-    "lacks": (b"track_id,artist_name\n", r'lacks the columns track_name \(closest: "track_id"\), danceability, .*; found: track_id, artist_name. Fix: rename or add them'),
+    "no header": (b"1,2,3\n4,5,6\n", "lacks the columns .* found: 1, 2, 3. .*the first line must name"),
+    "lacks": (b"track_id,artist_name\n", r'lacks the columns track_name \(closest: "track_id"\), danceability, .*; found: track_id, artist_name. Rename or add them'),
     "cut gzip": (gzip.compress(LINE + b"\n" + os.urandom(9999).hex().encode())[:-99], "is a damaged gzip file .*copy it again"),
     "all bad": (LINE + b"\nid1,,t\n", r"1 of 1 rows cannot be loaded \(1 × 3 fields instead of 12"),
 }
@@ -551,7 +551,7 @@ def test_http(shared, tmp_path):
         assert db.load_csv(f"{base}/{name}", shared, "web")["loaded"] == 1
     for path, kind, text in [("404", db.DataError, "could not be fetched .*404.*check the address given as --csv-path"),
                              ("503", db.DatabaseUnavailable, "could not be fetched .*503.*try again later"),
-                             ("cut", db.DatabaseUnavailable, "could not be fetched .it ended after [0-9]+ of [0-9]+ bytes"),
+                             ("cut", db.DatabaseUnavailable, "could not be fetched .it broke off 1 bytes before its end"),
                              ("chunks", db.DatabaseUnavailable, "could not be fetched .*IncompleteRead")]:
         with pytest.raises(kind, match=text):
             db.load_csv(f"{base}/{path}", shared, "web", truncate=True)
@@ -723,7 +723,7 @@ def test_what_people_write_in_a_csv_and_in_a_table(url, tmp_path, caplog):
     assert result["loaded"] == 16 and result["rejected"] == {} and "no track_id: one is made" in caplog.text
     assert result["unread"] == {"key": 4, "mode": 4, "explicit": 4, "tempo": 8} and "8 × tempo, 4 × key" in caplog.text
     songs = db.load_songs(url, "songs").set_index("track_name")
-    assert "popularity" not in songs and "album_name" not in songs and songs.track_id.str.fullmatch("[0-9a-f]{22}").all()
+    assert "popularity" not in songs and "album_name" not in songs and songs.track_id.str.fullmatch("[0-9a-f]{32}").all()
     for i, (names, meant) in enumerate((names, meant) for names in NAMES.values() for meant in MEANT.values()):
         found = songs.loc[f"{names[0]} {i}", ["artist_name", "genre", "year", "key", "mode", "time_signature", "explicit", "tempo"]]
         assert [None if value != value else value for value in found] == [*names[1:], *meant]
@@ -770,7 +770,7 @@ def test_closest_names_and_what_check_says(url, tmp_path, monkeypatch):
     top = ["title", "artist", "top genre", "nrgy", "dnce", "dB", "val", "acous", "spch"]
     with pytest.raises(db.DataError, match=r'lacks the columns danceability \(closest: "dnce"\), energy \(closest: "nrgy"\), loudness .*found: title, artist'):
         db.check(write(tmp_path / "a.csv", [], top), "songs", None)
-    path = write(tmp_path / "b.csv", [song(track_id=i, energy="x" * (i > 7)) for i in range(10)])
+    path = write(tmp_path / "b.csv", [song(track_id=i, energy=".5" if i < 8 else "x") for i in range(10)])
     lines = db.check(path, "songs", None)
     assert lines[0][:2] == ("CSV", "warning") and "2 × energy is not a number" in lines[0][2] and len(lines) == 3
     assert execute(url, "SELECT to_regclass('songs')") == [(None,)]
