@@ -58,6 +58,8 @@ RANGES = {**dict.fromkeys(REQUIRED + OPTIONAL, (-2e9, 2e9)), **dict.fromkeys(UNI
 WORDS_FOR = {"mode": "minor,major", "explicit": "false f no n,true t yes y", "key": "c,c# db,d,d# eb,e,f,f# gb,g,g# ab,a,a# bb,b"}
 PATTERNS = {"year": r"\b[12]\d{3}\b", "time_signature": r"^\d+(?=[/-])"}      # of any date; 4/4, in Excel's version 4-Apr
 MISSING = ("", "na", "nan", "n/a", "null", "none")   # in a column of numbers: unknown. In text: an artist's name.
+PREDICTIONS = {"track_id": "text PRIMARY KEY", "genre_predicted": "text", "genre_confidence": "real", "cluster": "integer",
+               "energy_predicted": "real", "popularity_predicted": "real", "similar": "text[]", "models_trained_at": "timestamptz"}
 MIN_SONGS = 20
 MIN_GENRE_SONGS = 5
 
@@ -290,7 +292,7 @@ def _explain(error, parts, read_only):
     said = re.sub(UNENCRYPTED, "", str(error).split("\nLINE ")[0])
     said = " ".join(said.split()).rstrip(".") or "the connection was closed"
     found, heals, fix = next((found, *then) for pattern, *then in ADVICE if (found := re.search(pattern, f"{error.pgcode or '-'} {said}")))
-    fix = fix.format(*found.groups(), rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE",
+    fix = fix.format(*found.groups(), rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, DELETE, TRUNCATE",
                      user=parts.get("user", "THE_USER"), database=parts.get("dbname"))
     message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix}.", parts.get("password", ""))
     return (DatabaseUnavailable if heals else DataError)(message)
@@ -690,6 +692,28 @@ def _merge(cursor, table, columns, file, truncate):
     cursor.execute(f"INSERT INTO {name} ({', '.join(values)}) SELECT {new} FROM staging s "
                    f'WHERE NOT EXISTS (SELECT FROM {name} t WHERE {same}) ORDER BY s.track_id COLLATE "C"')
     return repeated
+
+
+# ---- predictions ---------------------------------------------------------------------------------------------------
+def replace_predictions(url, table, frames):
+    """Put the rows of the DataFrames in place of those of the table, which is made if there is none; a column that they lack is NULL.
+
+    In one transaction: whoever reads sees the old rows or the new ones, whole, and grants and views stay (a new table in place
+    of the old one would lose them). Raises DataError (other columns: it is not ours; no permission) or DatabaseUnavailable."""
+    with connect(url) as cursor:
+        name, columns, *_ = _find(cursor, table)
+        if columns is None:
+            made = ", ".join(f'"{column}" {kind}' for column, kind in PREDICTIONS.items())      # SIMILAR is a word of SQL
+            cursor.execute(f"CREATE TABLE {name} ({made})")
+        elif list(columns) != list(PREDICTIONS):
+            raise DataError(f'"{table}" is no table of predictions: its columns are {", ".join(columns)}; choose another name for them')
+        cursor.execute(f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
+        cursor.execute(f"DELETE FROM {name}")
+        for frame in frames:
+            rows = frame.reindex(columns=list(PREDICTIONS))
+            rows["similar"] = [None if isinstance(tracks, float | None) else f"{{{json.dumps([*tracks], ensure_ascii=False)[1:-1]}}}"
+                               for tracks in rows["similar"]]
+            cursor.copy_expert(f"COPY {name} FROM STDIN (FORMAT csv)", io.StringIO(rows.to_csv(index=False, header=False)), BLOCK)
 
 
 # ---- demo songs ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from itertools import chain, repeat, zip_longest
 from pathlib import Path
@@ -62,6 +62,7 @@ DRIFT_RATIO = 1.5       # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25 # change of a feature's mean, in standard deviations
 
 SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
+PREDICTED_AT_ONCE = 10_000  # songs of a table
 QUERY_SAMPLE = 1000       # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
 MATRIX_GENRES = 12        # up to as many genres the picture shows a whole confusion matrix
@@ -139,8 +140,13 @@ def _figure(metric, answers, at=1):
     return float(metric(answers[0], answers[at])) if answers and len(answers[0]) > 1 else None
 
 
-def _distinct(songs, name, at_least):
-    """Return the songs without repeated track_ids; raise DataError when there are too few of them for the model."""
+def _usable(songs, name, at_least):
+    """Return the songs that have what the model of that name predicts, without repeated track_ids; DataError if too few."""
+    if name in db.REQUIRED:
+        if name not in songs:
+            raise DataError(f"{name} needs the column {name}, which the table lacks")
+        known = songs[name].notna() & (songs[name] != "")
+        songs = songs if known.all() else songs[known].reset_index(drop=True)
     if not songs["track_id"].is_unique:  # else no copy: five of a large table are more than the table itself
         songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
     if len(songs) < at_least:
@@ -190,6 +196,12 @@ def column(songs, name):
     """Return the Series of that name, all missing where the table has none."""
     import pandas as pd
     return songs[name] if name in songs else pd.Series(np.nan, index=songs.index, dtype=object)
+
+
+def genres(songs):
+    """Return the Series of genres, missing where there is none."""
+    genre = column(songs, "genre")
+    return genre.where(genre != "")
 
 
 def present(songs, names):
@@ -446,7 +458,7 @@ class SongRegressor:
         from sklearn.ensemble import HistGradientBoostingRegressor
         settings, y, rng = self.SETTINGS[self.target], np.asarray(y, dtype=float), np.random.default_rng(SEED)
         self.features_ = [name for name in present(songs, AUDIO + MORE_AUDIO) if name != self.target]
-        self.genres_ = {genre: code for code, genre in enumerate(songs["genre"].value_counts().index[:self.MAX_GENRES])}
+        self.genres_ = {genre: code for code, genre in enumerate(genres(songs).value_counts().index[:self.MAX_GENRES])}
         self._fit_start(songs, y, settings["curve"], rng)
         residual = y - self._start(songs)
         X, rows = self._training_rows(songs, residual, settings["keys"], rng)
@@ -498,7 +510,7 @@ class SongRegressor:
     def _fit_start(self, songs, y, curve, rng):
         """Learn where the residuals start from: the genre's shrunken mean or a quadratic of it and the audio."""
         import pandas as pd
-        by_genre = pd.Series(y).groupby(songs["genre"].to_numpy()).agg(["sum", "size"])
+        by_genre = pd.Series(y).groupby(genres(songs).to_numpy()).agg(["sum", "size"])
         self.mean_, self.range_, self.curve_ = y.mean(), (y.min(), y.max()), None
         self.genre_means_ = ((by_genre["sum"] + self.PRIOR_SONGS * self.mean_) / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
         if curve:
@@ -541,7 +553,7 @@ def train_genre(songs):
     `baseline_accuracy` for always naming the most common genre.
     """
     from sklearn.metrics import accuracy_score, f1_score
-    songs = _distinct(songs, "genre", MIN_SONGS)
+    songs = _usable(songs, "genre", MIN_SONGS)
     learnable = int((songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum())
     if learnable < 2:
         raise DataError(f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; the table has {learnable}")
@@ -573,7 +585,7 @@ def train_clusters(songs, n_clusters=2):
     from sklearn.preprocessing import StandardScaler
     if n_clusters < 2:
         raise DataError(f"clusters needs --n-clusters 2 or more; it is {n_clusters}")
-    songs = _distinct(songs, "clusters", 1)
+    songs = _usable(songs, "clusters", 1)
     features = songs[list(AUDIO)].astype(np.float64)
     distinct = len(features.drop_duplicates())
     if distinct < n_clusters:
@@ -615,7 +627,7 @@ def _train_regressor(target, songs):
     rmse in the target's own unit), `…_new_artists` on artists never seen, `baseline_mae` for predicting the mean.
     """
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
-    songs = _distinct(songs, target, MIN_SONGS)
+    songs = _usable(songs, target, MIN_SONGS)
     if songs[target].nunique() < 2:
         raise DataError(f"{target} is {songs[target].iloc[0]:g} for all {len(songs):,} songs; "
                         f"there is nothing to learn until the column varies")
@@ -638,7 +650,7 @@ def train_similar(songs):
     the query does not know (`same_genre_at_10`), against what drawing songs at random would give
     (`same_genre_by_chance`), the share by the song's own artist, and milliseconds of processor time per query.
     """
-    songs = _distinct(songs, "similar", 2)
+    songs = _usable(songs, "similar", 2)
     _say("similar", "fitting", len(songs))
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
     index = SimilarSongs().fit(songs, sample)
@@ -651,11 +663,11 @@ def train_similar(songs):
     start = time.thread_time()  # of this thread alone: the other models are computing at the same time
     same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
     query_ms = (time.thread_time() - start) / len(sample) * 1000
-    genre = column(songs, "genre").fillna("").to_numpy(object)
+    genre = genres(songs).fillna("").to_numpy(object)
     same_genre = [genre[answer] == genre[row] for row, answer in zip(sample, answers) if genre[row]]
     ranks = list(zip_longest(*same_genre))
     mean = lambda found: float(np.mean(found)) if len(found) else None
-    by_chance = float((songs["genre"][genre != ""].value_counts(normalize=True) ** 2).sum()) if same_genre else None
+    by_chance = float((genres(songs).value_counts(normalize=True) ** 2).sum()) if same_genre else None
     return index, {
         "same_genre_at_10": mean(np.concatenate(same_genre or [[]])), "same_genre_by_chance": by_chance,
         "same_artist_at_10": mean(np.concatenate(same_artist)), "query_ms": query_ms,
@@ -772,17 +784,29 @@ class SimilarSongs:
         its first artist, unless `same_artist`; fewer than k where the table has no more. A similarity is exp(-d²/2),
         1 for a song that is the same in everything. `point` is asked about in place of the song's own.
         """
-        songs, wanted = len(self.track_ids_), 2 * k + 2
+        return self.neighbours_of(np.array([row]), k, same_artist, point)[0]
+
+    def neighbours_of(self, rows, k=10, same_artist=False, points=None, workers=1):
+        """Return what neighbours() says of each of the rows; `workers` threads, -1 for all cores."""
+        points = self.tree_.data[rows] if points is None else np.atleast_2d(points)
         allowed = k if same_artist else max(1, 3 * k // 10)
-        while True:
-            distances, rows = self.tree_.query(self.tree_.data[row] if point is None else point, k=min(wanted, songs))
-            first = np.sort(np.unique(self.recording_[rows], return_index=True)[1])
-            first = first[self.recording_[rows[first]] != self.recording_[row]]
-            own = self.artist_[rows[first]] == self.artist_[row]
-            first = first[~own | (np.cumsum(own) <= allowed)][:k]
-            if len(first) == k or wanted >= songs:
-                return rows[first], np.exp(-distances[first] ** 2 / 2)
-            wanted *= 3
+        answers, left, wanted = [None] * len(rows), np.arange(len(rows)), 2 * k + 2
+        while len(left):
+            wanted = min(wanted, len(self.track_ids_))
+            distances, found = self.tree_.query(points[left], np.arange(1, wanted + 1), workers=workers)
+            recording, asked = self.recording_[found], rows[left, None]
+            order = np.argsort(recording, axis=1, kind="stable")
+            again = np.diff(np.take_along_axis(recording, order, axis=1), prepend=-1) == 0
+            good = recording != self.recording_[asked]
+            good[np.arange(len(left))[:, None], order] &= ~again  # of each recording the nearest
+            own = good & (self.artist_[found] == self.artist_[asked])
+            good &= ~own | (np.cumsum(own, axis=1) <= allowed)
+            done = (good.sum(axis=1) >= k) | (wanted == len(self.track_ids_))
+            for at in np.flatnonzero(done):
+                best = np.flatnonzero(good[at])[:k]
+                answers[left[at]] = found[at, best], np.exp(-distances[at, best] ** 2 / 2)
+            left, wanted = left[~done], 3 * wanted
+        return answers
 
     def find(self, text, artist=None):
         """Return one row per recording, by that artist: of that track_id; or of that title; or else of titles "Text - …"
@@ -835,7 +859,7 @@ def one_run_at_a_time(folder):
             raise Locked(f"another run is training into {folder} ({file.read().strip()}); nothing was done") from None
         with suppress(OSError):  # a full disk: the lock holds all the same
             file.truncate(0)
-            file.write(f"process {os.getpid()} since {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC\n")
+            file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
             file.flush()
         yield file
 
@@ -983,7 +1007,8 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     current = _current_as_version(name, models_dir)
     report = {"model": name, "metrics": {key: metrics[key] for key in metrics if key != "plot"}, **about,
-              "trained_at": datetime.now(timezone.utc).isoformat(), "seed": SEED, "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
+              "trained_at": datetime.now(UTC).isoformat(), "seed": SEED, "guessing": _guessing(metrics),
+              "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
               "settings": about["settings"] | getattr(estimator, "settings_", {}),
               "versions": {"python": platform.python_version(), **library_versions()}, "plot": metrics.get("plot", {})}
     reason = current and not force and _worse(report, current)
@@ -1001,6 +1026,13 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
         raise
     _prune(name, models_dir)
     return report
+
+
+def _guessing(metrics):
+    """Return whether a model's primary metric is no better than its baseline (0 where that has none of its own)."""
+    metric, value = next(iter(metrics.items()))
+    baseline = metrics.get({"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}.get(metric))
+    return value is not None and value <= (baseline or 0)
 
 
 def _worse(report, current):
@@ -1116,7 +1148,7 @@ def describe(songs):
     numbers = songs[present(songs, NUMBERS)].astype(np.float64)
     hashes = pd.util.hash_pandas_object(songs, index=False).to_numpy()
     return {"rows": len(songs), "fingerprint": hashlib.sha256(hashes.tobytes()).hexdigest(),
-            "genres": songs["genre"].value_counts(normalize=True).head(500).to_dict(),
+            "genres": genres(songs).value_counts(normalize=True).head(500).to_dict(),
             "means": numbers.mean().to_dict(), "deviations": numbers.std(ddof=0).to_dict()}
 
 
@@ -1146,62 +1178,78 @@ def drift_since(now, table, models_dir=MODELS_DIR):
 # Predicting
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_text(path):
-    """Return a CSV as text, every cell as it stands there. Raises DataError."""
-    import pandas as pd
-    try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-
-
-def song_columns(rows):
-    """Return our name -> the table's own name for every song column it has, by name or by alias."""
-    given = {name.strip().lower(): name for name in rows.columns[::-1]}
-    given = {db.ALIASES.get(name, name): given[name] for name in given} | given
-    return {name: given[name] for name in (*db.REQUIRED, *db.OPTIONAL) if name in given}
-
-
-def songs_from_text(rows):
-    """Return the song columns of a table of text: names by db.ALIASES, numbers as float32; what is no number is NaN."""
-    import pandas as pd
-    songs, columns = pd.DataFrame(index=rows.index), song_columns(rows)
-    for name in (*db.REQUIRED, *db.OPTIONAL):
-        text = rows[columns[name]] if name in columns else pd.Series("", index=rows.index)
-        if name not in db.TEXT:
-            text = text.str.strip().str.lower().replace({"true": "1", "t": "1", "false": "0", "f": "0"})
-            text = pd.to_numeric(text.str[:4] if name == "year" else text, errors="coerce").astype(np.float32)
-        songs[name] = text
-    return songs.replace([np.inf, -np.inf], np.nan)
-
-
-def predict(songs, models_dir=MODELS_DIR):
-    """Return (predictions, notes) for raw songs, as songs_from_text gives them; one row per song, in their order.
-
-    Columns: genre_predicted, genre_confidence (probability), cluster, energy_predicted, popularity_predicted; those of
-    a model that cannot be loaded are left out and the notes say why. A missing feature is treated as missing, a
-    missing genre as the predicted one, a song with a missing feature is in no cluster.
-    """
-    import pandas as pd
-    added, notes = pd.DataFrame(index=songs.index), []
-    for name in ("genre", "clusters", "energy", "popularity"):
+def load_models(models_dir=MODELS_DIR):
+    """Return ({name: what load_model gives}, notes): every model that there is; the notes say why others are left out."""
+    loaded, notes = {}, []
+    for name in MODELS:
         try:
-            model = load_model(name, models_dir)["estimator"]
+            loaded[name] = load_model(name, models_dir)
         except ModelError as error:
             notes.append(f"{name} skipped: {error}")
-            continue
+    return loaded, notes
+
+
+def predict(songs, loaded):
+    """Return the predictions of the models that load_models has loaded, a row per song of the DataFrame, in its order.
+
+    Columns: genre_predicted, genre_confidence (probability), cluster, energy_predicted, popularity_predicted, as far as
+    there are models. A missing feature is treated as missing, a missing genre as the predicted one, a song with a
+    missing feature is in no cluster.
+    """
+    import pandas as pd
+    added = pd.DataFrame(index=songs.index)
+    for name in [name for name in ("genre", "clusters", "energy", "popularity") if name in loaded]:
+        model = loaded[name]["estimator"]
         if name == "genre":
             probabilities = model.predict_proba(songs)
             added["genre_predicted"] = model.classes_[probabilities.argmax(axis=1)]
             added["genre_confidence"] = probabilities.max(axis=1).round(4)
-            songs = songs.assign(genre=songs["genre"].where(songs["genre"] != "", added["genre_predicted"]))
+            songs = songs.assign(genre=genres(songs).fillna(added["genre_predicted"]))
         elif name == "clusters":
             features = songs[list(AUDIO)].astype(np.float64).dropna()
             clusters = model.predict(features) if len(features) else []
             added["cluster"] = pd.Series(clusters, features.index, "Int64")
         else:
             added[f"{name}_predicted"] = model.predict(songs).round(4)
-    return added, notes
+    return added
+
+
+def predict_table(url, table, into, models_dir=MODELS_DIR):
+    """Put what the current models say of every song of a table in place of what stands in the table `into`.
+
+    Its columns are db.PREDICTIONS; `similar` are ten track_ids, the most similar first. Where a model is missing its
+    columns are NULL, and so is `similar` for songs that came after the training. Returns the number of songs. Raises
+    ModelError (no models), DataError (no such table, no permission, `into` is another kind of table) or DatabaseUnavailable.
+    """
+    from rich.console import Console
+    from rich.progress import track
+    songs = db.load_songs(url, table)
+    loaded, notes = load_models(models_dir)
+    for note in notes:
+        log.warning("%s", note)
+    if not loaded:
+        raise ModelError(f"there are no models in {models_dir}; train them: {db.command('train.py', *in_folder(models_dir))}")
+    place, index = np.full(len(songs), -1), loaded["similar"]["estimator"] if "similar" in loaded else None
+    if index:
+        import pandas as pd
+        place = pd.Index(index.track_ids_).get_indexer(songs["track_id"])
+        songs = songs.iloc[(order := np.argsort(np.argsort(index.tree_.indices)[place], kind="stable"))]  # neighbours together
+        place = place[order]
+
+    def blocks():
+        starts = range(0, len(songs), PREDICTED_AT_ONCE)
+        for start in track(starts, "predicting", console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True):
+            part, rows = songs.iloc[start:start + PREDICTED_AT_ONCE], place[start:start + PREDICTED_AT_ONCE]
+            said = predict(part, loaded).assign(track_id=part["track_id"])
+            said["models_trained_at"] = max(model["trained_at"] for model in loaded.values())
+            if index:
+                said["similar"] = None
+                alike = [index.track_ids_[found] for found, _ in index.neighbours_of(rows[rows >= 0], workers=-1)]
+                said.loc[rows >= 0, "similar"] = pd.Series(alike, said.index[rows >= 0])
+            yield said
+    db.replace_predictions(url, into, blocks())
+    log.info("%s songs of %s predicted into %s", f"{len(songs):,}", table, into)
+    return len(songs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1220,7 +1268,7 @@ def show(options):
             continue
         versions = len(list_versions(name, options.models_dir))
         reports[name] = {key: report[key] for key in report if key not in ("plot", "data")} | {"versions_kept": versions}
-        age = datetime.now(timezone.utc) - datetime.fromisoformat(report["trained_at"])
+        age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
         rows.append((name, *notify.metric_and_change(report), f"{report['rows']:,}", f"{notify.duration(age.total_seconds())} ago",
                      notify.size(report["bytes"]), versions))
     if options.json:
@@ -1255,17 +1303,23 @@ def similar(options):
     return 0
 
 
-def predict_csv(options):
-    """Write the rows of a CSV with the predictions added, or print the first of them."""
+def predict_songs(options):
+    """Write the rows of a CSV with the predictions added, or print the first of them; or put those of a table into another."""
     import notify
-    rows = read_text(options.csv)
-    songs = songs_from_text(rows)
-    for name in db.REQUIRED:
-        if name not in song_columns(rows):
-            log.warning("%s has no column %s; it is treated as missing", options.csv, name)
-    added, notes = predict(songs, options.models_dir)
+    if options.into:
+        predict_table(db.database_url(), options.table_name, options.into, options.models_dir)
+        return 0
+    rows, songs = db.read_csv(options.csv)
+    missing = [name for name in db.REQUIRED if songs[name].isna().all() or (songs[name] == "").all()]
+    if len({*missing} & {*AUDIO}) > len(AUDIO) / 2:
+        raise DataError(f"{options.csv} lacks most of what the models listen to: {', '.join(missing)}; it has {', '.join(rows)}. "
+                        "Rename its columns")
+    if missing:
+        log.warning("%s has nothing in the columns %s; that is treated as missing", options.csv, ", ".join(missing))
+    loaded, notes = load_models(options.models_dir)
     for note in notes:
         log.warning("%s", note)
+    added = predict(songs, loaded)
     if not len(added.columns):
         raise ModelError(f"none of the models in {options.models_dir} can predict; train them: "
                          f"{db.command('train.py', *in_folder(options.models_dir))}")
@@ -1311,11 +1365,15 @@ def main(arguments=None):
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
     add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
-    add = command("predict", predict_csv, "add the predictions to the rows of a CSV", machine)
-    add("csv", help="songs, with the column names of the table or their aliases")
+    add = command("predict", predict_songs, "add the predictions to the rows of a CSV, or put those of a table into another", machine)
+    add("csv", nargs="?", help="songs, with the column names of the table or their aliases")
+    add("--table-name", default="spotify_songs", help="with --into: the table of songs (default: %(default)s)")
+    add("--into", metavar="TABLE", help="put predictions and neighbours of all songs into this table")
     add("--out", help="the CSV to write (default: print the first 20)")
     command("rollback", roll_back, "put the previous version of a model back")("model", choices=list(MODELS))
     options = parser.parse_args(arguments)
+    if options.run is predict_songs and bool(options.csv) == bool(options.into):
+        parser.error("predict needs a CSV file or --into TABLE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return options.run(options)

@@ -122,6 +122,7 @@ training = {"retries": 3, "retry_delay_seconds": [2, 4, 8], **every}
 load_csv_task = task(safely(db.load_csv), name="load_csv_task", task_run_name="load CSV", **database)
 load_demo_task = task(safely(db.load_demo), name="load_demo_task", task_run_name="load demo songs", **database)
 load_songs_task = task(safely(db.load_songs), name="load_songs_task", task_run_name="load songs", **database)
+predict_task = task(safely(models.predict_table), name="predict_task", task_run_name="predict", **database)
 
 
 TASKS = {}
@@ -149,7 +150,7 @@ def run_name() -> str:
 def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify_songs", truncate_table: bool = False,
                          n_clusters: Annotated[int, Ge(2)] = 2, only: list[str] | str | None = None,
                          enable_notifications: bool = True, models_dir: str | None = None, demo: int | None = None,
-                         force: bool = False, dask: str | None = None) -> dict:
+                         force: bool = False, dask: str | None = None, predict_into: str | None = None) -> dict:
     """Train the models `only` names (all five by default) on the songs of a table; return what happened.
 
     Args:
@@ -163,6 +164,7 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
         demo: train on so many made-up songs in the embedded database instead.
         force: publish a model even if it is worse than the current one.
         dask: train on the Dask cluster whose scheduler is at this address, such as tcp://host:8786.
+        predict_into: after the training, put every song's predictions and neighbours into this table.
 
     Returns {"status": "completed" or "partial", "models": {name: {"status", "metrics", "path", "seconds", ...}}, ...}.
     A model that fails does not raise: its entry has status "failed" and an error. Raises PipelineFailed when nothing
@@ -272,6 +274,8 @@ def train_and_publish(result: dict) -> None:
             tell_watcher(result, training=name)
             publish(result, name, submit(name), data)
         tell_watcher(result, training=None)
+    if into := result["parameters"]["predict_into"]:
+        predict_task(db.database_url(demo=result["demo"] is not None), result["table"], into, result["models_dir"])
 
 
 def settings(result: dict, name: str) -> dict:
@@ -566,6 +570,7 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser.add_argument("--no-notify", dest="enable_notifications", action="store_false", help="do not post to Discord")
     parser.add_argument("--models-dir", metavar="DIR",
                         help="where the models go (default: models, or demo/models with --demo, beside train.py)")
+    parser.add_argument("--predict-into", metavar="TABLE", help="then put every song's predictions and neighbours into this table")
     parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster of that scheduler, tcp://HOST:8786")
     parser.add_argument("--serve", action="store_true",
                         help="be a Prefect deployment until stopped; the other options are what its runs do by default")
