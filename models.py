@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import shutil
 import sys
@@ -714,16 +713,6 @@ def _plot_regression(actual, predicted, bins=40):
 # Similar songs
 # ---------------------------------------------------------------------------------------------------------------------
 
-def far_apart(count, dimensions):
-    """Return so many unit vectors, each pushed away from its nearest until they are far apart (Tammes, 1930)."""
-    places = np.random.default_rng(SEED).normal(size=(count, dimensions))
-    for step in range(min(300, 10 ** 8 // max(count, 1) ** 2) + 1):
-        push = np.exp(16 * (places @ places.T - 1)) * (1 - np.eye(count)) if step else 0 * np.eye(count)
-        places = places - 0.1 * push / push.sum(axis=1, keepdims=True).clip(1e-300) @ places
-        places /= np.linalg.norm(places, axis=1, keepdims=True)
-    return places
-
-
 class SimilarSongs:
     """Exact neighbours of songs by sound and by the company they keep, in a k-d tree.
 
@@ -769,7 +758,10 @@ class SimilarSongs:
         artist, _ = incidence(songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()])
         self.artist_, self.settings_ = artist.indices, {"company": len(genres) > 1}
         counts = artist.T @ own
-        places = far_apart(len(genres), min(len(genres) - 1, self.COMPANY_DIMENSIONS) if genres else 0)
+        places = np.eye(len(genres))
+        if len(genres) > self.COMPANY_DIMENSIONS:  # at random, as in more dimensions than two that is far apart
+            places = np.random.default_rng(SEED).normal(size=(len(genres), self.COMPANY_DIMENSIONS))
+            places /= np.linalg.norm(places, axis=1, keepdims=True)
         def points(mixture):
             company = mixture.sqrt() @ places
             return self.COMPANY_WEIGHT * company / np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
@@ -1010,7 +1002,7 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
               "trained_at": datetime.now(UTC).isoformat(), "seed": SEED, "guessing": _guessing(metrics),
               "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
               "settings": about["settings"] | getattr(estimator, "settings_", {}),
-              "versions": {"python": platform.python_version(), **library_versions()}, "plot": metrics.get("plot", {})}
+              "versions": library_versions(), "plot": metrics.get("plot", {})}
     reason = current and not force and _worse(report, current)
     report |= {"status": "held_back" if reason else "trained", "error": reason or None,
                "previous": current and current["metrics"].get(next(iter(metrics)))}
