@@ -7,12 +7,15 @@
 Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may heal).
 """
 import contextlib
+import codecs
 import csv
+import difflib
 import fcntl
 import gzip
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 import zlib
 from collections import Counter, deque
 from pathlib import Path
@@ -37,19 +41,23 @@ ROOT = Path(__file__).resolve().parent
 log = logging.getLogger("db")
 
 # ---- columns -------------------------------------------------------------------------------------------------------
-TEXT = tuple("track_id artist_name track_name genre album_name".split())
-REQUIRED = tuple("track_id artist_name track_name genre popularity danceability energy loudness speechiness acousticness "
-                 "instrumentalness valence".split())
+TEXT = "track_id artist_name track_name genre album_name".split()
+UNIT = "danceability energy speechiness acousticness instrumentalness valence liveness mode explicit".split()      # from 0 to 1
+NEEDED = "artist_name track_name danceability energy loudness speechiness acousticness instrumentalness valence".split()
+REQUIRED = ("track_id", *NEEDED[:2], "genre", "popularity", *NEEDED[2:])        # of these only NEEDED for every model
 OPTIONAL = tuple("liveness tempo key mode duration_ms time_signature explicit year album_name".split())
-ALIASES = {"id": "track_id", "name": "track_name", "artists": "artist_name", "track_artist": "artist_name",
-           "track_genre": "genre", "playlist_genre": "genre", "track_popularity": "popularity",
-           "track_album_name": "album_name", "release_date": "year", "track_album_release_date": "year"}
-INTEGERS = tuple("key mode duration_ms time_signature explicit year".split())
-TYPES = {**dict.fromkeys(REQUIRED + OPTIONAL, "double precision"), **dict.fromkeys(INTEGERS, "integer"), **dict.fromkeys(TEXT, "text")}
-TRUTH = {**dict.fromkeys("true t yes y".split(), 1), **dict.fromkeys("false f no n".split(), 0)}
+INTEGERS = "key mode duration_ms time_signature explicit year".split()
+ALIASES = {     # other names in CSV files, without what does not matter; the first that is there counts
+    "track_id": "id uri trackuri spotifyid", "artist_name": "artist artists trackartist singer",
+    "track_name": "name song songname title track tracktitle", "album_name": "album trackalbumname",
+    "genre": "trackgenre playlistgenre topgenre genres artistgenres", "popularity": "trackpopularity songpopularity",
+    "year": "releasedate trackalbumreleasedate albumreleasedate releasedyear releaseyear", "loudness": "loudnessdb",
+    "duration_ms": "songdurationms trackdurationms", "valence": "audiovalence", "mode": "audiomode"}
+RANGES = {**dict.fromkeys(REQUIRED + OPTIONAL, (-2e9, 2e9)), **dict.fromkeys(UNIT, (0, 1)), "key": (-1, 11), "time_signature": (0, 99),
+          "year": (1000, 2999)}
+WORDS_FOR = {"mode": "minor,major", "explicit": "false f no n,true t yes y", "key": "c,c# db,d,d# eb,e,f,f# gb,g,g# ab,a,a# bb,b"}
+PATTERNS = {"year": r"\b[12]\d{3}\b", "time_signature": r"^\d+(?=[/-])"}      # of any date; 4/4, in Excel's version 4-Apr
 MISSING = ("", "na", "nan", "n/a", "null", "none")   # in a column of numbers: unknown. In text: an artist's name.
-RANGES = {"key": (-1, 11), "mode": (0, 1), "time_signature": (0, 99), "explicit": (0, 1), "year": (1000, 2999)}
-ANY = (-2e9, 2e9)               # fits an integer of PostgreSQL and a float32
 MIN_SONGS = 20
 MIN_GENRE_SONGS = 5
 
@@ -61,6 +69,8 @@ SORT_MEMORY = "256MB"           # work_mem for the sorts and joins of a read or 
 BLOCK = 1 << 20                 # bytes that COPY gives or takes in one go
 MAX_LINE = 16 << 20             # characters
 HTTP_SECONDS = 30
+CHECK_ROWS = 1000               # of a CSV file that --check looks at
+BLOCK_ROWS = 20_000
 START_SECONDS = 120             # the embedded server, crash recovery on a slow disk included
 
 
@@ -92,16 +102,16 @@ def setting(name):
 def redact(text, *secrets):
     """`text` without `secrets`, the password of DATABASE_URL, the webhook's token, or anything that looks like either."""
     text, url, webhook = str(text), setting("DATABASE_URL"), setting("DISCORD_WEBHOOK_URL")
-    secrets = [*secrets, webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD"),
-               *re.findall(r"://[^:/@]*:(.*)@", url)]
+    secrets = [*secrets, webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD")]
     with contextlib.suppress(psycopg2.Error):
         secrets.append(psycopg2.extensions.parse_dsn(url).get("password", ""))
     forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), repr(s)[1:-1])}
     for form in sorted(forms - {""}, key=len, reverse=True):    # a password "music" must not eat into "musician"
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", "***", text)
-    text = re.sub(r"(://[^\s:/@]*:)[^\s/]*@", r"\1***@", text)
-    text = re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)", r"\1***", text)
-    return re.sub(r"(/api/(?:v\d+/)?webhooks/\d+/)[\w-]+", r"\1***", text)
+    for pattern in (r"(://[^\s:/@]*:)[^\s/]*(?=@)", r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
+                    r"(/api/(?:v\d+/)?webhooks/\d+/)[\w-]+"):
+        text = re.sub(pattern, r"\1***", text)
+    return text
 
 
 def database_url(demo=False):
@@ -168,7 +178,7 @@ def start_server(folder, database):
                 cursor.execute("SELECT pg_advisory_lock(1)")        # several may be here at once
                 cursor.execute("SELECT FROM pg_database WHERE datname = %s", [database])
                 if not cursor.rowcount:
-                    cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(database)))
+                    cursor.execute(f'CREATE DATABASE "{database}"')
                 return uri.format(database)
         raise OSError((folder / "log").read_text()[-600:].strip())
     except OSError as error:
@@ -207,7 +217,8 @@ def _parse_url(url):
     """The parts of a connection string as a dict; DataError, which does not repeat the string, if it is malformed."""
     with contextlib.suppress(psycopg2.ProgrammingError, ValueError):
         parts = psycopg2.extensions.parse_dsn(url)
-        if "@" not in parts.get("host", "") and re.fullmatch(r"[\d,]*", parts.get("port", "")):
+        plain = re.fullmatch(r"(?!\w+://).*|\w+://([^/?@]*@)?[^?@]*(\?.*)?", url, re.S)      # libpq takes half a password for the host
+        if plain and re.fullmatch(r"[\d,]*", parts.get("port", "")):
             return parts
     raise DataError("DATABASE_URL is not a connection string; write postgresql://user:password@host:5432/database, "
                     "in the password %40 for @, %3A for :, %2F for / and %25 for %")
@@ -261,7 +272,9 @@ ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; t
      "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"),
     ("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
     ("^42501.*temporary", False, "Ask its owner for: GRANT TEMPORARY ON DATABASE {database} TO {user}"),
-    ("^42501", False, "Ask its owner for: GRANT {rights} {name} TO {user}"),
+    (r"^42501.*for schema (\S+)", False, "Ask its owner for: GRANT USAGE, CREATE ON SCHEMA {0} TO {user}"),
+    (r"^42501.*for database (\S+)", False, "Ask its owner for: GRANT TEMPORARY ON DATABASE {0} TO {user}"),
+    (r"^42501.*for \w+ (\S+)", False, "Ask its owner for: GRANT {rights} ON {0} TO {user}"),
     ("^25006", False, "Use the primary server, not a replica or a read-only role, in DATABASE_URL"),
     ("^57014.*statement timeout", True, f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"),
     ("^55P03", True, f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"),
@@ -276,62 +289,67 @@ def _explain(error, parts, read_only):
     """DataError or DatabaseUnavailable for an error of psycopg2: a sentence that names the server and the fix."""
     said = re.sub(UNENCRYPTED, "", str(error).split("\nLINE ")[0])
     said = " ".join(said.split()).rstrip(".") or "the connection was closed"
-    heals, fix = next(advice[1:] for advice in ADVICE if re.search(advice[0], f"{error.pgcode or '-'} {said}"))
-    kind, name = (re.findall(r"permission denied for (\w+) (\S+)", said) or [("table", "THE_TABLE")])[0]
-    rights = {"schema": "USAGE, CREATE ON SCHEMA", "database": "TEMPORARY ON DATABASE"}.get(
-        kind, "SELECT ON" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE ON")
-    fix = fix.format(rights=rights, name=name, user=parts.get("user", "THE_USER"), database=parts.get("dbname"))
+    found, heals, fix = next((found, *then) for pattern, *then in ADVICE if (found := re.search(pattern, f"{error.pgcode or '-'} {said}")))
+    fix = fix.format(*found.groups(), rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, TRUNCATE",
+                     user=parts.get("user", "THE_USER"), database=parts.get("dbname"))
     message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix}.", parts.get("password", ""))
     return (DatabaseUnavailable if heals else DataError)(message)
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
 def _find(cursor, table):
-    """(identifier, {column: SQL type} or None, is it a view?, may it be loaded into?) of `table` or `schema.table`; any text
-    is a legal name."""
+    """(quoted name, {column: SQL type} or None, is it a view?, may it be loaded into?) of `table` or `schema.table`; any text is
+    a legal name."""
     if not re.fullmatch(r"[^\0]{1,63}(\.[^\0]{1,63})?", table):
         raise DataError("--table-name must have 1 to 63 characters and no NUL")
-    for name in [[table]] + [table.split(".", 1)] * ("." in table.strip(".")):
+    for parts in [[table]] + [table.split(".", 1)] * ("." in table.strip(".")):
+        name = sql.Identifier(*parts).as_string(cursor)
         cursor.execute("""
             SELECT (SELECT json_object_agg(attname, format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute
                     WHERE attrelid = oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''), relkind IN ('v','m','f'),
                 (SELECT bool_and(has_table_privilege(oid, needed)) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) needed)
-            FROM pg_class WHERE oid = to_regclass(%s) AND relkind IN ('r','p','v','m','f')""", [sql.Identifier(*name).as_string(cursor)])
+            FROM pg_class WHERE oid = to_regclass(%s) AND relkind IN ('r','p','v','m','f')""", [name])
         if found := cursor.fetchone():
             break
-    return sql.Identifier(*name), *(found or (None, None, None))
+    return name, *(found or (None, None, None))
 
 
 def _load_into(table):
     return command("train.py", "--csv-path", "songs.csv", "--table-name", table)
 
 
-def _demand(columns, where, names, fix):
-    """DataError if required columns are missing."""
-    if missing := [column for column in REQUIRED if column not in columns]:
-        found = ", ".join(name.strip()[:40] for name in list(names)[:40])
-        raise DataError(f"{where} lacks the columns {', '.join(missing)}; {fix.format(found)}")
+def _demand(names, there, where, fix):
+    """DataError if NEEDED columns are missing among `names`; `there` are the names that are there instead."""
+    missing = []
+    for name in NEEDED:
+        if name not in names:
+            close = difflib.get_close_matches(name, there, 1, .5)
+            missing.append(name + f' (closest: "{"".join(close)}")' * len(close))
+    if missing:
+        raise DataError(f"{where} lacks the columns {', '.join(missing)}; {fix.format(', '.join(there)[:999])}")
 
 
 def _open_table(cursor, table, to_load=False):
-    """(identifier, {column: SQL type}) of a table that can be read or, created if there is none, loaded into. DataError: the
+    """(quoted name, {column: SQL type}) of a table that can be read or, created if there is none, loaded into. DataError: the
     sentence says what there is instead."""
     name, columns, view, allowed = _find(cursor, table)
     if columns is None and to_load:
-        types = {**TYPES, "explicit": "boolean", "track_id": 'text COLLATE "C" PRIMARY KEY'}
-        cursor.execute(sql.SQL("CREATE TABLE {} ({})").format(name, sql.SQL(", ".join(f"{c} {types[c]}" for c in REQUIRED + OPTIONAL))))
+        kinds = {**dict.fromkeys(TEXT, "text"), **dict.fromkeys(INTEGERS, "integer"), "explicit": "boolean",
+                 "track_id": 'text COLLATE "C" PRIMARY KEY'}
+        made = ", ".join(f"{column} {kinds.get(column, 'double precision')}" for column in REQUIRED + OPTIONAL)
+        cursor.execute(f"CREATE TABLE {name} ({made})")
         return _open_table(cursor, table, to_load)
     if columns is None:
         cursor.execute("SELECT attrelid::regclass::text FROM pg_attribute WHERE attname = ANY(%s) GROUP BY attrelid "
-                       "HAVING count(*) = %s ORDER BY 1 LIMIT 10", [list(REQUIRED), len(REQUIRED)])
+                       "HAVING count(*) = %s ORDER BY 1 LIMIT 10", [NEEDED, len(NEEDED)])
         fitting = ", ".join(other for other, in cursor.fetchall())
         raise DataError(f'The table "{table[:200]}" does not exist. ' + (
             f"Tables with the required columns: {fitting}; choose one with --table-name" if fitting else
             f"Load songs into it: {_load_into(table)}"))
-    _demand(columns, f'The table "{table}"', columns,
+    _demand(columns, list(columns), f'The table "{table}"',
             "it has {}. Rename them, or make a view with these names and give it as --table-name")
-    if to_load and view:
-        raise DataError(f'"{table}" is a view; load the CSV file into a table (--table-name)')
+    if to_load and (view or "track_id" not in columns):
+        raise DataError(f'"{table}" is a view or has no track_id; load the CSV file into a table (--table-name)')
     if to_load and not allowed:
         raise DataError(f'Loading a CSV file into "{table}" is not permitted; ask its owner for: '
                         f"GRANT SELECT, INSERT, UPDATE, TRUNCATE ON {table} TO {cursor.connection.info.user}")
@@ -339,7 +357,7 @@ def _open_table(cursor, table, to_load=False):
 
 
 def check_table(url, table, for_csv=False):
-    """Look at the table. Returns dict(server, host, database, columns, rows, genres, nulls): genres of five songs or more,
+    """Look at the table. Returns dict(server, host, database, rows, genres, nulls): genres of five songs or more,
     {column: share of nulls}.
 
     With `for_csv` it may be missing or empty (rows 0), but loading a CSV file into it must be allowed.
@@ -348,17 +366,17 @@ def check_table(url, table, for_csv=False):
         if for_csv:
             cursor.execute("CREATE TEMP TABLE staging () ON COMMIT DROP")
         name, columns = _open_table(cursor, table, for_csv)
-        used = [column for column in REQUIRED + OPTIONAL if column in columns]
-        shares = sql.SQL(", ".join(f"avg(({column} IS NULL)::int)::float" for column in used))
-        cursor.execute(sql.SQL("SELECT current_setting('server_version'), current_database(), count(*), ARRAY[{}], (SELECT count(*) "
-                               "FROM (SELECT FROM {} GROUP BY genre HAVING count(genre) >= {}) genres) FROM {}").format(
-            shares, name, sql.Literal(MIN_GENRE_SONGS), name))
-        server, database, rows, nulls, genres = cursor.fetchone()
-        if not for_csv and not rows:
+        shares = ", ".join(f"'{column}', avg(({column} IS NULL)::int)" for column in REQUIRED + OPTIONAL if column in columns)
+        cursor.execute(f"""
+            SELECT json_build_object('server', current_setting('server_version'), 'database', current_database(), 'rows', count(*),
+                'nulls', json_build_object({shares}), 'genres', (SELECT count(*) FROM (SELECT FROM {name}
+                    {f"GROUP BY genre HAVING count(genre) >= {MIN_GENRE_SONGS}" if "genre" in columns else "LIMIT 0"}) genres))
+            FROM {name}""")
+        found = cursor.fetchone()[0]
+        if not for_csv and not found["rows"]:
             raise DataError(f'The table "{table}" is empty; load songs: {_load_into(table)}')
         cursor.connection.rollback()        # looking leaves no table behind
-    return {"server": server, "host": _place(_parse_url(url)).rpartition("/")[0], "database": database,
-            "columns": list(columns), "rows": rows, "genres": genres, "nulls": dict(zip(used, nulls))}
+        return {**found, "host": f"{cursor.connection.info.host}:{cursor.connection.info.port}"}
 
 
 def check(csv_path, table, demo):
@@ -367,119 +385,79 @@ def check(csv_path, table, demo):
     Raises DataError or DatabaseUnavailable."""
     if demo is not None:
         return [("database", "ok", "made-up songs need no table")]
-    if csv_path and not re.match("https?://", str(csv_path)):
-        with _open_csv(csv_path):
-            pass
-    url, embedded = setting("DATABASE_URL"), ROOT / ".postgres"
+    url, embedded, lines = setting("DATABASE_URL"), ROOT / ".postgres", []
+    if csv_path:
+        found = _convert(csv_path, io.StringIO(), io.StringIO(), most=CHECK_ROWS)[1]
+        why = _count(found["rejected"] + found["unread"])
+        lines = [("CSV", "warning" if why else "ok", f"{csv_path}: its first {found['read']} rows were looked at; cannot be loaded or read: {why or 'none'}")]
     if not url and not (embedded / "data").exists():
         if csv_path:
-            return [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
+            return lines + [("database", "ok", f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}")]
         raise DataError(f"DATABASE_URL is not set and there is no embedded database yet; try: {_load_into(table)}")
     found = check_table(url or start_server(embedded, "music"), table, bool(csv_path))
-    rows, genres, nulls = found["rows"], found["genres"], found["nulls"]
-    lines = [("database", "ok", f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}")]
+    lines.append(("database", "ok", f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"))
     if csv_path:
-        return lines + [("table", "ok", f"{csv_path} may be loaded into {table} ({rows:,} rows)")]
-    without = ", ".join(column for column in OPTIONAL if nulls.get(column, 1) == 1)
-    holes = ", ".join(f"{column} {share:.1%}" for column, share in nulls.items() if share > 0 and column in REQUIRED or .5 < share < 1)
+        return lines + [("table", "ok", f"{csv_path} may be loaded into {table} ({found['rows']:,} rows)")]
+    without = ", ".join(column for column in REQUIRED + OPTIONAL if found["nulls"].get(column, 1) == 1)
+    holes = ", ".join(f"{column} {share:.1%}" for column, share in found["nulls"].items() if (0 if column in NEEDED else .5) < share < 1)
     return lines + [
-        ("table", "problem" if rows < MIN_SONGS else "ok", f"{table} has {rows:,} rows" + f"; {MIN_SONGS} are needed" * (rows < MIN_SONGS)),
-        ("columns", "ok", f"all required columns; not there, and not needed: {without or 'none'}"),
-        ("genres", "warning" if genres < 2 else "ok", f"{genres} genres of {MIN_GENRE_SONGS} songs or more" + "; the genre model needs 2" * (genres < 2)),
-        ("nulls", "warning" if holes else "ok", f"{holes}: songs without a required value are left out, optional ones are "
-         "treated as missing" if holes else "none that matter")]
+        ("table", "problem" if found["rows"] < MIN_SONGS else "ok", f"{table} has {found['rows']:,} rows; {MIN_SONGS} are needed"),
+        ("columns", "ok", f"all that every model needs; not there: {without or 'none'}"),
+        ("genres", "warning" if found["genres"] < 2 else "ok", f"{found['genres']} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"),
+        ("nulls", "warning" if holes else "ok", f"missing values: {holes or 'none that matter'}")]
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
-def _number(name, text):
-    """The number that a cell of the column `name` says, NaN for none. ValueError: it cannot be read."""
+def _meaning(name, text):
+    """What a cell of our column `name` says: text, or a number, NaN for none; infinite if it cannot be read."""
+    bare = text.strip().lower()
+    if name in TEXT:
+        parts = re.split("[,;|]", text) if name == "genre" else [text]
+        if re.fullmatch(r"""\[(['"].*['"])?\]""", bare):         # ['A', "B's"]
+            parts = [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
+        return ";".join(parts[:1] if name == "genre" else parts)
+    if bare in MISSING:
+        return float("nan")
+    for number, words in enumerate(WORDS_FOR.get(name, "").split(",")):
+        if bare in words.split():
+            return number
+    found = re.search(PATTERNS.get(name, "$^"), bare)
     try:
-        return float(text.replace("_", "?"))        # for Python, 1_0 is ten
+        return float(found[0] if found else text.replace("_", "?"))     # for Python, 1_0 is ten
     except ValueError:
-        bare = text.strip().lower()
-        if bare in MISSING:
-            return float("nan")
-        if name == "explicit" and bare in TRUTH:
-            return TRUTH[bare]
-        if name == "year" and (year := re.match(r"\d{4}(?!\d)", bare)):
-            return int(year[0])
-        raise ValueError(f"{name} is not a number") from None
+        return float("inf")
 
 
-def _value(name, text):
-    """What a cell of the column `name` says: text, a number, or None for nothing. ValueError: it cannot be used."""
-    if "\0" in text:
-        raise ValueError(f"{name} contains a NUL byte")
-    value, (low, high) = text.strip() and text, RANGES.get(name, ANY)
-    if name not in TEXT:
-        value = _number(name, text)
-        if not low <= value <= high and value == value:
-            raise ValueError(f"{name} is not between {low:g} and {high:g}")
-        if abs(value) < 1e-30:
-            value = 0       # the type real would refuse it
-    if value == "" or value != value:
-        if name in REQUIRED:
-            raise ValueError(f"no {name}")
-        return None
-    return round(value) if name in INTEGERS else value
+def _songs(cells, where, unread):
+    """Turn a DataFrame of our columns, each text or float32, in place into what they say: text, "" for none; numbers, NaN for none.
 
-
-# ---- reading -------------------------------------------------------------------------------------------------------
-def load_songs(url, table):
-    """Read the table, once: REQUIRED and the OPTIONAL columns that are there, sorted by track_id, one row a song.
-
-    Text columns are strings (album_name '' where unknown), all others float32 (optional ones NaN where unknown).
-    Songs without id, artist, title, genre or with a required number that is none are left out, with a warning.
-    Raises DataError (missing table or columns, nothing left) or DatabaseUnavailable."""
+    Returns why each row is no song, or "". What cannot be read and is not needed is missing, and counted in `unread`.
+    Raises DataError where percentages stand for shares: a mixture of the two would teach the models nonsense."""
     import numpy as np
-    import pandas as pd
-    with tempfile.TemporaryFile() as file:
-        with connect(url, read_only=True) as cursor:
-            name, columns = _open_table(cursor, table)
-            used = [column for column in REQUIRED + OPTIONAL if column in columns]
-            key = "track_id" if columns["track_id"] == "text" else "track_id::text"     # as it is, its index can be used
-            query = f'COPY (SELECT {", ".join(used)} FROM {{}} ORDER BY {key} COLLATE "C") TO STDOUT (FORMAT csv)'
-            cursor.copy_expert(sql.SQL(query).format(name), file, BLOCK)
-        file.seek(0)
-        numbers = [column for column in used if column not in TEXT and
-                   re.fullmatch("smallint|integer|bigint|real|double precision|numeric.*", columns[column])]
-        with np.errstate(over="ignore"):        # 1e300 is infinite as a float32
-            songs = pd.read_csv(file, header=None, names=used, keep_default_na=False, na_values=dict.fromkeys(numbers, ["", "NaN"]),
-                                dtype={**dict.fromkeys(used, "str"), **dict.fromkeys(numbers, "float32")})
-    keep, left_out, unread = np.ones(len(songs), bool), Counter(), Counter()
-    for column in used:
+    why = np.full(len(cells), "", object)
+    for column in cells:
+        values, reason, needed = cells[column], f"no {column}", column in NEEDED or column == "track_id"
+        if values.dtype != "float32" and column not in ("track_id", "track_name", "album_name"):
+            values = values.map({text: _meaning(column, text) for text in values.unique()}).astype("str" if column in TEXT else float)
         if column in TEXT:
-            bad = songs[column].str.strip() == ""
+            values = values.where(values.str.strip() != "", "")
         else:
-            cells = songs[column] if column in numbers else _numbers(column, songs[column], unread)
-            good = cells.between(*RANGES.get(column, ANY))
-            songs[column], bad = cells.where(good).astype("float32"), ~good
-            unread[column] += int((bad & cells.notna()).sum())
-        if column in REQUIRED:
-            left_out[f"no {column} that can be used"] += int((keep & bad).sum())
-            keep &= ~bad
-            del unread[column]
-    songs = songs[keep]
-    if repeated := int(songs.track_id.duplicated().sum()):
-        left_out["repeated track_id"] = repeated
-        songs = songs.sort_values(used).drop_duplicates("track_id", keep="last")
-    if why := _count(left_out):
-        log.warning('Left out of "%s": %s', table, why)
-    if songs.empty:
-        raise DataError(f'The table "{table}" has no song that can be used ({why}); load songs: {_load_into(table)}')
-    _tell_unread(unread, table)
-    empty = [column for column in used if column not in TEXT and songs[column].isna().all()]
-    return songs.drop(columns=empty).reset_index(drop=True)
-
-
-def _numbers(column, cells, unread):
-    """Cells of text as numbers, NaN for none."""
-    meant = {}
-    for text in cells.unique():
-        with contextlib.suppress(ValueError):
-            meant[text] = _number(column, text)
-    unread[column] += int((~cells.isin(list(meant))).sum())
-    return cells.map(meant)
+            low, high = RANGES[column]
+            outside, reason = (values < low) | (values > high), f"{column} is not a number between {low:g} and {high:g}"
+            percentages = values.between(1.001, 1000).sum() if needed and high == 1 else 0
+            if percentages > max(10, len(values) // 100):      # not just mistakes
+                raise DataError(f"{where}: {percentages} of {len(values)} rows have an {column} above 1; divide percentages by 100")
+            unread[column] += (outside & (not needed)).sum()
+            values = values.mask(outside).mask(values.abs() < 1e-30, 0)     # which the type real would refuse
+            values = values.round() if column in INTEGERS else values
+        cells[column] = values
+        bad = values.isna() | (values == "")
+        if needed and bad.any():
+            why[bad & (why == "")] = reason
+    if "track_id" not in cells:
+        names = zip(cells["artist_name"], cells["track_name"], cells.get("album_name", itertools.repeat("")))
+        cells.insert(0, "track_id", [uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(name)).hex for name in names])
+    return why
 
 
 def _count(reasons):
@@ -491,34 +469,78 @@ def _tell_unread(unread, where):
         log.warning("%s: values that cannot be read are treated as missing: %s", where, unread)
 
 
+# ---- reading -------------------------------------------------------------------------------------------------------
+def load_songs(url, table):
+    """Read the table, once: our columns as far as it has values in them, sorted by track_id, one row a song.
+
+    Text columns are strings ("" where unknown), all others float32 (NaN where unknown). Songs without artist, title or one
+    of the seven features that are NEEDED are left out, with a warning.
+    Raises DataError (missing table or columns, percentages, nothing left) or DatabaseUnavailable."""
+    import pandas as pd
+    with tempfile.TemporaryFile() as file:
+        with connect(url, read_only=True) as cursor:
+            name, columns = _open_table(cursor, table)
+            used = [column for column in REQUIRED + OPTIONAL if column in columns]      # track_id comes first
+            query = f'COPY (SELECT {", ".join(used)} FROM {name} ORDER BY {used[0]}::text COLLATE "C") TO STDOUT (FORMAT csv)'
+            cursor.copy_expert(query, file, BLOCK)
+        file.seek(0)
+        numbers = [column for column in used if column not in TEXT and
+                   re.fullmatch("smallint|integer|bigint|real|double precision|numeric.*", columns[column])]
+        songs = pd.read_csv(file, header=None, names=used, keep_default_na=False, na_values=dict.fromkeys(numbers, ["", "NaN"]),
+                            dtype={**dict.fromkeys(used, "str"), **dict.fromkeys(numbers, "float32")})
+    unread = Counter()
+    why = _songs(songs, f'The table "{table}"', unread)
+    left_out = Counter(why[why != ""])
+    songs = songs[why == ""].astype({column: "float32" for column in used if column not in TEXT})
+    if "track_id" not in used:
+        songs = songs.sort_values("track_id", kind="stable")
+    if repeated := int(songs.track_id.duplicated().sum()):
+        left_out["repeated track_id"] = repeated
+        songs = songs.sort_values(list(songs)).drop_duplicates("track_id", keep="last")
+    if why := _count(left_out):
+        log.warning('Left out of "%s": %s', table, why)
+    if songs.empty:
+        raise DataError(f'The table "{table}" has no song that can be used ({why}); load songs: {_load_into(table)}')
+    _tell_unread(unread, table)
+    return songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
+
+
 # ---- CSV files -----------------------------------------------------------------------------------------------------
 def our_columns(header):
-    """{our column name: position} in a list of column names: case and spaces ignored, exact names before aliases."""
-    names = [name.strip().lower() for name in header]
-    found = {name: names.index(name) for name in REQUIRED + OPTIONAL if name in names}
-    for alias, name in ALIASES.items():
-        if alias in names:
-            found.setdefault(name, names.index(alias))
+    """{our column name: position} in a list of column names; case, spaces, "_", "-" and "(s)" do not matter."""
+    plain = [re.sub(r"\(s\)|[\W_]", "", name.lower()) for name in header]
+    found = {}
+    for name in REQUIRED + OPTIONAL:
+        for other in [name.replace("_", ""), *ALIASES.get(name, "").split()]:
+            if other in plain:
+                found.setdefault(name, plain.index(other))
     return found
 
 
 @contextlib.contextmanager
 def _open_csv(path):
     """(the uncompressed text, the file on disk): a path, or an http(s) URL, which is fetched first."""
+    foreign = set()
+
+    def windows(error):
+        foreign.add(path)
+        return error.object[error.start:error.end].decode("cp1252", "replace"), error.end
+    codecs.register_error("windows", windows)
     try:
         raw = _fetch(str(path)) if re.match("https?://", str(path)) else open(path, "rb", BLOCK)
     except OSError as error:
         raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
     with raw:
-        packed = raw.read(2) == b"\x1f\x8b"
+        head = raw.read(2)
         raw.seek(0)
-        file = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK) if packed else raw
+        file = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK) if head == b"\x1f\x8b" else raw
+        encoding = "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         try:
-            yield io.TextIOWrapper(file, "utf-8-sig", newline="\n"), raw
+            yield io.TextIOWrapper(file, encoding, "windows", newline="\n"), raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file ({error}); copy it again") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 ({error}); convert it: iconv -f latin1 -t utf-8 {path} > songs-utf8.csv") from error
+    if foreign:
+        log.warning("%s is not UTF-8 throughout: the rest was read as Windows-1252", path)
 
 
 def _fetch(url):
@@ -527,9 +549,8 @@ def _fetch(url):
     try:
         with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
             shutil.copyfileobj(answer, file, BLOCK)
-            size = int(answer.headers.get("Content-Length") or 0)
-            if file.tell() < size:
-                raise ConnectionError(f"it ended after {file.tell():,} of {size:,} bytes")
+            if answer.length:
+                raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
     except (OSError, http.client.HTTPException) as error:
         kind = DataError if getattr(error, "code", 500) < 500 else DatabaseUnavailable
         raise kind(f"{redact(url)} could not be fetched ({error}); check the address given as --csv-path, or try again later") from error
@@ -537,25 +558,31 @@ def _fetch(url):
     return file
 
 
-def _rows(file):
-    """Yield (number of the first line, fields, what is wrong with them or "") of the rows of a CSV file, its header first."""
-    number, width, ahead = 1, 0, deque()
+def _rows(file, path):
+    """Yield the header of a CSV file, then (number of its first line, fields, what is wrong with them or "") for every row."""
+    ahead, taken = deque(), []
 
     def lines():
-        while line := ahead.popleft() if ahead else file.readline(MAX_LINE):
+        while line := ahead.popleft() if ahead else file.readline(MAX_LINE).replace("\0", "\ufffd"):     # PostgreSQL has no NUL
             taken.append(line)
             yield line
+    first, header = next((line for line in lines() if line.strip()), ""), []
+    mark, number = max(",;\t", key=lambda mark: len(our_columns(first.split(mark)))), len(taken) + 1
+    with contextlib.suppress(csv.Error):
+        header = next(csv.reader([first], delimiter=mark))
+    if not header:
+        raise DataError(f"{path} is empty or no CSV file; its first line must name the columns")
+    yield header
     while True:
         taken, fields, wrong = [], [], ""
         try:        # a quoted field that is never closed ends at the csv module's limit, 131072 characters
-            fields = next(csv.reader(lines(), strict=True), [])
+            fields = next(csv.reader(lines(), strict=True, delimiter=mark), [])
         except csv.Error as error:
             wrong = f"not CSV: {error}"
         if not taken:
             return
-        width = width or len(fields)
-        if fields and len(fields) != width:
-            wrong = f"{len(fields)} fields instead of {width}"
+        if fields and len(fields) != len(header):
+            wrong = f"{len(fields)} fields instead of {len(header)}"
         if wrong and len(taken) > 1:        # perhaps a stray quote: only its own line is lost
             ahead.extendleft(taken[:0:-1])
             del taken[1:]
@@ -565,41 +592,49 @@ def _rows(file):
         number += len(taken)
 
 
-class _Csv:
-    """The songs of a CSV file; rows that cannot be loaded are counted and handed to `aside`."""
+def _frame(header, rows):
+    """(all cells of these rows under the file's own header, those of our columns) as DataFrames of text."""
+    import pandas as pd
+    width, columns = len(header), our_columns(header)
+    cells = pd.DataFrame([(fields + [""] * width)[:width] for _, fields, _ in rows], columns=header, dtype="str")
+    ours = cells.iloc[:, list(columns.values())].set_axis(list(columns), axis=1)
+    if "artist_name" in ours and "(s)" in header[columns["artist_name"]]:       # Exportify: A, B
+        ours["artist_name"] = ours["artist_name"].str.replace(", ?", ";", regex=True)
+    return cells, ours
 
-    def __init__(self, file, path, aside):
-        self.rows, self.aside = _rows(file), aside
-        self.read, self.rejected, self.examples, self.unread = 0, Counter(), [], Counter()
-        _, self.header, wrong = next(self.rows, (0, [], ""))
-        if wrong or not self.header:
-            raise DataError(f"{path} is {wrong or 'empty'}; a CSV file with a header is needed")
-        self.columns = our_columns(self.header)
-        _demand(self.columns, path, self.header, "found: {}. Fix: " + (
-            "rename or add them" if self.columns else "the first line must name the columns, separated by commas"))
 
-    def songs(self):
-        """Yield the values of every row that can be loaded, in the order of self.columns."""
-        for line, fields, wrong in self.rows:
-            song, self.read = [], self.read + 1
-            for name, i in () if wrong else self.columns.items():
-                try:
-                    song.append(_value(name, fields[i]))
-                except ValueError as error:
-                    song.append(None)
-                    if name in REQUIRED:
-                        wrong = wrong or str(error)
-                    else:
-                        self.unread[name] += 1
-            if not wrong:
-                yield song
-                continue
-            self.rejected[wrong] += 1
-            self.aside([line, wrong, *fields])
-            if len(self.examples) < 3:
-                shown = ",".join(fields)
-                self.examples.append(f"line {line}: {wrong}: {shown[:150]}{'…' * (len(shown) > 150)}")
-                log.warning("Rejected %s", self.examples[-1])
+def _convert(path, good, aside, progress=None, most=None):
+    """Write the songs of a CSV file to `good` and the rows that cannot be loaded to `aside`, both open files.
+
+    Returns (columns of `good`, dict(read, rejected, examples, unread))."""
+    read, rejected, unread, examples, put_aside = 0, Counter(), Counter(), [], csv.writer(aside).writerow
+    with _open_csv(path) as (file, raw):
+        rows = _rows(file, path)
+        header = next(rows)
+        columns, rows = our_columns(header), itertools.islice(rows, most)
+        _demand(columns, header, path, "found: {}. Rename or add them; the first line must name the columns")
+        put_aside(["line", "reason", *header])
+        while block := list(itertools.islice(rows, BLOCK_ROWS)):
+            songs = _frame(header, block)[1]
+            why = _songs(songs, path, unread)
+            for i, (line, fields, wrong) in enumerate(block):
+                if wrong := wrong or why[i]:
+                    why[i] = wrong
+                    rejected[wrong] += 1
+                    put_aside([line, wrong, *fields])
+                    if len(examples) < 3:
+                        examples.append(f"line {line}: {wrong}: {','.join(fields)[:150]}")
+            songs[why == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
+            read += len(block)
+            if progress:
+                progress(raw.tell(), os.fstat(raw.fileno()).st_size)
+    if 2 * rejected.total() > read or not read:
+        raise DataError(f"{path}: {rejected.total()} of {read} rows cannot be loaded ({_count(rejected) or 'there is only a header'}); "
+                        f"the table is unchanged. {'; '.join(examples)}")
+    if "track_id" not in columns:
+        log.info("%s has no track_id: one is made of artist, title and album", path)
+    _tell_unread(unread, path)
+    return list(songs), {"read": read, "rejected": rejected, "examples": examples, "unread": +unread}
 
 
 def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=None):
@@ -608,54 +643,52 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
     New track_ids are inserted, known ones updated, the last row of a track_id wins; `truncate` empties the table first.
     Rows that cannot be loaded go to `rejected_path` with line and reason. `progress(bytes_done, bytes_in_all)`.
     Returns dict(read, loaded, repeated, rejected={reason: rows}, examples=[first three], unread={column: values}).
-    Raises DataError (file, columns, no row that can be loaded, no permission) or DatabaseUnavailable."""
-    with _open_csv(csv_path) as (file, raw), tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as good, \
-            open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
-        reader, total, done = _Csv(file, csv_path, csv.writer(aside).writerow), os.fstat(raw.fileno()).st_size, 0
-        reader.aside(["line", "reason", *reader.header])
-        for done, song in enumerate(reader.songs(), 1):     # without a connection: servers end those that idle
-            csv.writer(good).writerow(song)
-            if progress and done % 1000 == 0:
-                progress(raw.tell(), total)
-        why = _count(reader.rejected)
-        if not done:
-            raise DataError(f"{csv_path} has no row that can be loaded ({why or 'there is only a header'}); the table is unchanged")
-        if progress:
-            progress(total, total)
+    Raises DataError (file, columns, most rows cannot be loaded, no permission) or DatabaseUnavailable."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as good:
+        with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
+            columns, found = _convert(csv_path, good, aside, progress)      # without a connection: servers end those that idle
+        rejected = found["rejected"].total()
+        if not rejected and os.path.isfile(aside.name):         # os.devnull is none
+            os.unlink(aside.name)
         good.seek(0)
         with connect(url) as cursor:
-            repeated = _merge(cursor, table, list(reader.columns), good, truncate)
-    if why:
-        log.warning("%d of %d rows rejected: %s%s", reader.read - done, reader.read, why,
-                    f"; they are in {rejected_path}" if rejected_path else "")
-    elif rejected_path and Path(rejected_path).is_file():       # os.devnull is none
-        Path(rejected_path).unlink()
-    _tell_unread(reader.unread, csv_path)
-    log.info('%d songs loaded into "%s" (%d rows read, %d repeated)', done - repeated, table, reader.read, repeated)
-    return {"read": reader.read, "loaded": done - repeated, "repeated": repeated, "rejected": dict(reader.rejected),
-            "examples": reader.examples, "unread": dict(reader.unread)}
+            repeated = _merge(cursor, table, columns, good, truncate)
+    loaded = found["read"] - rejected - repeated
+    log.info('%d songs loaded into "%s" (%d rows read, %d repeated)', loaded, table, found["read"], repeated)
+    if rejected:
+        log.warning("%d rows rejected: %s; they are in %s: %s …", rejected, _count(found["rejected"]), aside.name, "; ".join(found["examples"]))
+    return {**found, "loaded": loaded, "repeated": repeated}
+
+
+def read_csv(path):
+    """(rows, songs) of a CSV file for predictions: all cells as text under the file's own header, and as many songs, our
+    columns, in which what is missing or cannot be read is "" or NaN. Raises DataError."""
+    with _open_csv(path) as (file, _):
+        header, *rows = _rows(file, path)
+    rows, songs = _frame(header, rows)
+    songs = songs.reindex(columns=REQUIRED + OPTIONAL, fill_value="").astype("str")
+    _songs(songs, path, Counter())
+    return rows, songs.astype({name: "float32" for name in songs if name not in TEXT})
 
 
 def _merge(cursor, table, columns, file, truncate):
     """COPY the songs of `file` and move them into the table: update what changed, insert what is new. Returns how many
     were repeats of a track_id."""
     name, kinds = _open_table(cursor, table, to_load=True)
-    cursor.execute(f"CREATE TEMP TABLE staging ({', '.join(f'{column} {TYPES[column]}' for column in columns)}) ON COMMIT DROP")
+    staged = ", ".join(f"{column} {'text' if column in TEXT else 'double precision'}" for column in columns)
+    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
     cursor.copy_expert("COPY staging FROM STDIN (FORMAT csv)", file, BLOCK)
-    values = {column: f"s.{column}::{kinds[column]}" for column in columns if column in kinds}
-    parts = {"t": name, "columns": sql.SQL(", ".join(values)), "values": sql.SQL(", ".join(values.values())),
-             "old": sql.SQL(", ".join(f"t.{column}" for column in values)), "same": sql.SQL(f"t.track_id = {values['track_id']}")}
-
-    def run(query):
-        cursor.execute(sql.SQL(query).format(**parts))
-    run("DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging GROUP BY 1 HAVING count(*) > 1) twice "
-        "WHERE track_id = id AND staging.ctid < twice.last")
+    values = {column: f"s.{column}::{'int::' * (column in INTEGERS)}{kinds[column]}" for column in columns if column in kinds}
+    new, same = ", ".join(values.values()), f"t.track_id = {values['track_id']}"
+    cursor.execute("DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging GROUP BY 1 HAVING count(*) > 1) twice "
+                   "WHERE track_id = id AND staging.ctid < twice.last")
     repeated = cursor.rowcount
-    run("TRUNCATE {t}" if truncate else "LOCK TABLE {t} IN SHARE ROW EXCLUSIVE MODE")
-    run("UPDATE {t} t SET ({columns}) = ROW({values}) FROM staging s WHERE {same} AND ({old}) IS DISTINCT FROM ({values})")
+    cursor.execute(f"TRUNCATE {name}" if truncate else f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
+    cursor.execute(f"UPDATE {name} t SET ({', '.join(values)}) = ROW({new}) FROM staging s "
+                   f"WHERE {same} AND ({', '.join(f't.{column}' for column in values)}) IS DISTINCT FROM ({new})")
     # in the order of its key an index grows faster, and the nightly read follows it
-    run("INSERT INTO {t} ({columns}) SELECT {values} FROM staging s WHERE NOT EXISTS (SELECT FROM {t} t WHERE {same}) "
-        'ORDER BY s.track_id COLLATE "C"')
+    cursor.execute(f"INSERT INTO {name} ({', '.join(values)}) SELECT {new} FROM staging s "
+                   f'WHERE NOT EXISTS (SELECT FROM {name} t WHERE {same}) ORDER BY s.track_id COLLATE "C"')
     return repeated
 
 

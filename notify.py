@@ -5,6 +5,7 @@ and exit status never disagree. Nothing here may cost a trained model.
 """
 import contextlib
 import errno
+import http.client
 import json
 import logging
 import math
@@ -17,7 +18,10 @@ import sys
 import textwrap
 import threading
 import time
-from datetime import datetime, timezone
+import urllib.error
+import urllib.request
+import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 from db import DataError, Expected, command, redact, setting
@@ -52,7 +56,7 @@ INCHES, ROW_INCHES, HEADER_INCHES = 16, 4.2, 1.5  # at 100 dots per inch
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dvp*X"
 INK, GREY = "#222222", "#707070"
-STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "text.color": INK, "lines.linewidth": 2,
+STYLE = {"font.family": "DejaVu Sans", "text.parse_math": False, "text.color": INK,
          "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 15, "axes.titlepad": 30,
          "axes.labelcolor": GREY, "axes.labelsize": 12, "legend.frameon": False, "legend.fontsize": 11}
 BELOW = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.06), "columnspacing": 1, "handletextpad": 0.3}  # a legend
@@ -87,17 +91,14 @@ def number(value):
     """A metric as people read it: three digits that matter, thousands separated."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return "not known"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
 def duration(seconds):
-    """41.2 -> "41.2 s", 754 -> "12 min 34 s", 4000 -> "1 h 6 min"; "" for none."""
+    """41.2 -> "41.2 s", 754 -> "12 min 34 s"; "" for none."""
     if not seconds or seconds < 60:
         return f"{seconds:.1f} s" if seconds else ""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def size(count):
@@ -113,13 +114,13 @@ def metric_and_change(model):
     name, value = next(iter(model["metrics"].items()))
     previous = model.get("previous")
     change = "first" if None in (previous, value) else f"{value - previous:+.3f}"
-    return f"{METRICS.get(name, plain(name))} {number(value)}", change
+    return f"{METRICS.get(name, plain(name).replace('_', ' '))} {number(value)}", change
 
 
 def reason(model):
     """"failed: ...", "held back: ..." or "no better than guessing"; "" where there is nothing to say."""
     if model["status"] == "trained":
-        return "no better than guessing" * bool(model["guessing"])
+        return "no better than guessing" * bool(model.get("guessing"))
     word, error = STATUS[model["status"]][0], plain(model["error"] or "no reason was given")
     return f"{word}: {error.removeprefix(f'{word}: ')}"
 
@@ -204,10 +205,10 @@ def attempt(step, *arguments):
 
 def quiet_logs():
     """Let our log lines through, and no secret in any line of ours or of Prefect's."""
-    for name in (*LOGGERS, *logging.root.manager.loggerDict):
-        if name in LOGGERS:
-            logging.getLogger(name).setLevel(logging.INFO)
-        if name in LOGGERS or name.startswith("prefect"):
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
+        if name.startswith((*LOGGERS, "prefect")):
             logging.getLogger(name).addFilter(_without_secrets)
 
 
@@ -226,13 +227,15 @@ def _without_secrets(record):
 def new_result(parameters, asked, folder):
     """The result of a run that is about to begin. `parameters`: the flow's; `asked`: names of models; `folder`: theirs."""
     words, folder = [], Path(folder).resolve()
-    for name, default in {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}.items():
+    options = {"table_name": "spotify_songs", "n_clusters": 2, "demo": None, "dask": None, "predict_into": None}
+    for name, default in options.items():
         value = parameters.get(name, default)
         words += [f"--{name.replace('_', '-')}", value] * (value != default)
     words += ["--models-dir", folder] * bool(parameters["models_dir"]) + ["--force"] * parameters["force"]
     words += ["--no-notify"] * (not parameters["enable_notifications"])
-    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command", "flow_run_id", "training"))
-    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(timezone.utc).isoformat(),
+    unknown = dict.fromkeys(("exit_status", "error", "read_seconds", "peak_mb", "rows", "csv", "finish_command",
+                             "flow_run_id", "training"))
+    return unknown | {"status": "failed", "message": "", "started_at": datetime.now(UTC).isoformat(),
                       "clock": time.monotonic(), "seconds": 0.0, "host": socket.gethostname(), "warnings": [],
                       "table": parameters["table_name"], "models_dir": str(folder), "demo": parameters["demo"],
                       "asked": list(asked), "models": {}, "command": command("train.py", *words), "deaths": [],
@@ -272,6 +275,16 @@ def history_line(result, name, status):
     return {"run": result["started_at"], "model": name, "status": status, "metric": metric, "value": value,
             "seconds": model["seconds"], "rows": result["rows"], "read_seconds": result["read_seconds"],
             "run_seconds": round(time.monotonic() - result["clock"], 2), "peak_mb": peak_mb(), "error": model["error"]}
+
+
+def model_page(name, model, history):
+    """Markdown about a model: its figures, and its last runs, the latest first."""
+    lines = ["|metric|value|", "|---|---|"]
+    lines += [f"|{key}|{number(value)}|" for key, value in model["metrics"].items() if not isinstance(value, (list, dict))]
+    lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
+    lines += [f"|{line['run'][:16]}|{escape(line.get('error') or line['status'])}|{number(line.get('value'))}|"
+              for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
+    return "\n".join(lines)
 
 
 def decide(result, error=None):
@@ -319,17 +332,6 @@ def tell(result, history):
         post_discord(result, url, None if trouble else picture, STOPPED_SECONDS if stopped else POST_SECONDS)
 
 
-def model_page(name, model, history):
-    """Markdown for Prefect's UI: the figures of a model, and its last runs from the lines of the history."""
-    figures = [(key, number(value)) for key, value in model["metrics"].items() if isinstance(value, (int, float))]
-    runs = [(line["run"][:16].replace("T", " "), escape(line.get("error") or line["status"].replace("_", " ")),
-             "" if line.get("value") is None else number(line["value"]))
-            for line in history[::-1] if line["model"] == name and line["status"] != "started"][:RUNS_SHOWN]
-    tables = (("metric", "value"), figures), (("last runs (UTC)", "status", "metric"), runs)
-    return "\n\n".join("\n".join("|".join(cells) for cells in (heading, ["---"] * len(heading), *lines))
-                       for heading, lines in tables if lines)
-
-
 # ------------------------------------------------------------------------------------------------- terminal
 
 def print_summary(result, file=None):
@@ -339,7 +341,8 @@ def print_summary(result, file=None):
         model_name, status, *others = table_row(name, model).values()
         colour = STATUS[model["status"]][2]
         rows.append([(model_name, "bold"), (status, colour), *others])
-        lines += [(f"{name} {reason(model)}", colour)] * bool(reason(model))
+        if reason(model):
+            lines.append((f"{name} {reason(model)}", MIXED[1] if status == "trained" else colour))
     lines += [(note, MIXED[1] if note.startswith("warning") else "") for note in notes(result)]
     lines.append(", ".join(facts(result)))
     if any(model["path"] for model in result["models"].values()):
@@ -380,9 +383,10 @@ def print_table(columns, rows, above=(), below=(), file=None):
 
 def _log_handler():
     """The handler whose rich console writes the log to a terminal, as Prefect's does: what is live goes below it."""
-    consoles = [handler for handler in logging.getLogger().handlers if hasattr(handler, "console")]
-    return next((handler for handler in consoles if handler.console.file.isatty()
-                 and not handler.console.is_dumb_terminal and "utf" in handler.console.encoding), None)
+    for handler in logging.getLogger().handlers:
+        console = getattr(handler, "console", None)
+        if console and console.file.isatty() and not console.is_dumb_terminal and "utf" in console.encoding:
+            return handler
 
 
 @contextlib.contextmanager
@@ -442,7 +446,7 @@ def draw_report(result, history, path):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with matplotlib.rc_context(STYLE):
-            report_figure(result, history).savefig(temporary, format="png", dpi=100)
+            report_figure(result, history).savefig(temporary, format="png")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -456,14 +460,15 @@ def report_figure(result, history):
     cells = [*models, *["history"] * (columns - len(models) % columns)]
     height = max(7.2, HEADER_INCHES + ROW_INCHES * len(cells) // columns)
     figure = Figure(figsize=(INCHES, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - HEADER_INCHES / height), wspace=0.06, hspace=0.06)
+    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - HEADER_INCHES / height), wspace=0.06)
     panels = figure.subplot_mosaic([cells[at:at + columns] for at in range(0, len(cells), columns)])
     for name, model in models.items():
         _draw_model(panels[name], name, model)
     _draw_history(panels["history"], history)
-    when = f"{datetime.fromisoformat(result['started_at']).astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    when = f"{datetime.fromisoformat(result['started_at']).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
     more = f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""
-    lines = [(0.62, result["message"], 80, 25, STATUS[result["status"]][2]), (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
+    lines = [(0.62, result["message"], 95, 25, STATUS[result["status"]][2]),
+             (0.95, " · ".join([when, *facts(result)]), 145, 14, INK)]
     lines += [(1.25, f"warning: {plain(warning, 130)}{more}", 160, 13.5, MIXED[1]) for warning in warned[:1]]
     for inches, text, width, size, color in lines:
         _write(figure, 0.015, 1 - inches / height, text, width, size=size, color=color)
@@ -496,7 +501,8 @@ def _draw_model(axes, name, model):
     for key, draw in {"matrix": _draw_matrix, "confusions": _draw_confusions, "points": _draw_clusters,
                       "density": _draw_density, "same_genre_at": _draw_similar}.items():
         if model["plot"].get(key):
-            _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10, color=GREY, transform=axes.transAxes)
+            _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10, color=MIXED[1] if reason(model) else GREY,
+                   transform=axes.transAxes)
             return draw(axes, model["plot"])
     axes.set_axis_off()
     _write(axes, 0, 0.98, model["error"] or "nothing to draw", 40, 10, size=14, va="top", color=color)
@@ -510,34 +516,27 @@ def _draw_matrix(axes, plot):
     ConfusionMatrixDisplay(numpy.array(plot["matrix"]["rows"]), display_labels=names).plot(
         ax=axes, cmap="cividis", values_format=".0%", colorbar=False, xticks_rotation=20,
         im_kw={"vmin": 0, "vmax": 1, "aspect": "auto"}, text_kw={"size": 8 + 12 // len(names)})
-    axes.set(xlabel="predicted", ylabel="actual")
-    axes.tick_params(labelsize=9)
 
 
 def _draw_confusions(axes, plot):
     """Many genres: which are most often taken for which, as bars with their names on them."""
     shown = plot["confusions"][:CONFUSIONS_SHOWN]
-    shares = [share for *_, share in shown]
-    axes.barh(range(len(shown)), shares, color="#A9CCE3")
+    axes.barh(range(len(shown)), [share for *_, share in shown], color="#A9CCE3")
     for at, (actual, predicted, count, share) in enumerate(shown):
-        style = {"transform": axes.get_yaxis_transform(), "va": "center", "size": 11}
-        _write(axes, 0.01, at, f"{plain(actual, 14)} → {plain(predicted, 14)}", 50, **style)
-        _write(axes, 0.99, at, f"{share:.0%} ({count:,})", 50, ha="right", color=GREY, **style)
-    axes.set(xlim=(0, shares[0] * 1.35), ylim=(CONFUSIONS_SHOWN - 0.5, -0.5), yticks=[], xticks=[],
-             xlabel="actual → predicted, share of the actual (songs)")
-    axes.spines[:].set_visible(False)
+        said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
+        _write(axes, 0.01, at, said, 50, size=11, va="center", transform=axes.get_yaxis_transform())
+    axes.set(yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
+    axes.invert_yaxis()
+    axes.set_frame_on(False)
 
 
 def _draw_clusters(axes, plot):
-    """The songs on their first two principal components, coloured and numbered by cluster, as in predictions."""
+    """The songs on their first two principal components, coloured by cluster."""
     for i, (label, size) in enumerate(zip(plot["labels"], plot["sizes"])):
         x, y = ([point[axis] for point in plot["points"] if point[2] == i] for axis in (0, 1))
         name = f"{_drawable(f'{i} {label}', 20)} {size / sum(plot['sizes']):.0%}"
         axes.scatter(x, y, s=9, alpha=0.6, linewidths=0, color=PALETTE[i % len(PALETTE)],
                      marker=MARKERS[i % len(MARKERS)], label=name if i < CLUSTERS_NAMED else None)
-        if x:
-            axes.text(sorted(x)[len(x) // 2], sorted(y)[len(y) // 2], i, ha="center", va="center", size=14,
-                      weight="bold", bbox={"fc": "white", "alpha": 0.85, "ec": "none", "boxstyle": "circle,pad=0.2"})
     axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
     axes.legend(ncols=2, markerscale=2.5, **BELOW)
 
@@ -554,12 +553,12 @@ def _draw_density(axes, plot):
 
 def _draw_similar(axes, plot):
     """How many of the neighbours at each rank share the song's genre, against chance."""
-    shares, chance = [share for share in plot["same_genre_at"] if share is not None], plot["by_chance"]
+    shares, chance = plot["same_genre_at"], plot["by_chance"]
     ranks = range(1, len(shares) + 1)
     axes.plot(ranks, shares, color=PALETTE[0], marker="o", markersize=8)
     axes.axhline(chance, color=PALETTE[3], linestyle="--")
-    axes.text(len(shares), chance, f"by chance {chance:.1%}", ha="right", va="bottom", size=13, color=PALETTE[3])
-    axes.set(ylim=(0, None), xticks=ranks, xlabel="rank of the neighbour", ylabel="of the song's own genre")
+    axes.set(ylim=(0, None), xticks=ranks, ylabel="of the song's own genre",
+             xlabel=f"rank of the neighbour (dashed: by chance {chance:.1%})")
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
@@ -576,9 +575,8 @@ def _draw_history(axes, history):
     axes.set_title((f"last {len(runs)} runs" if len(runs) > 1 else "first run") + " (× failed or held back)")
     if runs:
         axes.legend(ncols=3, **BELOW)
-        part = slice(5, 10) if runs[0][:10] != runs[-1][:10] else slice(11, 16)  # the day, or the time of the day
-        ticks = range(0, len(runs), len(runs) // 5 + 1)
-        axes.set_xticks(ticks, [runs[at][part] for at in ticks])
+        ticks = range(0, len(runs), len(runs) // 4 + 1)
+        axes.set_xticks(ticks, [runs[at][5:16].replace("T", " ") for at in ticks])
 
 
 # -------------------------------------------------------------------------------------------------- Discord
@@ -599,17 +597,19 @@ def escape(text):
 
 def discord_payload(result):
     """The JSON of the message: one embed, green, yellow or red, a field per model, within all limits of Discord."""
-    models, status, lines = list(result["models"].items())[:FIELDS], result["status"], [escape(note) for note in notes(result)]
+    models, status = list(result["models"].items())[:FIELDS], result["status"]
     status = "partial" if status == "completed" and warnings(result) else status
-    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
+    lines = [escape(note) for note in notes(result)]
     if result["finish_command"]:
         command = plain(result["finish_command"]).replace("`", "'").replace("@", MENTION)
         lines.append(f"to finish the job: `{command}`")
+    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
+    fields = [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
+               "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room),
+               "inline": model["status"] == "trained"} for name, model in models]
     embed = {"title": fit(f"{STATUS[status][1]} {escape(result['message'])}", TITLE), "color": STATUS[status][3],
-             "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"],
-             "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)},
-             "fields": [{"name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
-                         "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room), "inline": model["status"] == "trained"} for name, model in models]}
+             "description": fit("\n".join(lines), DESCRIPTION), "timestamp": result["started_at"], "fields": fields,
+             "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)}}
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
@@ -649,46 +649,61 @@ def _post(url, result, picture, deadline):
     """Send the message, without the picture where Discord does not take it; raise Expected if it takes neither."""
     payload = discord_payload(result)
     if picture:
-        embed = payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}
-        status, body = _send(url, deadline, data={"payload_json": json.dumps(payload | {"embeds": [embed]})},
-                             files={"files[0]": ("report.png", Path(picture).read_bytes(), "image/png")})
+        status, body = _send(url, deadline, *_with_picture(payload, Path(picture).read_bytes()))
         if status not in (400, 413):
             return _succeed(status, body)
         log.warning("Discord refused the picture (%d), trying without", status)
-    _succeed(*_send(url, deadline, json=payload))
+    _succeed(*_send(url, deadline, json.dumps(payload).encode(), "application/json"))
 
 
-def _send(url, deadline, **content):
-    """(status, body) of a POST, after obeying 429 and retrying what may heal as long as `deadline` allows."""
+def _with_picture(payload, image):
+    """(body, content type) of a form with the picture, to which the embed refers."""
+    told = json.dumps(payload | {"embeds": [payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}]})
+    edge, part = uuid.uuid4().hex, "Content-Disposition: form-data; name="
+    text = (f'--{edge}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n{told}\r\n'
+            f'--{edge}\r\n{part}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n')
+    return text.encode() + image + f"\r\n--{edge}--\r\n".encode(), f"multipart/form-data; boundary={edge}"
+
+
+def _send(url, deadline, body, kind):
+    """(status, reply) of a POST, after obeying 429 and retrying what may heal as long as `deadline` allows."""
     failures = limited = 0
     while True:
-        status, body, wait = _request(url, max(0.1, min(TIMEOUT, deadline - time.monotonic())), **content)
+        status, reply, wait = _request(url, max(0.1, min(TIMEOUT, deadline - time.monotonic())), body, kind)
         if status == 429 and limited < RATE_LIMITED:
             limited += 1
         elif (status == NO_CONNECTION or status >= 500) and failures < len(RETRY_DELAYS):
             failures, wait = failures + 1, RETRY_DELAYS[failures]
         else:
-            return status, body
+            return status, reply
         if time.monotonic() + wait >= deadline:
-            return status, body
+            return status, reply
         log.info("Discord answered %s; next try in %.1f s", status or "nothing", wait)
         time.sleep(wait)
 
 
-def _request(url, timeout, **content):
-    """(status, body, seconds to wait if limited) of a POST of the content, or of a GET; redirects are not followed."""
-    import httpx
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        """None: urllib would turn the POST into a GET, lose the message and call it a success."""
+
+
+def _request(url, timeout, body=None, kind="text/plain"):
+    """(status, reply, seconds to wait if limited) of a POST of the body, or of a GET."""
     if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[!-~]+", url, re.ASCII):
         raise Expected(f"DISCORD_WEBHOOK_URL is not a web address (https://discord.com/api/webhooks/...): {COPY_IT}")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs the URL, which is the secret
+    request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, "Content-Type": kind})
     try:
-        reply = httpx.request("POST" if content else "GET", url, headers={"User-Agent": USER_AGENT}, timeout=timeout, **content)
-    except httpx.ReadTimeout:  # the message may have arrived, so it is not sent twice
+        try:
+            reply = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
+        except urllib.error.HTTPError as error:
+            reply = error
+        text = reply.read(2000).decode("utf-8", "replace")
+    except TimeoutError:  # the message may have arrived, so it is not sent twice
         raise Expected("no answer in time") from None
-    except httpx.HTTPError as error:
+    except (OSError, http.client.HTTPException) as error:
         return NO_CONNECTION, str(error), 0
-    wait = re.search(r'"retry_after": ?(\d+\.?\d*)|$', reply.text)[1] or reply.headers.get("Retry-After", "")
-    return reply.status_code, reply.text, float(wait) if re.fullmatch(r"[\d.]+", wait) else 1.0
+    wait = re.search(r'"retry_after": ?(\d+\.?\d*)|$', text)[1] or reply.headers.get("Retry-After", "")
+    return reply.status, text, float(wait) if re.fullmatch(r"[\d.]+", wait) else 1.0
 
 
 def _succeed(status, body, _=None):

@@ -6,15 +6,12 @@ import json
 import logging
 import os
 import pty
-import random
 import re
 import struct
-import sys
 import threading
 import time
 import warnings
 from email.parser import BytesParser
-from pathlib import Path
 
 import pytest
 from prefect.logging.handlers import PrefectConsoleHandler
@@ -71,7 +68,12 @@ class Discord(http.server.BaseHTTPRequestHandler):
         payload, route = json.loads(data), self.path.split("/")[3]
         self.server.got.append((payload, files))
         if route == "slow":
-            time.sleep(3)
+            time.sleep(2)
+        if route == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while not time.sleep(0.1):
+                self.wfile.write(b" ")
         if "python" in self.headers["User-Agent"].lower():
             return self.answer(403, "error code: 1010")
         images = [embed["image"]["url"] for embed in payload["embeds"] if "image" in embed]
@@ -101,240 +103,8 @@ def discord(monkeypatch):
     server.server_close()
 
 
-# ---- results of runs -----------------------------------------------------------------------------------------------
-PARAMETERS = {"csv_path": None, "table_name": "spotify_songs", "truncate_table": False, "n_clusters": 2, "only": None,
-              "enable_notifications": True, "models_dir": None, "demo": None, "force": False, "dask": None}
-HELD = "accuracy fell from 0.709 to 0.112, more than 5 %; the old model stays (train again with --force to publish it)"
-
-
-def a_model(plot, previous=None, metrics=None, **changes):
-    return {"status": "trained", "error": None, "metrics": metrics, "plot": plot, "previous": previous, "bytes": 9_876,
-            "rows": 89_740, "seconds": 3.2, "path": "/srv/models/x.joblib", "heals": False, "guessing": False} | changes
-
-
-def a_genre(names=114, **changes):
-    genres = names if isinstance(names, list) else [f"genre-{i}" for i in range(names)]
-    confusions = [[genres[i % len(genres)], genres[i * 7 % len(genres)], 60 - i, 0.4 - i / 100] for i in range(25)]
-    matrix = {"labels": genres, "rows": [[0.8 if row == column else 0.02 for column in genres] for row in genres]}
-    plot = {"confusions": confusions, "matrix": matrix if len(genres) <= 12 else None, "by_genre": []}
-    metrics = {"accuracy": 0.7134, "accuracy_new_artists": 0.2421, "top3_accuracy": 0.861}
-    return a_model(plot, 0.709, **{"metrics": metrics} | changes)
-
-
-def some_clusters(count=2, **changes):
-    points = [[random.gauss(3 * (i % 3), 1), random.gauss(i, 1), i] for i in range(count) for _ in range(2000 // count)]
-    plot = {"points": points, "labels": ["loud, electronic", "quiet, acoustic"] * 6, "sizes": [100 * (i + 1) for i in range(count)]}
-    return a_model(plot | {"labels": plot["labels"][:count]}, None, {"silhouette": 0.2311}, **changes)
-
-
-def a_regression(top, **changes):
-    density = [[int(900 / (1 + abs(row - column)) ** 2 - 8) * (row > 3) for column in range(40)] for row in range(40)]
-    metrics = {"r2": 0.8842, "r2_new_artists": 0.8748, "mae": 0.0631, "baseline_mae": 0.2088}
-    return a_model({"edges": [0, top, 40], "density": [[max(0, n) for n in row] for row in density]}, 0.8851, metrics, **changes)
-
-
-def a_similar(**changes):
-    plot = {"same_genre_at": [0.61 - 0.035 * i for i in range(10)], "by_chance": 0.0089}
-    return a_model(plot, 0.412, {"same_genre_at_10": 0.4123, "same_genre_by_chance": 0.0089}, **{"bytes": 31_234_567} | changes)
-
-
-def failed(why="genre needs at least 2 genres with 5 songs each; the table has 1"):
-    return notify.failed_entry(OSError(why))
-
-
-def a_run(models=(), error=None, **changes):
-    """The result of a good night, or of another with `models` replaced, added or left out (None) and other changes."""
-    night = {"genre": a_genre(), "clusters": some_clusters(), "energy": a_regression(1), "popularity": a_regression(100),
-             "similar": a_similar()}
-    models = {name: model for name, model in (night | dict(models)).items() if model}
-    result = notify.new_result(PARAMETERS, models or night, "/srv/models") | {
-        "models": models, "rows": 89_740, "read_seconds": 1.1, "host": "musicbox"} | changes
-    notify.decide(result, error)
-    return result | {"seconds": 41.2, "started_at": "2026-11-23T03:00:00+00:00"} | changes
-
-
-def a_history(runs=30):
-    return [{"run": f"2026-{10 + day // 31:02}-{day % 31 + 1:02}T03:00:00+00:00", "model": model, "error": None,
-             "status": "failed" if day % 9 == at else "trained", "value": None if day % 9 == at else 0.5 + at / 10 + day % 5 / 50}
-            for day in range(23, 23 + runs) for at, model in enumerate(NONE)]
-
-
-NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
-
-
-# ---- what the run was ----------------------------------------------------------------------------------------------
-STOPPED = notify.Stopped(notify.TERMINATED)
-
-
-@pytest.mark.parametrize("models, error, status, code, says, finish", [
-    ({}, None, "completed", 0, "5 of 5 models trained", False),
-    ({"genre": failed()}, None, "partial", 1, "4 of 5 models trained; failed: genre", True),
-    ({"genre": notify.failed_entry(db.DataError("x"))}, None, "partial", 1, "failed: genre", False),
-    ({"genre": a_genre(status="held_back", error=HELD)}, None, "partial", 1, "held back: genre", False),
-    (dict.fromkeys(NONE, failed()), None, "failed", 3, "0 of 5 models trained; failed: genre, clusters", True),
-    (NONE, db.DataError("no column genre"), "failed", 2, "Nothing was trained: no column genre", False),
-    (NONE, db.DatabaseUnavailable("it is gone"), "failed", 3, "Nothing was trained: it is gone", True),
-    (NONE, RuntimeError("odd"), "failed", 3, "Nothing was trained: RuntimeError: odd", True),
-    (NONE, MemoryError(), "failed", 3, "not enough memory; raise", True),
-    (NONE, STOPPED, "failed", 143, "Nothing was trained: the run was stopped by SIGTERM", True),
-    ({"genre": failed()}, notify.Stopped(130), "partial", 130, "4 of 5 models trained; failed: genre; the run was stopped by Ctrl-C", True)])
-def test_what_a_run_was(models, error, status, code, says, finish):
-    result = json.loads(json.dumps(a_run(models, error)))
-    assert (result["status"], result["exit_status"], bool(result["finish_command"])) == (status, code, finish)
-    assert says in result["message"] and result["peak_mb"] > 20
-    notify.decide(result, OSError("later"))
-    assert result["message"] == a_run(models, error)["message"]
-
-
-def test_commands_do_what_they_say_from_any_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = PARAMETERS | {"csv_path": "my songs.csv", "truncate_table": True, "models_dir": "m", "n_clusters": 3, "table_name": "s.t"}
-    result = notify.new_result(given, ["genre"], "m")
-    words = "train.py", "--table-name", "s.t", "--n-clusters", 3, "--models-dir", tmp_path / "m"
-    assert result["command"] == db.command(*words)
-    notify.decide(result | {"csv": {}}, STOPPED)
-    notify.decide(result, STOPPED)
-    assert result["finish_command"] == db.command(*words, "--failed", "--csv-path", tmp_path / "my songs.csv", "--truncate")
-    result |= {"csv": {"read": 1}, "exit_status": None}
-    notify.decide(result, STOPPED)
-    assert result["finish_command"] == db.command(*words, "--failed")
-
-
-def test_logs_hold_no_secrets_and_no_needless_traceback(monkeypatch):
-    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
-    logger, out = logging.getLogger("prefect.task_runs"), io.StringIO()
-    notify.quiet_logs()
-    monkeypatch.setattr(logger, "handlers", [handler := logging.StreamHandler(out)])
-    for error in (OSError("hunter22xyz is gone"), RuntimeError("hunter22xyz is odd")):
-        _, caught = notify.attempt(lambda: [][error])
-        logger.error("%s went wrong: %s", "hunter22xyz", error, exc_info=error)
-    handler.flush()
-    assert isinstance(caught, TypeError) and "hunter22xyz" not in out.getvalue()
-    assert "*** is odd" in out.getvalue() and out.getvalue().count("RuntimeError") == 1 and "OSError" not in out.getvalue()
-
-
-# ---- Discord -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("route, told, posts, logged", [
-    ("ok", True, 1, ""), ("ok-200", True, 1, ""), ("gone", False, 1, "make a new one"), ("wrong", False, 1, "token is wrong"),
-    ("limited-once", True, 2, "next try in 0.3 s"), ("limited-html", True, 2, "next try in 1.0 s"),
-    ("limited", False, 6, "too many messages"), ("limited-long", False, 1, "too many messages"),
-    ("broken-twice", True, 3, "answered 500"), ("broken", False, 3, "answered 500: oops"),
-    ("dropped-once", True, 2, "answered nothing"), ("dropped", False, 3, "no connection"),
-    ("moved", False, 1, "answered 302"), ("refused", False, 1, "answered 400"), ("slow", False, 1, "no answer")])
-def test_discord_replies(discord, caplog, route, told, posts, logged):
-    caplog.set_level("DEBUG")
-    begun = time.monotonic()
-    assert notify.post_discord(a_run(), discord(route), seconds=1 if route == "slow" else 20) is told
-    assert (len(discord.got), time.monotonic() - begun < 4) == (posts, True)
-    assert logged in caplog.text and TOKEN not in caplog.text
-
-
-@pytest.mark.parametrize("url", ["discord.com/api/" + TOKEN, "ftp://discord.com/" + TOKEN, "https://", "http://[::1/" + TOKEN,
-                                 "http://host:port/" + TOKEN, "https://discord.com/api/webhooks/1/ " + TOKEN, "https://é.com/" + TOKEN])
-def test_a_webhook_that_is_none(url, caplog, monkeypatch):
-    caplog.set_level("DEBUG")
-    monkeypatch.setenv("DISCORD_WEBHOOK_URL", url)
-    assert notify.post_discord(a_run(), url) is False and notify.check_discord(True)[0][1] == "problem"
-    assert "Copy Webhook URL" in caplog.text and TOKEN not in caplog.text
-
-
-def test_discord_is_told_with_the_picture(discord, tmp_path, caplog, monkeypatch):
-    result = a_run(models_dir=str(tmp_path))
-    for route in ("ok", "no-pictures"):
-        monkeypatch.setenv("DISCORD_WEBHOOK_URL", discord(route))
-        notify.tell(result, a_history())
-    picture = {"files[0]": ("report.png", (tmp_path / "report.png").read_bytes())}
-    assert [files for _, files in discord.got] == [picture, picture, {}] and "refused the picture (413)" in caplog.text
-    (tmp_path / "report.png").unlink()
-    notify.tell(a_run({"genre": None}, STOPPED, models_dir=str(tmp_path)), [])       # no time for one
-    notify.tell(a_run(NONE, OSError("gone"), models_dir=str(tmp_path)), [])          # nothing to draw
-    notify.tell(a_run(models_dir=str(tmp_path), notify=False), [])                   # --no-notify
-    notify.tell(broken := a_run(models_dir=str(tmp_path / "absent")), [])
-    assert [files for _, files in discord.got[3:]] == [{}] * 3 and "the picture could not be made" in broken["warnings"][0]
-    assert notify.post_discord({"status": "no such status"}, discord()) is False and "was not told: KeyError" in caplog.text
-
-
-def test_check_of_the_webhook(discord, monkeypatch):
-    for url, state, says in (discord(), "ok", "answers"), (discord("gone"), "problem", "make a new one"), ("", "ok", "not set"):
-        monkeypatch.setenv("DISCORD_WEBHOOK_URL", url)
-        (what, found, sentence), = notify.check_discord(True)
-        assert (what, found) == ("Discord", state) and says in sentence and TOKEN not in sentence
-    assert notify.check_discord(False) == [("Discord", "ok", "--no-notify: nothing is posted")]
-
-
-EVIL = "🎸*_`|~[x](http://e.example) <@1> @everyone \\ \x00\u202e\n# " * 300
-
-
-@pytest.mark.parametrize("result, colour, title, says", [
-    (a_run(), 0x2ECC71, "✅ 5 of 5 models trained", ["accuracy 0.713 (+0.004)\\n3.2 s", "89,740 songs of spotify"]),
-    (a_run({"genre": failed()}), 0xF1C40F, "⚠️ 4 of 5", ["--failed`", "failed: genre needs at least 2 genres"]),
-    (a_run({"genre": a_genre(status="held_back", error=HELD)}), 0xF1C40F, "⚠️ 4 of 5", ["held back: accuracy fell from 0.709"]),
-    (a_run(warnings=["half the songs are gone"]), 0xF1C40F, "⚠️ 5 of 5", ["warning: half the songs"]),
-    (a_run(deaths=["it was ended by SIGKILL"], warnings=["x"]), 0xF1C40F, "⚠️ 5 of 5", ["ended by SIGKILL\\nwarning: x"]),
-    (a_run(NONE, STOPPED), 0xE74C3C, "❌ Nothing was trained: the run was stopped by SIGTERM", ["--failed`"]),
-    (a_run(dict.fromkeys(NONE, failed())), 0xE74C3C, "❌ 0 of 5", ["❌ similar"]),
-    (a_run({"genre": failed(""), "clusters": a_genre(metrics={}, seconds=None)}), 0xF1C40F, "⚠️ 4 of 5", ["no reason"]),
-    (a_run({"genre": failed(EVIL), EVIL[:500]: failed("\\" * 3000)} | {f"model {i}": failed(EVIL) for i in range(30)},
-           message=EVIL, error=EVIL, warnings=[EVIL] * 5, host="@everyone", table=EVIL, finish_command="`@everyone`"),
-     0xF1C40F, "⚠️ 🎸\\*", ["…"])])
-def test_message(result, colour, title, says):
-    payload = notify.discord_payload(result)
-    embed, text = payload["embeds"][0], json.dumps(payload, ensure_ascii=False)
-    assert objections(payload) == [] and embed["color"] == colour and embed["title"].startswith(title)
-    assert [words for words in [*says, "musicbox" if "@" not in text else "…"] if words not in text] == []
-    assert not any(bad in text for bad in ("@everyone", "\\u0000", "\u202e")) and "http://" not in json.dumps(embed["fields"])
-    text.encode("utf-8")
-
-
-def test_no_secret_leaves(monkeypatch):
-    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
-    why = f"connection to postgresql://me:hunter22xyz@db/music failed; https://discord.com/api/webhooks/1/{TOKEN}"
-    result, out = a_run({"genre": failed(why)}, error=why, warnings=[why], message=why, finish_command=why), io.StringIO()
-    notify.print_summary(result, out)
-    for text in (json.dumps(notify.discord_payload(result)), out.getvalue(), drawn(notify.report_figure(result, []))):
-        assert "hunter22xyz" not in text and TOKEN not in text and "failed" in text
-
-
-# ---- the picture ---------------------------------------------------------------------------------------------------
-LONG = ["A genre with a very long name indeed, as they come", "$m_i^2$ _under_ $x", "東京 Jポップ", "rock 🎸🤘", "русский", "\x00\ud800"]
-
-
-def drawn(figure):
-    return " ".join(text.get_text().replace("\n", " ") for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
-
-
-@pytest.mark.parametrize("result, history, says", [
-    (a_run(), a_history(), ["genre: accuracy 0.713 (+0.004)", "last 30 runs", "by chance 0.9%", "5 of 5 models trained"]),
-    (a_run(NONE | {"similar": a_similar()}), [], ["first run", "1 of 1 models trained"]),
-    (a_run({"genre": failed(), "energy": a_regression(1, status="held_back", error=HELD)}, warnings=["half the songs are gone"],
-           deaths=["it was ended by SIGKILL"]), a_history(1),
-     ["genre: failed", "at least 2 genres", "energy: held back at R² 0.884", "accuracy fell from 0.709", "by SIGKILL (and 1 more)"]),
-    (a_run({"genre": a_genre(2), "clusters": some_clusters(5), "energy": None}), a_history(3), ["genre-1", "80%", "last 3 runs"]),
-    (a_run({"genre": a_genre(LONG), "clusters": some_clusters(12), "more": a_similar()}), a_history(), ["$m_i^2$", "русский"]),
-    (a_run({"genre": a_genre(LONG * 3), "clusters": some_clusters(1)}, host="ホスト$"), [], ["русский →", "…"]),
-    (a_run(dict.fromkeys(NONE, failed("it broke"))), [], ["genre: failed", "it broke"]),
-    (a_run(NONE, OSError("the database is gone")), a_history(), ["Nothing was trained: the database is gone", "last 30 runs"])])
-def test_picture_of_every_kind_of_run(result, history, says, tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        notify.draw_report(result, history, tmp_path / "report.png")
-        figure = notify.report_figure(result, history)
-    data = (tmp_path / "report.png").read_bytes()
-    width, height = struct.unpack(">II", data[16:24])
-    assert data.startswith(b"\x89PNG") and width == 1600 and 700 <= height <= 1500 and len(data) < 500_000
-    assert [words for words in says if words not in drawn(figure)] == [] and len(list(tmp_path.iterdir())) == 1
-    assert len([axes for axes in figure.axes if axes.get_label() != "<colorbar>"]) == len(result["models"]) + 1
-
-
-def test_picture_keeps_the_old_one_when_it_fails(tmp_path):
-    (tmp_path / "report.png").write_bytes(b"old")
-    assert isinstance(notify.attempt(notify.draw_report, a_run(status="none such"), [], tmp_path / "report.png")[1], KeyError)
-    assert (tmp_path / "report.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
-
-
-# ---- the terminal --------------------------------------------------------------------------------------------------
-def on_terminal(work, columns=80):
-    """What `work(file)` writes to a pseudo-terminal, without escape codes."""
+def on_terminal(work):
+    """What `work(file)` writes to a pseudo-terminal of 80 columns, without its escape codes."""
     master, slave = pty.openpty()
     written = []
 
@@ -345,70 +115,226 @@ def on_terminal(work, columns=80):
     reader = threading.Thread(target=drain, daemon=True)
     reader.start()
     with open(slave, "w", encoding="utf-8") as file, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", str(columns))
+        patch.setenv("COLUMNS", "80")
         patch.setenv("TERM", "xterm-256color")
         work(file)
     reader.join(5)
     os.close(master)
-    text = b"".join(written).decode()
-    assert "\x1b[" in text
-    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", b"".join(written).decode())
 
 
-def test_summary_piped_is_plain(monkeypatch):
+# ---- results of runs -----------------------------------------------------------------------------------------------
+PARAMETERS = {"csv_path": None, "table_name": "spotify_songs", "truncate_table": False, "n_clusters": 2, "only": None,
+              "enable_notifications": True, "models_dir": None, "demo": None, "force": False, "dask": None}
+NONE = dict.fromkeys(("genre", "clusters", "energy", "popularity", "similar"))
+NAMES = ["A genre with a very long name indeed", "$\\m_i^2$ _x_", "東京 Jポップ", "rock 🎸", "русский", "\x00\ud800"]
+
+
+def a_model(plot, metrics, **changes):
+    return {"status": "trained", "error": None, "metrics": metrics, "plot": plot, "previous": 0.709, "bytes": 31_234_567,
+            "rows": 9, "seconds": 3.2, "path": "/srv/x.joblib", "heals": False, "guessing": None} | changes
+
+
+def a_genre(names, **changes):
+    matrix = {"labels": names, "rows": [[0.8 if row == column else 0.04 for column in names] for row in names]}
+    plot = {"confusions": [[name, names[-1], 60, 0.4] for name in names], "matrix": matrix if len(names) < 13 else None}
+    return a_model(plot, {"accuracy": 0.7134, "top3_accuracy": 0.861}, **changes)
+
+
+def some_clusters(count, **changes):
+    plot = {"points": [[i % 3, i * 7 % 5, i] for i in range(count)], "labels": ["loud, live"] * count, "sizes": [9] * count}
+    return a_model(plot, {"silhouette": 0.2311}, **{"previous": None} | changes)
+
+
+def a_regression(top=1, **changes):
+    density = [[row * column for column in range(40)] for row in range(40)]
+    return a_model({"edges": [0, top, 40], "density": density}, {"r2": 0.8842, "baseline_mae": 0.2088}, **changes)
+
+
+def failed(why="too few songs"):
+    return notify.failed_entry(OSError(why))
+
+
+def a_run(models=(), error=None, **changes):
+    """The result of a good night, or of another with `models` replaced, added or left out (None) and other changes."""
+    similar = a_model({"same_genre_at": [0.6, 0.5, None], "by_chance": 0.009}, {"same_genre_at_10": 0.41, "some_new_one": 1})
+    every = {"genre": a_genre(["rock", "pop"] * 7), "clusters": some_clusters(2), "energy": a_regression(),
+             "popularity": a_regression(100), "similar": similar} | dict(models)
+    models = {name: model for name, model in every.items() if model}
+    result = notify.new_result(PARAMETERS, models or NONE, "/srv/models") | {"models": models, "rows": 89_740} | changes
+    notify.decide(result, error)
+    return result | {"host": "musicbox"} | changes
+
+
+def a_history(days):
+    return [{"run": f"2026-11-{day + 1:02}T03:00:00+00:00", "model": model, "status": "failed" if day % 9 == at else "trained",
+             "value": None if day % 9 == at else day % 5} for day in range(days) for at, model in enumerate(NONE)]
+
+
+# ---- what the run was ----------------------------------------------------------------------------------------------
+STOPPED, HELD = notify.Stopped(notify.TERMINATED), {"status": "held_back", "error": "held back: it fell; --only genre --force"}
+
+
+@pytest.mark.parametrize("models, error, status, code, says, finish", [
+    ({}, None, "completed", 0, "5 of 5 models trained", False),
+    ({"genre": failed()}, None, "partial", 1, "4 of 5 models trained; failed: genre", True),
+    ({"genre": notify.failed_entry(db.DataError("x"))}, None, "partial", 1, "4 of 5 models trained; failed: genre", False),
+    ({"genre": a_genre([""], **HELD)}, None, "partial", 1, "4 of 5 models trained; held back: genre", False),
+    (NONE | {"genre": failed()}, None, "failed", 3, "0 of 1 models trained; failed: genre", True),
+    (NONE, db.DataError("no column"), "failed", 2, "Nothing was trained: no column", False),
+    (NONE, db.DatabaseUnavailable("it is gone"), "failed", 3, "Nothing was trained: it is gone", True),
+    (NONE, RuntimeError("odd"), "failed", 3, "Nothing was trained: RuntimeError: odd", True),
+    (NONE, STOPPED, "failed", 143, "Nothing was trained: the run was stopped by SIGTERM", True),
+    ({}, notify.Stopped(130), "partial", 130, "5 of 5 models trained; the run was stopped by Ctrl-C", False)])
+def test_what_a_run_was(models, error, status, code, says, finish):
+    result = json.loads(json.dumps(a_run(models, error)))
+    notify.decide(result, OSError("later"))
+    assert (result["status"], result["exit_status"], result["message"]) == (status, code, says)
+    assert bool(result["finish_command"]) == finish and result["peak_mb"] > 20
+
+
+def test_commands_do_what_they_say_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = PARAMETERS | {"csv_path": "my songs.csv", "truncate_table": True, "models_dir": "m", "demo": 9, "table_name": "s.t"}
+    words = "train.py", "--table-name", "s.t", "--demo", 9, "--models-dir", tmp_path / "m"
+    for csv, more in (None, ("--csv-path", tmp_path / "my songs.csv", "--truncate")), ({"read": 1}, ()):
+        result = notify.new_result(given, ["genre"], "m") | {"csv": csv}
+        notify.decide(result, STOPPED)
+        assert (result["command"], result["finish_command"]) == (db.command(*words), db.command(*words, "--failed", *more))
+
+
+def test_logs_hold_no_secrets_and_no_needless_traceback(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
+    logger, out = logging.getLogger("prefect.task_runs"), io.StringIO()
+    notify.quiet_logs()
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(out)])
+    for error in (OSError("hunter22xyz is gone"), RuntimeError("hunter22xyz is odd")):
+        logger.error("%s went wrong: %s", "hunter22xyz", error, exc_info=error)
+    said = out.getvalue()
+    assert "hunter22xyz" not in said and "RuntimeError: *** is odd" in said and "OSError" not in said
+
+
+# ---- Discord -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("route, told, posts, logged", [
+    ("ok", True, 1, ""), ("ok-200", True, 1, ""), ("gone", False, 1, "make a new one"), ("wrong", False, 1, "token is wrong"),
+    ("limited-once", True, 2, "next try in 0.3 s"), ("limited-html", True, 2, "next try in 1.0 s"),
+    ("limited", False, 6, "too many messages"), ("limited-long", False, 1, "too many messages"),
+    ("broken-twice", True, 3, "answered 500"), ("broken", False, 3, "answered 500: oops"),
+    ("dropped-once", True, 2, "answered nothing"), ("dropped", False, 3, "no connection"), ("moved", False, 1, "answered 302"),
+    ("refused", False, 1, "answered 400"), ("slow", False, 1, "no answer"), ("endless", False, 1, "no answer within 2 s"),
+    (" ", False, 0, "Copy Webhook URL")])
+def test_discord_replies(discord, caplog, monkeypatch, route, told, posts, logged):
+    caplog.set_level("DEBUG")
+    monkeypatch.setattr(notify, "TIMEOUT", 0.5)
+    begun = time.monotonic()
+    assert notify.post_discord(a_run(), discord(route), seconds=2 if route == "endless" else 20) is told
+    assert (len(discord.got), time.monotonic() - begun < 4) == (posts, True)
+    assert logged in caplog.text and TOKEN not in caplog.text
+
+
+def test_discord_is_told_with_the_picture(discord, tmp_path, caplog, monkeypatch):
+    good, stopped = (a_run(error=error, models_dir=str(tmp_path)) for error in (None, STOPPED))
+    for route, result in (("ok", good), ("no-pictures", good), ("ok", stopped), ("ok", good | {"notify": False})):
+        monkeypatch.setenv("DISCORD_WEBHOOK_URL", discord(route))
+        notify.tell(result, [])
+    picture = {"files[0]": ("report.png", (tmp_path / "report.png").read_bytes())}
+    assert [files for _, files in discord.got] == [picture, picture, {}, {}] and len(list(tmp_path.iterdir())) == 1
+    notify.tell(broken := a_run(models_dir=str(tmp_path / "absent")), [])
+    assert discord.got[-1][1] == {} and "the picture could not be made" in broken["warnings"][0]
+    assert notify.post_discord({}, discord()) is False and "was not told: KeyError" in caplog.text
+
+
+def test_check_of_the_webhook(discord, monkeypatch):
+    for url, state, says in (discord(), "ok", "answers"), (discord("gone"), "problem", "make a new one"), ("", "ok", "not set"):
+        monkeypatch.setenv("DISCORD_WEBHOOK_URL", url)
+        (_, found, sentence), = notify.check_discord(True)
+        assert found == state and says in sentence and TOKEN not in sentence
+    assert notify.check_discord(False) == [("Discord", "ok", "--no-notify: nothing is posted")]
+
+
+EVIL = "🎸*_`|~[x](http://e.example) <@1> @everyone \\ \x00\u202e\n# postgresql://me:hunter22xyz@db/music " + TOKEN + " "
+
+
+def test_no_limit_is_broken_and_no_secret_leaves(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/" + TOKEN)
+    much = dict.fromkeys(("message", "error", "host", "table", "finish_command"), EVIL * 99) | {"warnings": [EVIL * 99] * 5}
+    payload, summary, picture = seen(a_run({str(i) + EVIL: failed(EVIL * 99) for i in range(7)}, **much))
+    assert objections(payload) == [] and "http://" not in json.dumps(payload["embeds"][0]["fields"])
+    for text in (json.dumps(payload, ensure_ascii=False), summary, picture):
+        assert not any(bad in text for bad in ("hunter22xyz", TOKEN, "\x00", "\\u0000", "\u202e")) and "…" in picture
+    assert "@everyone" not in json.dumps(payload)
+
+
+# ---- what people see -----------------------------------------------------------------------------------------------
+def seen(result, history=()):
+    """(the message, the summary, the words of the picture)."""
+    out, figure = io.StringIO(), notify.report_figure(result, history)
+    notify.print_summary(result, out)
+    assert len(figure.axes) == len(result["models"]) + 1
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return notify.discord_payload(result), out.getvalue(), " ".join(text.get_text().replace("\n", " ") for text in texts)
+
+
+@pytest.mark.parametrize("result, history, colour, says, draws", [
+    (a_run(), a_history(30), 0x2ECC71, ["5 of 5 models trained", "accuracy 0.713", "+0.004", "89,740 songs of", "musicbox"],
+     ["genre: accuracy", "rock → pop: 40% (60)", "last 30 runs", "by chance 0.9%"]),
+    (a_run({"genre": failed(), "clusters": None, "energy": a_regression(**HELD), "popularity": a_regression(guessing=True)}),
+     a_history(1), 0xF1C40F, ["2 of 4", "too few songs", "held back: it fell", "no better than guessing"],
+     ["genre: failed", "energy: held back at R² 0.884", "first run"]),
+    (a_run({"genre": a_genre(["rock", "pop"]), "clusters": some_clusters(5)}, warnings=["x"], deaths=["ended by SIGKILL"]),
+     a_history(3), 0xF1C40F, ["5 of 5", "warning: ended by SIGKILL"], ["80%", "last 3", "SIGKILL (and 1 more)"]),
+    (a_run({"genre": a_genre(NAMES), "clusters": some_clusters(12), "more": a_regression()}), [], 0x2ECC71, [],
+     ["_i^2$", "русский"]),
+    (a_run({"genre": a_genre(NAMES * 3), "similar": None}, host="ホスト$"), [], 0x2ECC71, [], ["русский →", "…"]),
+    (a_run(NONE | {"similar": a_model({}, {"some_new_one": 1.0})}), [], 0x2ECC71, ["some new one 1.000"], ["nothing to draw"]),
+    (a_run(NONE, STOPPED), [], 0xE74C3C, ["Nothing was trained: the run was stopped by SIGTERM"], [])])
+def test_of_every_kind_of_run(result, history, colour, says, draws, tmp_path):
+    payload, summary, picture = seen(result, history)
+    message, embed = json.dumps(payload, ensure_ascii=False), payload["embeds"][0]
+    assert objections(payload) == [] and embed["color"] == colour and result["message"] in embed["title"]
+    assert [(word, text) for word in says for text in (message, summary, picture) if word not in text] == []
+    assert [word for word in draws if word not in picture] == []
+    command = str(result["finish_command"])
+    assert (f"`{command}`" in message) == summary.endswith(f"\nto finish the job: {command}\n") == bool(result["finish_command"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notify.draw_report(result, history, tmp_path / "report.png")
+    data = (tmp_path / "report.png").read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data.startswith(b"\x89PNG") and width == 1600 and 700 <= height <= 1500 and len(data) < 500_000
+
+
+# ---- the terminal --------------------------------------------------------------------------------------------------
+def test_summary(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     csv = {"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}
-    notify.print_summary(a_run({"genre": failed("[bold]no\x1b[31m")}, warnings=["drift"], csv=csv), file)
+    result, file = a_run({"genre": failed("[bold]no\x1b[31m")}, csv=csv), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    notify.print_summary(result, file)
     file.seek(0)
     text = file.read()
-    assert "\x1b" not in text and "failed: [bold]no [31m" in text and "warning: drift" in text and "R\\xb2 0.884" in text
-    assert re.search(r"clusters +trained +silhouette 0.231 +first +3.2 s +9.9 kB", text)
+    assert "\x1b" not in text and "genre failed: [bold]no [31m" in text and "R\\xb2 0.884" in text
     assert "9 rows read, 6 songs loaded, 1 repeated, 2 rejected (no title: 2)" in text
-    assert re.search(r"\nto finish the job: \S+ \S+train.py --failed\n$", text)
-    notify.print_summary(a_run(NONE, OSError("the database is gone")), out := io.StringIO())
-    assert out.getvalue().startswith("Nothing was trained: the database is gone\n")
+    assert re.search(r"clusters +trained +silhouette 0.231 +first +3.2 s +31.2 MB", text)
+    table = on_terminal(lambda file: notify.print_summary(result, file)).split("4 of 5")[0]
+    assert max(map(len, table.splitlines())) <= 80 and re.search(r"same genre 0.410 +-0.299 +3.2 s", table)
 
 
-@pytest.mark.parametrize("columns", [80, 200])
-def test_summary_on_a_terminal(columns):
-    text = on_terminal(lambda file: notify.print_summary(a_run({"genre": failed("x" * 300)}), file), columns)
-    table = text.split("4 of 5")[0]
-    assert max(map(len, table.splitlines())) <= columns and "31.2 MB" in table and "same genre 0.412" in table
-
-
-@contextlib.contextmanager
-def logging_to(file):
-    """Prefect's own console handler on `file`, in the place of those there are."""
-    root, handler = logging.getLogger(), PrefectConsoleHandler(stream=file)
-    before, root.handlers = root.handlers, [handler]
-    try:
-        yield
-        assert not handler.filters
-    finally:
-        root.handlers = before
-
-
-def test_live_lines_and_load_progress(caplog):
-    logger = logging.getLogger("models")
-    notify.quiet_logs()
-
+def test_live_lines_and_load_progress():
     def work(file):
-        with logging_to(file), notify.live_status(["genre", "similar"]):
+        root, logger = logging.getLogger(), logging.getLogger("models")
+        before, root.handlers = root.handlers, [PrefectConsoleHandler(stream=file)]
+        notify.quiet_logs()
+        with notify.live_status(["genre", "similar"]), notify.load_progress() as progress:
             logger.info("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
-            logger.error("something else")
             logger.warning("similar: no disk; retrying in 2 s", extra={"model": "similar", "phase": "retrying"})
             time.sleep(0.6)
-        with logging_to(file), notify.load_progress() as progress:
-            progress(500, 1000)
-            time.sleep(0.3)
+            for done in range(0, 1001, 10):
+                progress(done, 1000)
+        root.handlers = before
     text = on_terminal(work)
-    assert "fitting 9 songs" in text and "waiting" in text and text.count("something else") == 1 and "50 % of 1.0 kB" in text
-    assert text.count("similar: no disk; retrying in 2 s") == 1 and "↻ similar" in text and "genre: fitting" not in text
+    assert "▶ genre       fitting 9 songs" in text and "↻ similar     no disk" in text and "genre: fitting" not in text
+    assert text.count("similar: no disk; retrying in 2 s") == 1
     work(out := io.StringIO())
-    with notify.load_progress() as progress:
-        for done in range(0, 1001, 10):
-            progress(done, 1000)
-        progress(5, None)
     assert "genre: fitting 9 songs" in out.getvalue()
-    assert [line for line in caplog.messages if "%" in line][-4:] == [f"loading the CSV: {q} % of 1.0 kB" for q in (25, 50, 75, 100)]
+    assert re.findall(r"loading the CSV: (.*) of 1.0 kB", out.getvalue()) == ["25 %", "50 %", "75 %", "100 %"]
