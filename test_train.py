@@ -1122,7 +1122,7 @@ def test_tls(managed):
     uri, at, _ = managed
     for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
         with db.connect(uri + mode, read_only=True) as cursor:
-            cursor.execute("SELECT ssl FROM pg_stat_ssl Wstr(ROOT) pid = pg_backend_pid()")
+            cursor.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
             assert cursor.fetchone() == (True,)
     execute(uri, "CREATE ROLE crowd LOGIN PASSWORD 'x' CONNECTION LIMIT 0")
     fix = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert="
@@ -1169,7 +1169,7 @@ def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkey
     assert db.check_table(url, "songs")["rows"] == len(db.load_songs(url, "songs")) == 1
 
 
-WAITING = "count(*) FROM pg_stat_activity Wstr(ROOT) wait_event_type = 'Lock' AND datname = current_database()"
+WAITING = "count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 def test_server_stopped_amid_a_load(locked, tmp_path):
@@ -1405,7 +1405,7 @@ def test_percentages_are_refused(url, tmp_path, monkeypatch):
     lines = db.check(tmp_path / "a.csv", "songs", None)
     assert lines[0][:2] == ("CSV", "warning") and "3 × energy is not a number between 0 and 1" in lines[0][2] and ask(url, "to_regclass('songs')") is None
     assert db.load_csv(tmp_path / "a.csv", url, "songs")["loaded"] == len(db.load_songs(url, "songs")) == 597
-    execute(url, "UPDATE songs SET energy = 80 Wstr(ROOT) energy > .5")
+    execute(url, "UPDATE songs SET energy = 80 WHERE energy > .5")
     refused('table "songs".* rows have an energy above 1; divide percentages by 100', db.load_songs, url, "songs")
 
 
