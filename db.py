@@ -6,8 +6,8 @@
 
 Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may heal).
 """
-import contextlib
 import codecs
+import contextlib
 import csv
 import difflib
 import fcntl

@@ -448,6 +448,9 @@ def draw_report(result, history, path):
         with matplotlib.rc_context(STYLE):
             report_figure(result, history).savefig(temporary, format="png")
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say which file it is about
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -524,11 +524,11 @@ def test_help_and_readme_name_the_same_options():
 
 
 def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path, webhook):
-    execute(table, "UPDATE spotify_songs SET popularity = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
+    execute(table, "UPDATE spotify_songs SET energy = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
                    "ALTER TABLE spotify_songs DROP COLUMN year")
     Run(f"--check --models-dir {tmp_path}/models").end(
         0, "database ok PostgreSQL", "table ok spotify_songs has 600 rows", "genres ok 20 genres of 5 songs or more",
-        "columns ok all required columns; not there, and not needed: year", "nulls warning popularity 10.0%", "space ok",
+        "columns ok all", "not there: year", "nulls warning missing values: energy 10.0%", "space ok",
         f"models directory ok {tmp_path}/models is writable; it will be made", "Discord ok the Discord webhook answers",
         f"Prefect ok {prefect} answers")
     db.demo_songs(30).to_csv(tmp_path / "new.csv")
@@ -771,7 +771,7 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     """And each starts Prefect where it never ran."""
     own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path / "prefect"}
     runs = [Run(f"--only clusters --models-dir {tmp_path}/{i % 3}", **own) for i in range(10)]
-    assert sorted(run.process.wait(200) for run in runs) == [0] * 3 + [75] * 7
+    assert sorted(run.process.wait(200) for run in runs) == [0] * 3 + [75] * 7, [run.text for run in runs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2006,8 +2006,8 @@ def test_commands_do_what_they_say_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = PARAMETERS | {"csv_path": "my songs.csv", "truncate_table": True, "models_dir": "m", "demo": 9, "table_name": "s.t"}
     words = "train.py", "--table-name", "s.t", "--demo", 9, "--models-dir", tmp_path / "m"
-    for csv, more in (None, ("--csv-path", tmp_path / "my songs.csv", "--truncate")), ({"read": 1}, ()):
-        result = notify.new_result(given, ["genre"], "m") | {"csv": csv}
+    for loaded, more in (None, ("--csv-path", tmp_path / "my songs.csv", "--truncate")), ({"read": 1}, ()):
+        result = notify.new_result(given, ["genre"], "m") | {"csv": loaded}
         notify.decide(result, STOPPED)
         assert (result["command"], result["finish_command"]) == (db.command(*words), db.command(*words, "--failed", *more))
 
