@@ -96,9 +96,8 @@ def command(script, *words):
 
 def setting(name):
     """Value of an environment variable, else of its line in .env, else ''. An empty variable hides the line."""
-    if name in os.environ:
-        return os.environ[name].strip()
-    return (dotenv.dotenv_values(ROOT / ".env", interpolate=False).get(name) or "").strip()   # "$" may be in a password
+    file = dotenv.dotenv_values(ROOT / ".env", interpolate=False)      # "$" may be in a password
+    return (os.environ.get(name, file.get(name)) or "").strip()
 
 
 def redact(text, *secrets):
@@ -123,8 +122,7 @@ def database_url(demo=False):
     if not demo and (url := setting("DATABASE_URL")):
         _parse_url(url)
         return url
-    why = "demo songs" if demo else "DATABASE_URL is not set"
-    log.info("%s: using the embedded PostgreSQL in %s", why, ROOT / ".postgres")
+    log.info("%s: using the embedded PostgreSQL in %s", "demo songs" if demo else "DATABASE_URL is not set", ROOT / ".postgres")
     return start_server(ROOT / ".postgres", "demo" if demo else "music")
 
 
@@ -168,8 +166,9 @@ def start_server(folder, database):
     folder = Path(folder).resolve()
     try:
         arguments = [str(folder), str(_binaries()), json.dumps(_server_user(folder))]
-        _servers[folder] = open(folder / "users.lock", "a")
-        fcntl.flock(_servers[folder], fcntl.LOCK_SH)        # waits while the server is being stopped
+        users = open(folder / "users.lock", "a")
+        fcntl.flock(users, fcntl.LOCK_SH)       # waits while the server is being stopped
+        _servers[folder] = users
         keeper = subprocess.Popen([sys.executable, "-S", "-c", KEEPER, *arguments], stdin=subprocess.DEVNULL)
         uri = f"postgresql://postgres@/{{}}?host={quote(str(folder / 'data'), safe='')}&port=5432"
         end = time.monotonic() + START_SECONDS
@@ -299,23 +298,6 @@ def _explain(error, parts, read_only):
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
-def _find(cursor, table):
-    """(quoted name, {column: SQL type} or None, is it a view?, may it be loaded into?) of `table` or `schema.table`; any text is
-    a legal name."""
-    if not re.fullmatch(r"[^\0]{1,63}(\.[^\0]{1,63})?", table):
-        raise DataError("--table-name must have 1 to 63 characters and no NUL")
-    for parts in [[table]] + [table.split(".", 1)] * ("." in table.strip(".")):
-        name = sql.Identifier(*parts).as_string(cursor)
-        cursor.execute("""
-            SELECT (SELECT json_object_agg(attname, format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute
-                    WHERE attrelid = oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''), relkind IN ('v','m','f'),
-                (SELECT bool_and(has_table_privilege(oid, needed)) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) needed)
-            FROM pg_class WHERE oid = to_regclass(%s) AND relkind IN ('r','p','v','m','f')""", [name])
-        if found := cursor.fetchone():
-            break
-    return name, *(found or (None, None, None))
-
-
 def _load_into(table):
     return command("train.py", "--csv-path", "songs.csv", "--table-name", table)
 
@@ -334,7 +316,18 @@ def _demand(names, there, where, fix):
 def _open_table(cursor, table, to_load=False):
     """(quoted name, {column: SQL type}) of a table that can be read or, created if there is none, loaded into. DataError: the
     sentence says what there is instead."""
-    name, columns, view, allowed = _find(cursor, table)
+    if not re.fullmatch(r"[^\0]{1,63}(\.[^\0]{1,63})?", table):
+        raise DataError("--table-name must have 1 to 63 characters and no NUL")
+    for parts in [[table]] + [table.split(".", 1)] * ("." in table.strip(".")):         # any text is a legal name
+        name = sql.Identifier(*parts).as_string(cursor)
+        cursor.execute("""
+            SELECT (SELECT json_object_agg(attname, format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute
+                    WHERE attrelid = oid AND attnum > 0 AND NOT attisdropped AND attgenerated = ''), relkind IN ('v','m','f'),
+                (SELECT bool_and(has_table_privilege(oid, needed)) FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) needed)
+            FROM pg_class WHERE oid = to_regclass(%s) AND relkind IN ('r','p','v','m','f')""", [name])
+        columns, view, allowed = cursor.fetchone() or (None, None, None)
+        if columns is not None:
+            break
     if columns is None and to_load:
         kinds = {**dict.fromkeys(TEXT, "text"), **dict.fromkeys(INTEGERS, "integer"), "explicit": "boolean",
                  "track_id": 'text COLLATE "C" PRIMARY KEY'}
@@ -446,8 +439,8 @@ def _songs(cells, where, unread):
         else:
             low, high = RANGES[column]
             outside, reason = (values < low) | (values > high), f"{column} is not a number between {low:g} and {high:g}"
-            percentages = values.between(1.001, 1000).sum() if needed and high == 1 else 0
-            if percentages > max(10, len(values) // 100):      # not just mistakes
+            percentages = values.between(1.001, 1000).sum()
+            if needed and high == 1 and percentages > max(10, len(values) // 100):      # not just mistakes
                 raise DataError(f"{where}: {percentages} of {len(values)} rows have an {column} above 1; divide percentages by 100")
             unread[column] += (outside & (not needed)).sum()
             values = values.mask(outside).mask(values.abs() < 1e-30, 0)     # which the type real would refuse
@@ -486,10 +479,10 @@ def load_songs(url, table):
             query = f'COPY (SELECT {", ".join(used)} FROM {name} ORDER BY {used[0]}::text COLLATE "C") TO STDOUT (FORMAT csv)'
             cursor.copy_expert(query, file, BLOCK)
         file.seek(0)
-        numbers = [column for column in used if column not in TEXT and
-                   re.fullmatch("smallint|integer|bigint|real|double precision|numeric.*", columns[column])]
-        songs = pd.read_csv(file, header=None, names=used, keep_default_na=False, na_values=dict.fromkeys(numbers, ["", "NaN"]),
-                            dtype={**dict.fromkeys(used, "str"), **dict.fromkeys(numbers, "float32")})
+        kinds = {column: "float32" if column not in TEXT and re.fullmatch(
+            "smallint|integer|bigint|real|double precision|numeric.*", columns[column]) else "str" for column in used}
+        songs = pd.read_csv(file, header=None, names=used, dtype=kinds, keep_default_na=False,
+                            na_values={column: ["", "NaN"] for column, kind in kinds.items() if kind == "float32"})
     unread = Counter()
     why = _songs(songs, f'The table "{table}"', unread)
     left_out = Counter(why[why != ""])
