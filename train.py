@@ -392,7 +392,15 @@ def tell_watcher(result: dict, **news) -> None:
 
 # os._exit: what Python does after our last word, for Prefect's threads, takes a second.
 RUN = "import atexit, os; atexit.register(os._exit, 0); import train; train.run({pipe}, {own_server})"
-SERVER = "import runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
+# Where Prefect never ran its server makes a database, and two that do so at once spoil it for each other: one goes first.
+SERVER = """import fcntl, os, runpy, threading
+home = os.path.expanduser(os.environ.get("PREFECT_HOME") or "~/.prefect")
+if not os.path.exists(home + "/prefect.db"):
+    os.makedirs(home, exist_ok=True)
+    first = open(home + "/first-start.lock", "w")
+    fcntl.flock(first, fcntl.LOCK_EX)
+    threading.Timer(20, first.close).start()
+runpy.run_module("prefect", run_name="__main__", alter_sys=True)"""
 CRASHED = """from prefect.client.orchestration import get_client; from prefect.states import Crashed
 sys.stdin.read()  # the imports take a second or two; meanwhile the run is being ended
 with get_client(sync_client=True) as client:
