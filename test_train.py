@@ -2163,7 +2163,8 @@ def test_live_lines_and_load_progress():
         root, logger = logging.getLogger(), logging.getLogger("models")
         before, root.handlers = root.handlers, [PrefectConsoleHandler(stream=file)]
         notify.quiet_logs()
-        with notify.live_status(["genre", "similar"]), notify.load_progress() as progress:
+        progress = notify.load_progress()
+        with notify.live_status(["genre", "similar"]):
             logger.info("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
             logger.warning("similar: no disk; retrying in 2 s", extra={"model": "similar", "phase": "retrying"})
             time.sleep(0.6)
