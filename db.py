@@ -313,12 +313,11 @@ def _demand(names, there, where, fix):
         raise DataError(f"{where} lacks the columns {', '.join(missing)}; {fix.format(', '.join(there)[:999])}")
 
 
-def _open_table(cursor, table, to_load=False):
-    """(quoted name, {column: SQL type}) of a table that can be read or, created if there is none, loaded into. DataError: the
-    sentence says what there is instead."""
+def _find(cursor, table):
+    """(quoted name, {column: SQL type} or None, is it a view?, may it be loaded into?); any text is a legal name."""
     if not re.fullmatch(r"[^\0]{1,63}(\.[^\0]{1,63})?", table):
         raise DataError("--table-name must have 1 to 63 characters and no NUL")
-    for parts in [[table]] + [table.split(".", 1)] * ("." in table.strip(".")):         # any text is a legal name
+    for parts in [[table]] + [table.split(".", 1)] * ("." in table.strip(".")):
         name = sql.Identifier(*parts).as_string(cursor)
         cursor.execute("""
             SELECT (SELECT json_object_agg(attname, format_type(atttypid, atttypmod) ORDER BY attnum) FROM pg_attribute
@@ -328,6 +327,13 @@ def _open_table(cursor, table, to_load=False):
         columns, view, allowed = cursor.fetchone() or (None, None, None)
         if columns is not None:
             break
+    return name, columns, view, allowed
+
+
+def _open_table(cursor, table, to_load=False):
+    """(quoted name, {column: SQL type}) of a table that can be read or, created if there is none, loaded into. DataError: the
+    sentence says what there is instead."""
+    name, columns, view, allowed = _find(cursor, table)
     if columns is None and to_load:
         kinds = {**dict.fromkeys(TEXT, "text"), **dict.fromkeys(INTEGERS, "integer"), "explicit": "boolean",
                  "track_id": 'text COLLATE "C" PRIMARY KEY'}

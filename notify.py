@@ -431,7 +431,7 @@ def load_progress():
         if total and done / total >= logged + LOG_EVERY:
             logged = done / total // LOG_EVERY * LOG_EVERY
             log.info("loading the CSV: %.0f %% of %s", 100 * logged, size(total))
-    return contextlib.nullcontext(progress)
+    return progress
 
 
 # -------------------------------------------------------------------------------------------------- picture

@@ -1771,6 +1771,35 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
     assert out.drop(columns="cluster").notna().all(axis=None) and out.cluster.isna().all() == (missing == "energy")
 
 
+def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(url, songs, models_dir, tmp_path):
+    songs.head(300).to_csv(tmp_path / "songs.csv", index=False)
+    db.load_csv(tmp_path / "songs.csv", url, "songs")
+    shutil.copytree(models_dir, tmp_path / "models")
+    ask = lambda into: command("models.py", "predict", "--table-name", "songs", "--into", into, "--models-dir", tmp_path / "models", DATABASE_URL=url)
+    assert ask("said").returncode == 0
+    index, rows = models.load_model("similar", models_dir)["estimator"], execute(url, "SELECT * FROM said")
+    at = dict(zip(index.track_ids_, range(len(songs))))
+    assert {row[0]: row[6] for row in rows} == {track: list(index.track_ids_[index.neighbours(at[track])[0]]) for track in songs.track_id[:300]}
+    expected = models.predict(songs.head(300), models.load_models(models_dir)[0]).set_index(songs.track_id[:300])
+    assert {row[0]: row[1] for row in rows} == expected.genre_predicted.to_dict() and {row[3] for row in rows} <= {0, 1}
+    execute(url, "CREATE ROLE r; GRANT SELECT ON said TO r; CREATE VIEW seen AS SELECT * FROM said")
+    (tmp_path / "models" / "energy.joblib").unlink()
+    with subprocess.Popen([sys.executable, "models.py", "predict", "--table-name", "songs", "--into", "said", "--models-dir", tmp_path / "models"],
+                          cwd=ROOT, env=os.environ | {"DATABASE_URL": url}, stderr=subprocess.PIPE, text=True) as again:
+        looks = {execute(url, "SELECT count(*), count(energy_predicted) FROM seen")[0] for _ in iter(again.poll, 0)}
+        assert "energy skipped: there is no energy model" in again.stderr.read()
+    assert looks <= {(300, 300), (300, 0)} and (300, 300) in looks, "a reader sees the old rows or the new ones"
+    assert execute(url, "SELECT has_table_privilege('r', 'said', 'SELECT'), count(energy_predicted), count(*) FROM said") == [(True, 0, 300)]
+    killed = ("import db, models, os, sys\ndef frames():\n    yield db.load_songs(sys.argv[1], 'songs')[['track_id']].assign(similar=None)\n"
+              "    os.kill(os.getpid(), 9)\ndb.replace_predictions(sys.argv[1], 'said', frames())")
+    assert command("-c", killed, url).returncode == -9 and execute(url, "SELECT count(genre_predicted) FROM said") == [(300,)]
+    done = ask("songs")
+    assert done.returncode == 2 and '"songs" is no table of predictions: its columns are track_id' in done.stderr
+    execute(url, "CREATE ROLE guest LOGIN; GRANT SELECT ON songs, said TO guest")
+    url = url.replace("postgres:", "guest:")
+    assert "ask its owner for: GRANT" in ask("said").stderr.replace("Ask", "ask") and len(db.load_songs(url, "songs")) == 300
+
+
 @pytest.mark.parametrize("same_artist", [False, True])
 def test_similar_is_exact(songs, same_artist):
     """Against brute force: every distance, sorted, less the song's own recording, repeated ones, and a fourth by its artist."""
@@ -2134,7 +2163,8 @@ def test_live_lines_and_load_progress():
         root, logger = logging.getLogger(), logging.getLogger("models")
         before, root.handlers = root.handlers, [PrefectConsoleHandler(stream=file)]
         notify.quiet_logs()
-        with notify.live_status(["genre", "similar"]), notify.load_progress() as progress:
+        progress = notify.load_progress()
+        with notify.live_status(["genre", "similar"]):
             logger.info("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
             logger.warning("similar: no disk; retrying in 2 s", extra={"model": "similar", "phase": "retrying"})
             time.sleep(0.6)

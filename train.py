@@ -7,8 +7,7 @@
     python train.py --check                           # look at everything, train nothing
     python train.py --failed                          # only the models that the last run still owes
     python train.py --serve --cron "0 3 * * *"        # a Prefect deployment (needs a Prefect server)
-
-From Python it is a Prefect flow like any other:  from train import ml_training_pipeline
+    from train import ml_training_pipeline            # in Python: a Prefect flow like any other
 """
 import argparse
 import asyncio
@@ -36,8 +35,7 @@ from pathlib import Path
 from typing import Annotated
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-# Prefect as a nightly job needs it; each model its share of the cores, as OpenMP's barriers spin: a fit with more threads than
-# free cores is many times slower than with one. Only defaults: what stands in the environment wins.
+# Prefect as a nightly job needs it. OpenMP's barriers spin: more threads than free cores are many times slower than one.
 for name, value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
@@ -126,6 +124,7 @@ predict_task = task(safely(models.predict_table), name="predict_task", task_run_
 
 
 TASKS = {}
+
 
 def training_task(model: str, name: str):
     TASKS[model] = task(safely(models.MODELS[model]), name=name, task_run_name=model, **training)
@@ -236,9 +235,8 @@ def get_songs(result: dict):
     if given["demo"] is not None:
         load_demo_task(given["demo"], url, table)
     elif given["csv_path"] and not result["csv"]:
-        with notify.load_progress() as progress:
-            loaded, _ = load_csv_task(given["csv_path"], url, table, truncate=given["truncate_table"], progress=progress,
-                                      rejected_path=Path(result["models_dir"]) / "rejected_rows.csv")
+        loaded, _ = load_csv_task(given["csv_path"], url, table, given["truncate_table"],
+                                  Path(result["models_dir"]) / "rejected_rows.csv", notify.load_progress())
         tell_watcher(result, csv=loaded)
     songs, seconds = load_songs_task(url, table)
     tell_watcher(result, rows=len(songs), read_seconds=seconds)
@@ -392,7 +390,15 @@ def tell_watcher(result: dict, **news) -> None:
 
 # os._exit: what Python does after our last word, for Prefect's threads, takes a second.
 RUN = "import atexit, os; atexit.register(os._exit, 0); import train; train.run({pipe}, {own_server})"
-SERVER = "import runpy; runpy.run_module('prefect', run_name='__main__', alter_sys=True)"
+# Where Prefect never ran its server makes a database, and two that do so at once spoil it for each other: one goes first.
+SERVER = """import fcntl, os, runpy, threading
+home = os.path.expanduser(os.environ.get("PREFECT_HOME") or "~/.prefect")
+if not os.path.exists(home + "/prefect.db"):
+    os.makedirs(home, exist_ok=True)
+    first = open(home + "/first-start.lock", "w")
+    fcntl.flock(first, fcntl.LOCK_EX)
+    threading.Timer(20, first.close).start()
+runpy.run_module("prefect", run_name="__main__", alter_sys=True)"""
 CRASHED = """from prefect.client.orchestration import get_client; from prefect.states import Crashed
 sys.stdin.read()  # the imports take a second or two; meanwhile the run is being ended
 with get_client(sync_client=True) as client:
