@@ -212,7 +212,8 @@ def answers(address):
 @contextlib.contextmanager
 def prefect_server(home, port):
     """A Prefect server with its scheduler, that of every run meanwhile: a temporary one of its own takes a run 5 s."""
-    server, api = Run(f"prefect server start --port {port}", "-m", PREFECT_HOME=home), f"http://127.0.0.1:{port}/api"
+    api = f"http://127.0.0.1:{port}/api"
+    server = Run(f"prefect server start --port {port}", "-m", PREFECT_HOME=home, PREFECT_UI_API_URL=api)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", api)
         patch.setenv("PREFECT_HOME", str(home))
@@ -875,7 +876,7 @@ def test_the_pictures_of_the_readme(prefect, table, webhook, tmp_path):
     embed |= {"title": shown(embed["title"]), "description": shown(embed["description"]), "rows": shown(rows)}
     page = PAGE.format(**embed, picture=base64.b64encode(picture.read_bytes()).decode())
     (tmp_path / "page.html").write_text(page)
-    for address, name, size in ((f"file://{tmp_path}/page.html", "discord.png", "740,1160"),
+    for address, name, size in ((f"file://{tmp_path}/page.html", "discord.png", "740,850"),
                                 (f"{prefect[:-4]}/runs/flow-run/{last_run()['id']}", "ui.png", "1300,1180")):
         path = ROOT / "docs" / name
         subprocess.run(["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={size}",
