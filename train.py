@@ -34,8 +34,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-# Prefect as a nightly job needs it. OpenMP's barriers spin: more threads than free cores are many times slower than one.
+# Prefect as a nightly job needs it. A model has one thread: OpenMP's threads wait for each other at every step, so two
+# were four to thirteen times slower than one on small tables, and beside other work. Only defaults: the environment wins.
 for name, value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
@@ -43,8 +43,7 @@ for name, value in {
     "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_LOGGING_FORMATTERS_STANDARD_DATEFMT": "%Y-%m-%d %H:%M:%S",
-    "OMP_WAIT_POLICY": "passive",  # waiting threads sleep: another run may be computing on that core
-    **({} if __name__ == "__main__" else {"OMP_NUM_THREADS": str(max(1, CORES // 5))}),
+    "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
 
@@ -76,7 +75,6 @@ START_SECONDS = 120         # Prefect's server: a first start makes its database
 STOP_SECONDS = 3            # from SIGTERM to SIGKILL: a fit in C code cannot be interrupted
 DASK_SECONDS = 30           # for a Dask cluster to answer and to have a worker
 CHECK_SECONDS = 4           # for all that --check looks at, side by side
-LEAST_MEMORY = 2 << 30      # bytes of address space (ulimit -v) before a song is read; below, OpenBLAS waits for ever
 
 log = logging.getLogger("train")
 
@@ -231,8 +229,8 @@ def begin(result: dict, failed: bool = False) -> None:
 def get_songs(result: dict):
     """Check the database, load the CSV if there is one, read the songs: once, for all models."""
     given, table = result["parameters"], result["table"]
-    url = db.database_url(demo=given["demo"] is not None)
-    if given["demo"] is not None:
+    url = db.database_url(demo=given["demo"])
+    if given["demo"]:
         load_demo_task(given["demo"], url, table)
     elif given["csv_path"] and not result["csv"]:
         loaded, _ = load_csv_task(given["csv_path"], url, table, given["truncate_table"],
@@ -273,7 +271,7 @@ def train_and_publish(result: dict) -> None:
             publish(result, name, submit(name), data)
         tell_watcher(result, training=None)
     if into := result["parameters"]["predict_into"]:
-        predict_task(db.database_url(demo=result["demo"] is not None), result["table"], into, result["models_dir"])
+        predict_task(db.database_url(demo=result["demo"]), result["table"], into, result["models_dir"])
 
 
 def settings(result: dict, name: str) -> dict:
@@ -440,7 +438,6 @@ def stop(number, _):
 
 def watch(result: dict, lock) -> None:
     """Have the flow run in a process of its own, and again where a signal that nobody sent has ended it."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // len(result["asked"]))))
     server, process = None if find_prefect() else start_prefect_server(), None
     try:
         while result["exit_status"] is None:
@@ -580,17 +577,17 @@ def parse_options(arguments=None) -> argparse.Namespace:
     parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster of that scheduler, tcp://HOST:8786")
     parser.add_argument("--serve", action="store_true",
                         help="be a Prefect deployment until stopped; the other options are what its runs do by default")
-    parser.add_argument("--cron", metavar="CRON", help='with --serve: when to run, in UTC, such as "0 3 * * *"')
+    parser.add_argument("--cron", help='with --serve: when to run, in UTC, such as "0 3 * * *"')
     options = parser.parse_args(arguments)
     for wrong, sentence in (
             (options.truncate_table and not options.csv_path, "--truncate must be accompanied by --csv-path"),
-            (options.demo is not None and options.csv_path, "--demo makes its own songs; leave out --csv-path"),
+            (options.demo and options.csv_path, "--demo makes its own songs; leave out --csv-path"),
             (options.demo is not None and options.demo < 1, f"--demo needs at least 1 song; it is {options.demo}"),
             (options.n_clusters < 2, f"--n-clusters must be 2 or more; it is {options.n_clusters}"),
             (options.failed and options.only, "--failed chooses the models itself; leave out --only"),
-            (options.cron is not None and not options.serve, "--cron must be accompanied by --serve"),
+            (options.cron and not options.serve, "--cron must be accompanied by --serve"),
             (options.serve and options.failed, "--serve trains what each run is asked for; leave out --failed"),
-            (0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < LEAST_MEMORY, "a run needs 2 GB; raise the limit (ulimit -v)")):
+            (0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < 2 << 30, "a run needs 2 GB; raise the limit (ulimit -v)")):
         if wrong:
             parser.error(sentence)
     try:
@@ -623,7 +620,7 @@ def check_dask(address) -> None:
                         "prefect server start --host 0.0.0.0; then: export PREFECT_API_URL=http://HOST:4200/api")
 
 
-def models_folder(models_dir, demo) -> Path:
+def models_folder(models_dir, demo):
     return Path(models_dir or (models.MODELS_DIR if demo is None else db.ROOT / "demo" / "models")).resolve()
 
 
@@ -670,7 +667,7 @@ async def serve_until_stopped(options: argparse.Namespace) -> int:
         raise DataError("--serve needs a Prefect server; start one: prefect server start")
     check_prefect()
     try:
-        schedules = [] if options.cron is None else [Cron(options.cron)]
+        schedules = [Cron(options.cron)] if options.cron else []
     except ValueError:
         raise DataError(f'--cron {options.cron!r} is no cron expression; write five fields: "0 3 * * *"') from None
     # limit: a run that is due while another trains waits for it instead of finding the models directory locked.
