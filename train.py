@@ -66,6 +66,7 @@ else:
     from prefect.context import get_run_context
     from prefect.exceptions import TerminationSignal
     from prefect.futures import as_completed
+    from prefect.settings import temporary_settings
     from prefect.states import Completed, Failed
 from annotated_types import Ge
 
@@ -213,9 +214,9 @@ def the_run(parameters: dict):
 
 
 def new_result(parameters: dict) -> dict:
-    asked, folder = chosen(parameters["only"]), models_folder(parameters["models_dir"], parameters["demo"])
     check_dask(parameters["dask"])
-    return notify.new_result(parameters, asked, folder)
+    folder = models_folder(parameters["models_dir"], parameters["demo"])
+    return notify.new_result(parameters, chosen(parameters["only"]), folder)
 
 
 def begin(result: dict, failed: bool = False) -> None:
@@ -234,7 +235,7 @@ def get_songs(result: dict):
         load_demo_task(given["demo"], url, table)
     elif given["csv_path"] and not result["csv"]:
         loaded, _ = load_csv_task(given["csv_path"], url, table, given["truncate_table"],
-                                  Path(result["models_dir"]) / "rejected_rows.csv", notify.load_progress())
+                                  Path(result["models_dir"]) / "rejected_rows.csv")
         tell_watcher(result, csv=loaded)
     songs, seconds = load_songs_task(url, table)
     tell_watcher(result, rows=len(songs), read_seconds=seconds)
@@ -253,7 +254,7 @@ def train_and_publish(result: dict) -> None:
         log.warning("the songs are not those of the last training: %s", moved)
         result["warnings"].append(moved)
     alone = bool(result["deaths"])
-    log.info("training %s%s%s", ", ".join(owed), " one after another" * alone, f" on the Dask cluster at {dask}" * bool(dask))
+    log.info("training %s%s", ", ".join(owed), " one after another" * alone)
     if WATCHED:
         with suppress(OSError):  # Linux: where memory is short, the kernel shall end this process and no database
             Path("/proc/self/oom_score_adj").write_text("500")
@@ -285,9 +286,9 @@ def publish(result: dict, name: str, future, data: dict) -> Exception | None:
         (estimator, metrics), seconds = trained
         trained.clear()  # Prefect keeps the result of a task to the end of the flow; a model is large
         about = {"run": result["started_at"], "table": result["table"], "command": result["command"], "seconds": seconds,
-                 "settings": settings(result, name), "data": data, "data_fingerprint": data["fingerprint"], "rows": data["rows"]}
-        force, folder = result["parameters"]["force"], result["models_dir"]
-        report, error = notify.attempt(models.publish, name, estimator, metrics, about, folder, force)
+                 "settings": settings(result, name), "data": data, "rows": data["rows"]}
+        folder = result["models_dir"]
+        report, error = notify.attempt(models.publish, name, estimator, metrics, about, folder, result["parameters"]["force"])
     if result["parameters"]["dask"]:
         future.wrapped_future.release()  # else Dask trains finished models again where their worker dies later
     note(result, name, notify.failed_entry(error) if error else notify.entry(report, folder))
@@ -374,7 +375,9 @@ def run_flow(own_server: bool) -> None:
     deadline = time.monotonic() + START_SECONDS
     while own_server and time.monotonic() < deadline and not answers(os.environ["PREFECT_API_URL"]):
         time.sleep(0.05)
-    ml_training_pipeline(**WATCHED["result"]["parameters"])
+    # Our own server needs no heartbeat to know of a crash, and Prefect waits up to a second for its thread to end.
+    with temporary_settings({"flows.heartbeat_frequency": None} if own_server else None):
+        ml_training_pipeline(**WATCHED["result"]["parameters"])
 
 
 def tell_watcher(result: dict, **news) -> None:
