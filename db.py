@@ -73,6 +73,7 @@ MAX_LINE = 16 << 20             # characters
 HTTP_SECONDS = 30
 CHECK_ROWS = 1000               # of a CSV file that --check looks at
 BLOCK_ROWS = 20_000
+LOG_ROWS = 100_000               # of a CSV file between two log lines
 START_SECONDS = 120             # the embedded server, crash recovery on a slow disk included
 
 
@@ -88,7 +89,7 @@ class DatabaseUnavailable(Expected):
     """The server did not answer, went away, is out of slots or waited too long for a lock: trying again may help."""
 
 
-# ---- settings and secrets ------------------------------------------------------------------------------------------
+# ---- settings, secrets, files ------------------------------------------------------------------------------------------
 def command(script, *words):
     """A command line that does the same from any folder."""
     return shlex.join([sys.executable, str(ROOT / script), *map(str, words)])
@@ -98,6 +99,29 @@ def setting(name):
     """Value of an environment variable, else of its line in .env, else ''. An empty variable hides the line."""
     file = dotenv.dotenv_values(ROOT / ".env", interpolate=False)      # "$" may be in a password
     return (os.environ.get(name, file.get(name)) or "").strip()
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Let an OSError say which file it is about: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside path and put it in path's place once it is safely on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with naming(path), open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def redact(text, *secrets):
@@ -520,7 +544,7 @@ def our_columns(header):
 
 @contextlib.contextmanager
 def _open_csv(path):
-    """(the uncompressed text, the file on disk): a path, or an http(s) URL, which is fetched first."""
+    """The uncompressed text of a path, or of an http(s) URL, which is fetched first."""
     foreign = set()
 
     def windows(error):
@@ -537,7 +561,7 @@ def _open_csv(path):
         file = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK) if head == b"\x1f\x8b" else raw
         encoding = "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         try:
-            yield io.TextIOWrapper(file, encoding, "windows", newline="\n"), raw
+            yield io.TextIOWrapper(file, encoding, "windows", newline="\n")
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file ({error}); copy it again") from error
     if foreign:
@@ -604,12 +628,12 @@ def _frame(header, rows):
     return cells, ours
 
 
-def _convert(path, good, aside, progress=None, most=None):
+def _convert(path, good, aside, most=None):
     """Write the songs of a CSV file to `good` and the rows that cannot be loaded to `aside`, both open files.
 
     Returns (columns of `good`, dict(read, rejected, examples, unread))."""
     read, rejected, unread, examples, put_aside = 0, Counter(), Counter(), [], csv.writer(aside).writerow
-    with _open_csv(path) as (file, raw):
+    with _open_csv(path) as file:
         rows = _rows(file, path)
         header = next(rows)
         columns, rows = our_columns(header), itertools.islice(rows, most)
@@ -627,8 +651,8 @@ def _convert(path, good, aside, progress=None, most=None):
                         examples.append(f"line {line}: {wrong}: {','.join(fields)[:150]}")
             songs[why == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
             read += len(block)
-            if progress:
-                progress(raw.tell(), os.fstat(raw.fileno()).st_size)
+            if read % LOG_ROWS == 0:
+                log.info("%s: %s rows read", path, f"{read:,}")
     if 2 * rejected.total() > read or not read:
         raise DataError(f"{path}: {rejected.total()} of {read} rows cannot be loaded ({_count(rejected) or 'there is only a header'}); "
                         f"the table is unchanged. {'; '.join(examples)}")
@@ -638,16 +662,16 @@ def _convert(path, good, aside, progress=None, most=None):
     return list(songs), {"read": read, "rejected": rejected, "examples": examples, "unread": +unread}
 
 
-def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=None):
+def load_csv(csv_path, url, table, truncate=False, rejected_path=None):
     """Load a CSV file (path or http(s) URL, also gzipped) into the table: all in one transaction, or nothing.
 
     New track_ids are inserted, known ones updated, the last row of a track_id wins; `truncate` empties the table first.
-    Rows that cannot be loaded go to `rejected_path` with line and reason. `progress(bytes_done, bytes_in_all)`.
+    Rows that cannot be loaded go to `rejected_path` with line and reason.
     Returns dict(read, loaded, repeated, rejected={reason: rows}, examples=[first three], unread={column: values}).
     Raises DataError (file, columns, most rows cannot be loaded, no permission) or DatabaseUnavailable."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as good:
         with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
-            columns, found = _convert(csv_path, good, aside, progress)      # without a connection: servers end those that idle
+            columns, found = _convert(csv_path, good, aside)      # without a connection: servers end those that idle
         rejected = found["rejected"].total()
         if not rejected and os.path.isfile(aside.name):         # os.devnull is none
             os.unlink(aside.name)
@@ -664,7 +688,7 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None, progress=
 def read_csv(path):
     """(rows, songs) of a CSV file for predictions: all cells as text under the file's own header, and as many songs, our
     columns, in which what is missing or cannot be read is "" or NaN. Raises DataError."""
-    with _open_csv(path) as (file, _):
+    with _open_csv(path) as file:
         header, *rows = _rows(file, path)
     rows, songs = _frame(header, rows)
     songs = songs.reindex(columns=REQUIRED + OPTIONAL, fill_value="").astype("str")
@@ -724,49 +748,41 @@ GENRES = ("acoustic ambient blues classical country dance disco electronic folk 
           "pop punk reggae rock soul").split()
 
 
+RARE = {"danceability": -.4, "energy": -.5, "speechiness": 2.6, "acousticness": .5, "instrumentalness": 3, "valence": 0,
+        "liveness": 1.5, "mode": 0, "explicit": 2}       # how much so for a typical song, as logits
+
+
 def demo_songs(n, seed=0, genres=20):
     """`n` made-up songs with all columns of REQUIRED and OPTIONAL, the same for the same seed.
 
     Artists have one main genre, Zipf-like output and a fame of their own; each genre has a sound of its own."""
     import numpy as np
     import pandas as pd
-    rng = np.random.default_rng(seed)
-    artists = max(3, n // 6)
-    weight = 1 / (np.arange(artists) + 3.0) ** .8
-    weight /= weight.sum()
-    artist = rng.choice(artists, n, p=weight)
-    home = rng.integers(0, genres, artists)
-    genre = np.where(rng.random(n) < .85, home[artist], rng.integers(0, genres, n))
-    sound = rng.normal(0, 1.1, (genres, 9))[genre] + rng.normal(0, .45, (artists, 9))[artist] + rng.normal(0, .8, (n, 9))
-    loud, groove, talk, wood, play, mood, crowd, pace, length = sound.T
-    unit = lambda x: (1 / (1 + np.exp(-x))).round(4)
-    fame = rng.normal(0, 11, artists)[artist] + rng.normal(0, 9, genres)[genre]
-    albums = artist * 7 + rng.integers(0, 1 + rng.integers(1, 7, artists)[artist])
-    year = np.clip(2024 - rng.exponential(10, artists)[artist].astype(int) - rng.integers(0, 4, n), 1950, 2024)
-    titles = [f"{WORDS[a]} {WORDS[b]} No. {c}" for a, b, c in zip(
-        rng.integers(0, len(WORDS), n), rng.integers(0, len(WORDS), n), rng.integers(1, 99, n))]
-    with_guest, guest = rng.random(n) < .08, rng.choice(artists, n, p=weight)
-    credits = [f"Demo Artist {a + 1}" + (f";Demo Artist {b + 1}" if c and a != b else "") for a, b, c in zip(artist, guest, with_guest)]
-    return pd.DataFrame({
-        "track_id": [f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
-        "artist_name": credits, "track_name": titles,
-        "genre": [f"demo-{GENRES[g % 20]}" + f"-{g // 20 + 1}" * (g >= 20) for g in genre.tolist()],
-        "popularity": np.clip(35 + fame + 4 * unit(groove) + rng.normal(0, 9, n), 0, 100).round().astype(int),
-        "danceability": unit(.3 + .6 * groove), "energy": unit(.5 + loud),
-        "loudness": (-9 + 3.4 * loud + rng.normal(0, 1.3, n)).clip(-55, 2).round(3),
-        "speechiness": unit(-2.6 + .7 * talk), "acousticness": unit(-1.2 * loud + .8 * wood),
-        "instrumentalness": (unit(-2.5 + 2 * play) * (play > -.5)).round(5),
-        "valence": unit(.6 * mood + .3 * groove), "liveness": unit(-1.5 + .8 * crowd),
-        "tempo": (119 + 17 * pace).clip(45, 220).round(3), "key": rng.integers(0, 12, n),
-        "mode": (rng.random(n) < .64).astype(int), "duration_ms": (np.exp(12.2 + .25 * length)).astype(int),
-        "time_signature": rng.choice([3, 4, 5], n, p=[.08, .9, .02]),
-        "explicit": rng.random(n) < unit(talk - 2.5), "year": year,
-        "album_name": [f"Demo Album {a + 1}" for a in albums]})
+    rng, artists, traits = np.random.default_rng(seed), max(3, n // 6), len(RARE) + 3
+    weight = 1 / np.arange(3, artists + 3) ** .8
+    artist, guest = rng.choice(artists, (2, n), p=weight / weight.sum())
+    genre = np.where(rng.random(n) < .85, rng.integers(0, genres, artists)[artist], rng.integers(0, genres, n))
+    *sound, fame, pace, length = (rng.normal(0, 1, (genres, traits))[genre] + rng.normal(0, .8, (artists, traits))[artist]
+                                  + rng.normal(0, .6, (n, traits))).T
+    songs = pd.DataFrame({name: 1 / (1 + np.exp(rare - trait)) for (name, rare), trait in zip(RARE.items(), sound)}).round(4)
+    guests = [f";Demo Artist {name}" if here else "" for name, here in zip(guest, rng.random(n) < .08)]
+    return songs.assign(
+        track_id=[f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
+        track_name=[" ".join(words) for words in rng.choice(WORDS, (n, 3))],
+        artist_name=[f"Demo Artist {name}" for name in artist] + pd.Series(guests),
+        album_name=[f"Demo Album {name}-{number}" for name, number in zip(artist, rng.integers(0, 5, n))],
+        genre=[f"demo-{GENRES[g % 20]}" + f"-{g // 20 + 1}" * (g >= 20) for g in genre.tolist()],
+        popularity=(35 + 12 * fame + 4 * songs.danceability).clip(0, 100).round(),
+        loudness=(-8 + 3.4 * sound[1] + rng.normal(0, 1.3, n)).clip(-55, 2).round(3),
+        tempo=(119 + 17 * pace).clip(45, 220).round(3), duration_ms=np.exp(12.2 + .25 * length).astype(int),
+        key=rng.integers(0, 12, n), mode=songs["mode"].round(), explicit=songs.explicit.round(),
+        time_signature=rng.choice([3, 4, 5], n, p=[.08, .9, .02]),
+        year=2024 - rng.exponential(10, artists)[artist].clip(0, 70).astype(int))[[*REQUIRED, *OPTIONAL]]
 
 
-def load_demo(n, url, table, seed=0, progress=None):
+def load_demo(n, url, table, seed=0):
     """Replace the table's content by `n` demo songs (through a temporary CSV file); returns what load_csv returns."""
     with tempfile.TemporaryFile("w+", newline="") as file:     # it has no name: it is gone however this process ends
         demo_songs(n, seed).to_csv(file, index=False)
         file.seek(0)
-        return load_csv(f"/dev/fd/{file.fileno()}", url, table, truncate=True, progress=progress)
+        return load_csv(f"/dev/fd/{file.fileno()}", url, table, truncate=True)

@@ -9,7 +9,6 @@ import http.client
 import json
 import logging
 import math
-import os
 import re
 import resource
 import shlex
@@ -22,9 +21,10 @@ import urllib.error
 import urllib.request
 import uuid
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from db import DataError, Expected, command, redact, setting
+from db import DataError, Expected, command, redact, setting, write_atomically
 
 # Exit statuses.
 TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = 0, 1, 2, 3, 75, 143, 130
@@ -49,7 +49,6 @@ SIGNS = {"done": f"[{GOOD[1]}]✓[/]", "failed": f"[{BAD[1]}]✗[/]", "held_back
          "retrying": f"[{MIXED[1]}]↻[/]"}
 
 PLAIN_WIDTH = 160          # columns of a table where there is no terminal to ask
-LOG_EVERY = 0.25           # share of a CSV between two log lines
 
 # The picture. Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
 INCHES, ROW_INCHES, HEADER_INCHES = 16, 4.2, 1.5  # at 100 dots per inch
@@ -422,18 +421,6 @@ def live_status(models):
             handler.removeFilter(show)
 
 
-def load_progress():
-    """progress(done_bytes, total_bytes), which logs a line per quarter of a CSV."""
-    logged = 0
-
-    def progress(done, total):
-        nonlocal logged
-        if total and done / total >= logged + LOG_EVERY:
-            logged = done / total // LOG_EVERY * LOG_EVERY
-            log.info("loading the CSV: %.0f %% of %s", 100 * logged, size(total))
-    return progress
-
-
 # -------------------------------------------------------------------------------------------------- picture
 
 def draw_report(result, history, path):
@@ -442,17 +429,8 @@ def draw_report(result, history, path):
     `history`: the lines of history.jsonl as dicts, oldest first. Raises OSError when `path` cannot be written.
     """
     import matplotlib
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with matplotlib.rc_context(STYLE):
-            report_figure(result, history).savefig(temporary, format="png")
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say which file it is about
-        error.filename = error.filename or str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with matplotlib.rc_context(STYLE):
+        write_atomically(path, partial(report_figure(result, history).savefig, format="png"))
 
 
 def report_figure(result, history):
@@ -501,8 +479,8 @@ def _draw_model(axes, name, model):
         words += f" at {metric}"
     axes.set_title(_drawable(f"{plain(name, 20)}: {words}"), color=color)
     detail = ", ".join(f"{METRICS[key]} {number(metrics[key])}" for key in METRICS if key in list(metrics)[1:])
-    for key, draw in {"matrix": _draw_matrix, "confusions": _draw_confusions, "points": _draw_clusters,
-                      "density": _draw_density, "same_genre_at": _draw_similar}.items():
+    for key, draw in {"confusions": _draw_confusions, "points": _draw_clusters, "density": _draw_density,
+                      "same_genre_at": _draw_similar}.items():
         if model["plot"].get(key):
             _write(axes, 0, 1.015, reason(model) or detail, 62, 2, size=10, color=MIXED[1] if reason(model) else GREY,
                    transform=axes.transAxes)
@@ -511,18 +489,8 @@ def _draw_model(axes, name, model):
     _write(axes, 0, 0.98, model["error"] or "nothing to draw", 40, 10, size=14, va="top", color=color)
 
 
-def _draw_matrix(axes, plot):
-    """Few genres: the confusion matrix, shares of the actual genre."""
-    import numpy
-    from sklearn.metrics import ConfusionMatrixDisplay
-    names = [_drawable(name, 12) for name in plot["matrix"]["labels"]]
-    ConfusionMatrixDisplay(numpy.array(plot["matrix"]["rows"]), display_labels=names).plot(
-        ax=axes, cmap="cividis", values_format=".0%", colorbar=False, xticks_rotation=20,
-        im_kw={"vmin": 0, "vmax": 1, "aspect": "auto"}, text_kw={"size": 8 + 12 // len(names)})
-
-
 def _draw_confusions(axes, plot):
-    """Many genres: which are most often taken for which, as bars with their names on them."""
+    """Which genres are most often taken for which, as bars with their names on them."""
     shown = plot["confusions"][:CONFUSIONS_SHOWN]
     axes.barh(range(len(shown)), [share for *_, share in shown], color="#A9CCE3")
     for at, (actual, predicted, count, share) in enumerate(shown):
