@@ -21,16 +21,18 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from itertools import chain, repeat, zip_longest
+from importlib import metadata
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 
 import db
-from db import MIN_GENRE_SONGS, MIN_SONGS, DataError
+from db import MIN_GENRE_SONGS, MIN_SONGS, DataError, naming, write_atomically
 
 log = logging.getLogger("models")
 
@@ -64,7 +66,7 @@ SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
 PREDICTED_AT_ONCE = 10_000  # songs of a table
 QUERY_SAMPLE = 1000       # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
-MATRIX_GENRES = 12        # up to as many genres the picture shows a whole confusion matrix
+CONFUSIONS = 25
 
 
 class ModelError(db.Expected):
@@ -112,11 +114,11 @@ def _say(name, phase, count):
 
 
 def _judge_and_fit(name, make, final, songs, answers):
-    """Return (known, new, more): what the songs held out were answered with; fit `final` on all songs.
+    """Return (known, new): what the songs held out were answered with; fit `final` on all songs.
 
     `name` is the model and the column it predicts; `make() -> estimator` is fitted for each split, `final` in the end;
     `answers(estimator, learnt, held_out)` returns arrays, the actual values first, one value per held-out song. Those
-    of all splits are put end to end; () where nothing was held out. `more` is {"fitted_on": songs} of a sampled fit.
+    of all splits are put end to end; () where nothing was held out.
     """
     found = [], []
     for split in range(SPLITS if len(songs) < FEW_SONGS else 1):
@@ -128,10 +130,9 @@ def _judge_and_fit(name, make, final, songs, answers):
                 part.append(answers(judged, songs[train], songs[mask]))
     _say(name, "fitting", len(songs))
     final.fit(songs, songs[name])
-    more = {"fitted_on": final.fitted_on_} if final.fitted_on_ < len(songs) else {}
-    if more:
+    if final.fitted_on_ < len(songs):
         log.info("%s: fitted on a sample of %s songs; artists are counted over all", name, f"{final.fitted_on_:,}")
-    return *(tuple(map(np.concatenate, zip(*part))) for part in found), more
+    return [tuple(map(np.concatenate, zip(*part))) for part in found]
 
 
 def _figure(metric, answers, at=1):
@@ -442,12 +443,8 @@ class SongRegressor:
     MAX_GENRES = 254        # HistGradientBoosting takes 255 categories; the rarer genres count as missing
     PRIOR_SONGS = 10        # a genre's mean is shrunk towards that of all songs as if it had so many more of them
     CURVE_ROWS = 100_000    # rows the quadratic is fitted on, and predicted at a time
-    # Words and counts do not help energy; a quadratic of the audio to start from helps energy and hurts popularity.
-    SETTINGS = {
-        "popularity": dict(keys=("artist", "album", "album words", "title words"), counts=True, curve=False,
-                           trees=dict(max_iter=200, learning_rate=0.05, max_leaf_nodes=31, max_features=0.5)),
-        "energy": dict(keys=("artist", "album"), counts=False, curve=True,
-                       trees=dict(max_iter=250, learning_rate=0.08, max_leaf_nodes=47, max_features=0.4))}
+    TREES = dict(max_iter=200, learning_rate=0.08, max_leaf_nodes=47, max_features=0.4, min_samples_leaf=40,
+                 l2_regularization=1.0, early_stopping=False)
 
     def __init__(self, target, fits=1):
         self.target, self.fits = target, fits
@@ -455,18 +452,16 @@ class SongRegressor:
     def fit(self, songs, y):
         """`songs` is a DataFrame, one row per song; `y` its target, finite. The target's own column is not looked at."""
         from sklearn.ensemble import HistGradientBoostingRegressor
-        settings, y, rng = self.SETTINGS[self.target], np.asarray(y, dtype=float), np.random.default_rng(SEED)
+        y, rng = np.asarray(y, dtype=float), np.random.default_rng(SEED)
         self.features_ = [name for name in present(songs, AUDIO + MORE_AUDIO) if name != self.target]
         self.genres_ = {genre: code for code, genre in enumerate(genres(songs).value_counts().index[:self.MAX_GENRES])}
-        self._fit_start(songs, y, settings["curve"], rng)
+        self._fit_start(songs, y, rng)
         residual = y - self._start(songs)
-        X, rows = self._training_rows(songs, residual, settings["keys"], rng)
+        X, rows = self._training_rows(songs, residual, rng)
         self.fitted_on_ = len(np.unique(rows))
         X[:, np.isnan(X).all(axis=0)] = 0  # HistGradientBoosting cannot bin a column without a single value
-        self.trees_ = [HistGradientBoostingRegressor(
-            categorical_features=[len(self.features_)], min_samples_leaf=40, l2_regularization=1.0, early_stopping=False,
-            random_state=seed, **settings["trees"]).fit(X, residual[rows])
-            for seed in range(SEED, SEED + self.fits)]
+        self.trees_ = [HistGradientBoostingRegressor(categorical_features=[len(self.features_)], random_state=seed, **self.TREES)
+                       .fit(X, residual[rows]) for seed in range(SEED, SEED + self.fits)]
         return self
 
     def predict(self, songs):
@@ -480,7 +475,7 @@ class SongRegressor:
         X = np.hstack(known)
         return np.clip(self._start(songs) + np.mean([trees.predict(X) for trees in self.trees_], axis=0), *self.range_)
 
-    def _training_rows(self, songs, residual, keys, rng):
+    def _training_rows(self, songs, residual, rng):
         """Learn known_; return (X, rows): what the trees learn from, and which song each row of X is."""
         import pandas as pd
         moments = np.c_[np.ones(len(residual)), residual, residual ** 2]
@@ -488,8 +483,7 @@ class SongRegressor:
         artists = pd.factorize(songs["artist_name"])[0]
         by_artist = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
         self.known_, known, new = {}, [], []
-        for key in keys:
-            name, split = KEYS[key]
+        for key, (name, split) in KEYS.items():
             if name in songs:
                 matrix, levels = incidence(songs[name], split)
                 self.known_[key] = levels, matrix.T @ moments
@@ -506,24 +500,22 @@ class SongRegressor:
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
         return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
-    def _fit_start(self, songs, y, curve, rng):
-        """Learn where the residuals start from: the genre's shrunken mean or a quadratic of it and the audio."""
+    def _fit_start(self, songs, y, rng):
+        """Learn where the residuals start from: a quadratic of the audio and the genre's shrunken mean."""
         import pandas as pd
+        from sklearn.impute import SimpleImputer
+        from sklearn.linear_model import Ridge
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import PolynomialFeatures, StandardScaler
         by_genre = pd.Series(y).groupby(genres(songs).to_numpy()).agg(["sum", "size"])
-        self.mean_, self.range_, self.curve_ = y.mean(), (y.min(), y.max()), None
+        self.mean_, self.range_ = y.mean(), (y.min(), y.max())
         self.genre_means_ = ((by_genre["sum"] + self.PRIOR_SONGS * self.mean_) / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
-        if curve:
-            from sklearn.impute import SimpleImputer
-            from sklearn.linear_model import Ridge
-            from sklearn.pipeline import make_pipeline
-            from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-            some = np.sort(rng.permutation(len(y))[:self.CURVE_ROWS])
-            self.curve_ = make_pipeline(SimpleImputer(), StandardScaler(), PolynomialFeatures(2, include_bias=False),
-                                        StandardScaler(), Ridge(10.0)).fit(self._plane(songs.iloc[some]), y[some])
+        some = np.sort(rng.permutation(len(y))[:self.CURVE_ROWS])
+        self.curve_ = make_pipeline(SimpleImputer(), StandardScaler(), PolynomialFeatures(2, include_bias=False),
+                                    StandardScaler(), Ridge(10.0)).fit(self._plane(songs.iloc[some]), y[some])
 
     def _start(self, songs):
-        start = self.curve_.predict if self.curve_ else lambda plane: plane[:, -1]
-        starts = in_parts(songs, self.CURVE_ROWS, lambda part: start(self._plane(part)))
+        starts = in_parts(songs, self.CURVE_ROWS, lambda part: self.curve_.predict(self._plane(part)))
         return np.clip(starts, *self.range_)  # a quadratic runs away where songs are rare
 
     def _plane(self, songs):
@@ -532,12 +524,11 @@ class SongRegressor:
         return np.column_stack([*(column(songs, name).astype(float) for name in self.features_), genre])
 
     def _audio(self, songs):
-        """Return songs x (features_, the genre's number and, where set, the quadratic's value, the counts), float32."""
+        """Return songs x (features_, the genre's number, the quadratic's value, text_counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
-        if self.curve_:
-            table.append(self._start(songs).astype(np.float32))  # where on its scale a song starts says how far it strays
-        return np.column_stack(table + [text_counts(songs)] * self.SETTINGS[self.target]["counts"])
+        table.append(self._start(songs).astype(np.float32))  # where on its scale a song starts says how far it strays
+        return np.column_stack([*table, text_counts(songs)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -562,12 +553,12 @@ def train_genre(songs):
         best_of_3 = np.where((likely == actual[:, None]).any(axis=1), actual, likely[:, 0])
         return actual, likely[:, 0], best_of_3, np.full(len(actual), learnt["genre"].mode()[0])
     final = GenreClassifier()
-    known, new, more = _judge_and_fit("genre", GenreClassifier, final, songs, answers)
+    known, new = _judge_and_fit("genre", GenreClassifier, final, songs, answers)
     return final, {
         "accuracy": _figure(accuracy_score, known), "accuracy_new_artists": _figure(accuracy_score, new),
         "top3_accuracy": _figure(accuracy_score, known, 2), "f1_macro": _figure(partial(f1_score, average="macro"), known),
         "baseline_accuracy": _figure(accuracy_score, known, 3), "classes": len(final.classes_),
-        "plot": _plot_genres(*known[:2]) if known else {}, **more}
+        "fitted_on": final.fitted_on_, "plot": _plot_genres(*known[:2]) if known else {}}
 
 
 def train_clusters(songs, n_clusters=2):
@@ -582,8 +573,6 @@ def train_clusters(songs, n_clusters=2):
     from sklearn.metrics import silhouette_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    if n_clusters < 2:
-        raise DataError(f"clusters needs --n-clusters 2 or more; it is {n_clusters}")
     songs = _usable(songs, "clusters", 1)
     features = songs[list(AUDIO)].astype(np.float64)
     distinct = len(features.drop_duplicates())
@@ -634,12 +623,12 @@ def _train_regressor(target, songs):
         mean = np.full(len(held_out), learnt[target].mean())
         return held_out[target].to_numpy(np.float64), judged.predict(held_out), mean
     final = SongRegressor(target, AVERAGED if len(songs) < FEW_SONGS else 1)
-    known, new, more = _judge_and_fit(target, partial(SongRegressor, target), final, songs, answers)
+    known, new = _judge_and_fit(target, partial(SongRegressor, target), final, songs, answers)
     return final, {
         "r2": _figure(r2_score, known), "r2_new_artists": _figure(r2_score, new),
         "mae": _figure(mean_absolute_error, known), "mae_new_artists": _figure(mean_absolute_error, new),
         "rmse": _figure(root_mean_squared_error, known), "baseline_mae": _figure(mean_absolute_error, known, 2),
-        "plot": _plot_regression(*known[:2]) if known else {}, **more}
+        "fitted_on": final.fitted_on_, "plot": _plot_regression(*known[:2]) if known else {}}
 
 
 def train_similar(songs):
@@ -649,6 +638,7 @@ def train_similar(songs):
     the query does not know (`same_genre_at_10`), against what drawing songs at random would give
     (`same_genre_by_chance`), the share by the song's own artist, and milliseconds of processor time per query.
     """
+    import pandas as pd
     songs = _usable(songs, "similar", 2)
     _say("similar", "fitting", len(songs))
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
@@ -658,19 +648,18 @@ def train_similar(songs):
     if not index.settings_["company"]:
         log.warning("similar: the songs have no genres, so the company they keep is left out: it is sound alone that counts")
     _say("similar", "evaluating", len(sample))
-    answers = [index.neighbours(row, point=point)[0] for row, point in zip(sample, index.asked_)]
     start = time.thread_time()  # of this thread alone: the other models are computing at the same time
     same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
     query_ms = (time.thread_time() - start) / len(sample) * 1000
-    genre = genres(songs).fillna("").to_numpy(object)
-    same_genre = [genre[answer] == genre[row] for row, answer in zip(sample, answers) if genre[row]]
-    ranks = list(zip_longest(*same_genre))
-    mean = lambda found: float(np.mean(found)) if len(found) else None
-    by_chance = float((genres(songs).value_counts(normalize=True) ** 2).sum()) if same_genre else None
+    genre, answers = genres(songs).fillna("").to_numpy(object), index.neighbours_of(sample, points=index.asked_)
+    same_genre = pd.DataFrame([genre[found] == genre[row] for row, (found, _) in zip(sample, answers) if genre[row]], dtype=float)
+    at_10 = by_chance = None
+    if len(same_genre):
+        at_10, by_chance = float(same_genre.stack().mean()), float((genres(songs).value_counts(normalize=True) ** 2).sum())
     return index, {
-        "same_genre_at_10": mean(np.concatenate(same_genre or [[]])), "same_genre_by_chance": by_chance,
-        "same_artist_at_10": mean(np.concatenate(same_artist)), "query_ms": query_ms,
-        "plot": {"same_genre_at": [mean([s for s in rank if s is not None]) for rank in ranks], "by_chance": by_chance}}
+        "same_genre_at_10": at_10, "same_genre_by_chance": by_chance,
+        "same_artist_at_10": float(np.mean(np.concatenate(same_artist))), "query_ms": query_ms,
+        "plot": {"same_genre_at": same_genre.mean().tolist(), "by_chance": by_chance}}
 
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no core waits for it.
@@ -691,15 +680,10 @@ WORDS = {"danceability": ("danceable", "hard to dance to"), "energy": ("energeti
 
 
 def _plot_genres(actual, predicted):
-    """Return what the picture shows of the genres: the worst confusions, the whole matrix where it is small."""
-    from sklearn.metrics import confusion_matrix
-    labels = sorted({*actual.tolist(), *predicted.tolist()})
-    table = confusion_matrix(actual, predicted, labels=labels)
-    shares = table / table.sum(axis=1, keepdims=True).clip(1)
-    wrong = np.where(np.eye(len(labels)), 0, table)
-    worst = [np.unravel_index(at, table.shape) for at in np.argsort(-wrong, axis=None, kind="stable")[:25]]
-    return {"confusions": [[labels[a], labels[p], int(wrong[a, p]), float(shares[a, p])] for a, p in worst if wrong[a, p]],
-            "matrix": {"labels": labels, "rows": shares.round(4).tolist()} if len(labels) <= MATRIX_GENRES else None}
+    """Return the worst confusions, for the picture: actual and predicted genre, songs, their share of the actual ones."""
+    songs, taken_for = Counter(actual), Counter(zip(actual, predicted))
+    wrong = [pair for pair, _ in taken_for.most_common() if pair[0] != pair[1]]
+    return {"confusions": [[*pair, taken_for[pair], taken_for[pair] / songs[pair[0]]] for pair in wrong[:CONFUSIONS]]}
 
 
 def _plot_regression(actual, predicted, bins=40):
@@ -769,18 +753,18 @@ class SimilarSongs:
         return (points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * (artist @ others)),
                 points(normalize(artist[sample] @ counts - own[sample], "l1")))
 
-    def neighbours(self, row, k=10, same_artist=False, point=None):
+    def neighbours(self, row, k=10, same_artist=False):
         """Return (rows, similarities) of the k songs most like the song in that row, the most similar first.
 
         Never the song itself nor another copy of its recording, no recording twice, and of ten no more than three by
         its first artist, unless `same_artist`; fewer than k where the table has no more. A similarity is exp(-d²/2),
-        1 for a song that is the same in everything. `point` is asked about in place of the song's own.
+        1 for a song that is the same in everything.
         """
-        return self.neighbours_of(np.array([row]), k, same_artist, point)[0]
+        return self.neighbours_of(np.array([row]), k, same_artist)[0]
 
     def neighbours_of(self, rows, k=10, same_artist=False, points=None, workers=1):
-        """Return what neighbours() says of each of the rows; `workers` threads, -1 for all cores."""
-        points = self.tree_.data[rows] if points is None else np.atleast_2d(points)
+        """Return what neighbours() says of each of the rows, asked at `points` in place of their own; `workers` threads."""
+        points = self.tree_.data[rows] if points is None else points
         allowed = k if same_artist else max(1, 3 * k // 10)
         answers, left, wanted = [None] * len(rows), np.arange(len(rows)), 2 * k + 2
         while len(left):
@@ -868,29 +852,6 @@ def check_folder(folder):
             ("space", state, f"{notify.size(free) or '0 B'} free" + f"; make room on the disk of {there}" * (state != "ok"))]
 
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside path and put it in path's place once it is safely on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path):
-    """Let an OSError say which file it is about: a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
 def write_json(path, content):
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
 
@@ -960,7 +921,8 @@ def in_folder(models_dir):
 def load_model(name, models_dir=MODELS_DIR):
     """Return the saved dict of a model: `estimator`, `metrics` and all that stands in its metrics file.
 
-    The file's SHA-256 is compared with its report's before anything is unpickled. Raises ModelError.
+    The file's SHA-256 is compared with its report's before anything is unpickled. Raises ModelError. Where another
+    version of scikit-learn has made it, scikit-learn warns (InconsistentVersionWarning).
     """
     import joblib
     path, metrics_path = _paths(name, models_dir)
@@ -972,16 +934,7 @@ def load_model(name, models_dir=MODELS_DIR):
         raise ModelError(f"{path} is damaged or was changed: no report has its SHA-256, neither {metrics_path} nor one in "
                          f"versions/; put a version back: {db.command('models.py', 'rollback', name, *in_folder(models_dir))}, "
                          f"or {again}")
-    trained_with, installed = report["versions"].get("scikit-learn"), library_versions()["scikit-learn"]
-    if trained_with != installed:
-        log.warning("%s was trained with scikit-learn %s and is loaded with %s; if it misbehaves, %s",
-                    name, trained_with, installed, again)
     return joblib.load(path)
-
-
-def library_versions():
-    from importlib.metadata import version
-    return {package: version(package) for package in ("scikit-learn", "pandas", "numpy")}
 
 
 def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False):
@@ -997,12 +950,13 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
     import joblib
     for folder in ("metrics", "versions"):
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
-    current = _current_as_version(name, models_dir)
+    current = read_report(name, models_dir)
     report = {"model": name, "metrics": {key: metrics[key] for key in metrics if key != "plot"}, **about,
               "trained_at": datetime.now(UTC).isoformat(), "seed": SEED, "guessing": _guessing(metrics),
               "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
               "settings": about["settings"] | getattr(estimator, "settings_", {}),
-              "versions": library_versions(), "plot": metrics.get("plot", {})}
+              "versions": {package: metadata.version(package) for package in ("scikit-learn", "pandas", "numpy")},
+              "plot": metrics.get("plot", {})}
     reason = current and not force and _worse(report, current)
     report |= {"status": "held_back" if reason else "trained", "error": reason or None,
                "previous": current and current["metrics"].get(next(iter(metrics)))}
@@ -1043,28 +997,14 @@ def _put_in_place(version, report, models_dir):
     """Give a version the current model's names: first the report, which may find no space, then the model by a rename."""
     path, metrics_path = _paths(report["model"], models_dir)
     write_json(metrics_path, report)
-    _link(version, path)
-
-
-def _link(source, target):
-    """Give a file a second name, atomically: by a hard link, or by a copy on a file system that has none."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-        os.replace(temporary, target)
-    except OSError:
-        with open(source, "rb") as whole_file:
-            write_atomically(target, lambda file: shutil.copyfileobj(whole_file, file))
-
-
-def _current_as_version(name, models_dir):
-    """Return read_report() of a model, after making sure that versions/ holds it: in the first edition it did not."""
-    report = read_report(name, models_dir)
-    if report and not (version := _version(report, models_dir)).exists():
-        _link(_paths(name, models_dir)[0], version)
-        write_json(version.with_suffix(".json"), report)
-    return report
+        os.link(version, temporary)
+        os.replace(temporary, path)
+    except OSError:  # a file system without hard links
+        with open(version, "rb") as whole_file:
+            write_atomically(path, partial(shutil.copyfileobj, whole_file))
 
 
 def _remove(version):
@@ -1085,7 +1025,7 @@ def rollback(name, models_dir=MODELS_DIR):
 
     The model taken back stays in versions/ as "rolled_back" and is not gone back to again.
     """
-    current = _current_as_version(name, models_dir)
+    current = read_report(name, models_dir)
     for version, report in _versions(name, models_dir):
         earlier = not current or report["trained_at"] < current["trained_at"]
         if earlier and report["status"] == "trained" and version.exists() and _sha256(version) == report["sha256"]:
@@ -1159,10 +1099,13 @@ def drift_since(now, table, models_dir=MODELS_DIR):
             found.append(f"mean {name} is {mean:.4g}; it was {was:.4g} (standard deviation {deviation:.3g})")
     if not 1 - DRIFT_ROWS <= now["rows"] / before["rows"] <= 1 / (1 - DRIFT_ROWS):
         found.append(f"the table has {now['rows']:,} songs; at the last training it had {before['rows']:,}")
+    moved = []
     for genre in sorted(now["genres"].keys() | before["genres"]):
         share, was = (data["genres"].get(genre, 0) for data in (now, before))
         if abs(share - was) >= DRIFT_SHARE and max(share, was) >= DRIFT_RATIO * min(share, was):
-            found.append(f"genre {genre} makes up {share:.1%} of the songs; it was {was:.1%}")
+            moved.append(f"genre {genre} makes up {share:.1%} of the songs; it was {was:.1%}")
+    if moved:
+        found.append("; ".join(moved[:3]) + f"; and so for {len(moved) - 3} more genres" * (len(moved) > 3))
     return found
 
 
@@ -1170,15 +1113,23 @@ def drift_since(now, table, models_dir=MODELS_DIR):
 # Predicting
 # ---------------------------------------------------------------------------------------------------------------------
 
-def load_models(models_dir=MODELS_DIR):
-    """Return ({name: what load_model gives}, notes): every model that there is; the notes say why others are left out."""
-    loaded, notes = {}, []
-    for name in MODELS:
+PREDICTING = "genre", "clusters", "energy", "popularity"
+
+
+def load_models(models_dir=MODELS_DIR, names=None):
+    """Return {name: what load_model gives} of the models that there are; log why others are left out.
+
+    Raises ModelError where there is none.
+    """
+    loaded = {}
+    for name in names or MODELS:
         try:
             loaded[name] = load_model(name, models_dir)
         except ModelError as error:
-            notes.append(f"{name} skipped: {error}")
-    return loaded, notes
+            log.warning("%s skipped: %s", name, error)
+    if not loaded:
+        raise ModelError(f"there are no models in {models_dir}; train them: {db.command('train.py', *in_folder(models_dir))}")
+    return loaded
 
 
 def predict(songs, loaded):
@@ -1190,7 +1141,7 @@ def predict(songs, loaded):
     """
     import pandas as pd
     added = pd.DataFrame(index=songs.index)
-    for name in [name for name in ("genre", "clusters", "energy", "popularity") if name in loaded]:
+    for name in filter(loaded.__contains__, PREDICTING):
         model = loaded[name]["estimator"]
         if name == "genre":
             probabilities = model.predict_proba(songs)
@@ -1215,12 +1166,7 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
     """
     from rich.console import Console
     from rich.progress import track
-    songs = db.load_songs(url, table)
-    loaded, notes = load_models(models_dir)
-    for note in notes:
-        log.warning("%s", note)
-    if not loaded:
-        raise ModelError(f"there are no models in {models_dir}; train them: {db.command('train.py', *in_folder(models_dir))}")
+    songs, loaded = db.load_songs(url, table), load_models(models_dir)
     place, index = np.full(len(songs), -1), loaded["similar"]["estimator"] if "similar" in loaded else None
     if index:
         import pandas as pd
@@ -1308,13 +1254,7 @@ def predict_songs(options):
                         "Rename its columns")
     if missing:
         log.warning("%s has nothing in the columns %s; that is treated as missing", options.csv, ", ".join(missing))
-    loaded, notes = load_models(options.models_dir)
-    for note in notes:
-        log.warning("%s", note)
-    added = predict(songs, loaded)
-    if not len(added.columns):
-        raise ModelError(f"none of the models in {options.models_dir} can predict; train them: "
-                         f"{db.command('train.py', *in_folder(options.models_dir))}")
+    added = predict(songs, load_models(options.models_dir, PREDICTING))
     whole = rows.assign(**added)
     if options.out:
         write_atomically(Path(options.out), partial(whole.to_csv, index=False))
