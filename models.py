@@ -443,7 +443,7 @@ class SongRegressor:
     MAX_GENRES = 254        # HistGradientBoosting takes 255 categories; the rarer genres count as missing
     PRIOR_SONGS = 10        # a genre's mean is shrunk towards that of all songs as if it had so many more of them
     CURVE_ROWS = 100_000    # rows the quadratic is fitted on, and predicted at a time
-    TREES = dict(max_iter=200, learning_rate=0.08, max_leaf_nodes=47, max_features=0.4, min_samples_leaf=40,
+    TREES = dict(max_iter=150, learning_rate=0.1, max_leaf_nodes=47, max_features=0.4, min_samples_leaf=40,
                  l2_regularization=1.0, early_stopping=False)
 
     def __init__(self, target, fits=1):
