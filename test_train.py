@@ -154,7 +154,7 @@ class Discord(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, body=""):
         self.send_response(status)
-        for header in {"Content-Length": len(body), "Location": "/api/webhooks/ok/x", "Retry-After": 1}.items():
+        for header in {"Content-Length": len(body), "Location": "/api/webhooks/ok/x", "Retry-After": 0.2}.items():
             self.send_header(*map(str, header))
         self.end_headers()
         self.wfile.write(body.encode())
@@ -346,11 +346,6 @@ def test_every_model_is_there_with_its_metrics(night):
     assert {(model["rows"], model["table"]) for model in loaded.values()} == {(500, "my songs")}
     assert len(loaded["clusters"]["metrics"]["sizes"]) == 3
     assert [line["status"] for line in models.read_history(night.models)] == ["started"] * 5 + ["trained"] * 5
-
-
-def test_the_result_is_one_file(night):
-    result = json.loads((night.models / "metrics" / "run.json").read_text())
-    assert [result[key] for key in ("status", "exit_status", "rows", "finish_command")] == ["completed", 0, 500, None]
 
 
 def test_the_message_is_green_and_has_the_picture(night):
@@ -691,11 +686,10 @@ def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, child):
 
 def test_a_signal_before_the_flow_and_while_the_database_is_waited_for(prefect, tmp_path, webhook, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "postgresql://localhost:1/music")
-    run = Run(f"--models-dir {tmp_path}")
-    assert wait_until(lambda: models.read_history(tmp_path))
-    stop(run, tmp_path, webhook)
-    stop(Run(f"--models-dir {tmp_path}").at("retrying in 30 s (1 of 2)"), tmp_path, webhook)
-    assert models.owed(tmp_path) == list(models.MODELS)
+    early, late = (Run(f"--models-dir {tmp_path}/{name}") for name in ("early", "late"))
+    stop(early.at("starting"), tmp_path / "early", webhook)
+    stop(late.at("retrying in 30 s (1 of 2)"), tmp_path / "late", webhook)
+    assert models.owed(tmp_path / "early") == models.owed(tmp_path / "late") == list(models.MODELS)
 
 
 @slow
@@ -802,15 +796,6 @@ def test_the_database_is_stopped_amid_the_read_and_comes_back(prefect, tmp_path)
     run.at("retrying in 4 s (1 of 2)")
     db.start_server(folder, "songs")
     run.end(0, "1 of 1 models trained")
-
-
-@slow
-def test_no_connection_slot_is_free(table, tmp_path):
-    execute(table, "CREATE ROLE guest LOGIN CONNECTION LIMIT 1; GRANT SELECT ON spotify_songs TO guest")
-    guest = table.replace("postgres:", "guest:")
-    with contextlib.closing(psycopg2.connect(guest)):
-        run = Run(f"--only clusters --models-dir {tmp_path}", DATABASE_URL=guest, DATABASE_RETRY_SECONDS=2).at("(1 of 2)")
-    run.end(0, "connection slots are taken: raise max_connections or close idle ones")
 
 
 @slow
@@ -1093,9 +1078,7 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     url = db.database_url()
     refused('"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs', db.check, None, "songs", None)
     assert db.load_csv(path, url, "songs")["loaded"] == 40
-    lines = db.check(None, "songs", None)
-    assert [(what, state) for what, state, _ in lines] == [(what, "ok") for what in "database table columns genres nulls".split()]
-    assert "songs has 40 rows" in lines[1][2] and "2 genres of 5" in lines[3][2] and len(db.check(None, "songs", 500)) == 1
+    assert {state for _, state, _ in db.check(None, "songs", None)} == {"ok"} and len(db.check(None, "songs", 500)) == 1
     db._servers.pop(folder.parent / ".postgres").close()
     refused("cannot be started.*or set DATABASE_URL", db.start_server, path / "x", "music")
     monkeypatch.setattr(db.importlib.util, "find_spec", lambda name: None)
@@ -1192,14 +1175,16 @@ def test_server_stopped_amid_a_load(locked, tmp_path):
     assert value(url, "track_id FROM songs") == "id1"
 
 
-@pytest.mark.parametrize("call", ["load_songs(url, 'songs')", "load_csv(path, url, 'songs', truncate=True)"], ids=["read", "load"])
-def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path, call):
+def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
     load(url, tmp_path, [GOOD])
+    calls = "load_songs(url, 'songs')", "load_csv(path, url, 'songs', truncate=True)"
     with db.connect(url) as holder:
         holder.execute("LOCK TABLE songs")
-        process = subprocess.Popen([sys.executable, "-c", f"import db, sys; url, path = sys.argv[1:]; db.{call}", url, tmp_path / "a.csv"], cwd=ROOT)
-        assert wait_until(lambda: value(url, WAITING))
-        kill(process)
+        processes = [subprocess.Popen([sys.executable, "-c", f"import db, sys; url, path = sys.argv[1:]; db.{call}", url, tmp_path / "a.csv"],
+                                      cwd=ROOT) for call in calls]
+        assert wait_until(lambda: value(url, WAITING) == 2)
+        for process in processes:
+            kill(process)
         assert wait_until(lambda: not value(url, WAITING), 5)
     assert len(db.load_songs(url, "songs")) == 1
 
@@ -1465,7 +1450,7 @@ def by_the_rule(songs, split):
     return train, rest[known & ~recording[~new].isin(recording[train.index])], songs[new]
 
 
-@pytest.mark.parametrize("name, splits", [("genre", 3), ("energy", 1), ("popularity", 3)])
+@pytest.mark.parametrize("name, splits", [("genre", 3), ("energy", 1), ("popularity", 1)])
 def test_metrics_agree_with_scikit_learn_on_a_split_of_our_own(songs, monkeypatch, name, splits):
     copies = songs.head(90).assign(track_id=[f"copy{i}" for i in range(90)], track_name=songs.track_name.str.upper())
     some = pd.concat([songs.head(900), copies], ignore_index=True)
@@ -1652,7 +1637,7 @@ def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, dam
 def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
     rng, value = random.Random(seed), 1.0
     publish(tmp_path, value)
-    for _ in range(25):
+    for _ in range(15):
         child = os.fork()
         while not child:
             value += 1
@@ -1667,16 +1652,6 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
         assert current(tmp_path) and not list(tmp_path.rglob(".*"))
         for path in (tmp_path / "versions").glob("*.joblib"):
             assert json.loads(path.with_suffix(".json").read_text())["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_a_model_that_does_not_fit_on_the_disk(tmp_path):
-    publish(tmp_path, 0.5)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    code = ("import models, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
-            "models.publish('energy', {'toy': 'x' * 10**6}, {'r2': .9}, {'run': '2', 'settings': {}}, sys.argv[1])")
-    failed = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert re.search(f"OSError.*File too large: '{tmp_path}/versions/energy", failed.stderr)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 def test_history_and_what_is_owed(tmp_path):
@@ -1808,8 +1783,6 @@ def test_similar_imports_nothing_it_does_not_need(models_dir):
 
 
 def test_show_and_rollback(models_dir, tmp_path, ask):
-    assert all(name in ask("show") for name in models.MODELS)
-    assert json.loads(ask("show", "--json"))["genre"]["metrics"] == models.read_report("genre", models_dir)["metrics"]
     assert ask("show", status=2, folder=tmp_path).count("not trained") == 5
     publish(models_dir, 1.0)
     assert re.search("^energy is again the version trained 20.* .r2 0", ask("rollback", "energy"))
@@ -1881,8 +1854,8 @@ def test_logs_hold_no_secrets_and_no_needless_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize("route, good, posts, logged", [
-    ("ok", True, 1, ""), ("ok-200", True, 1, ""), ("gone", False, 1, "make a new one"), ("wrong", False, 1, "token is wrong"),
-    ("limited-once", True, 2, "next try in 0.3 s"), ("limited-html", True, 2, "next try in 1.0 s"),
+    ("ok-200", True, 1, ""), ("gone", False, 1, "make a new one"), ("wrong", False, 1, "token is wrong"),
+    ("limited-once", True, 2, "next try in 0.3 s"), ("limited-html", True, 2, "next try in 0.2 s"),
     ("limited", False, 6, "too many messages"), ("limited-long", False, 1, "too many messages"),
     ("broken-twice", True, 3, "answered 500"), ("broken", False, 3, "answered 500: oops"),
     ("dropped-once", True, 2, "answered nothing"), ("dropped", False, 3, "no connection"), ("moved", False, 1, "answered 302"),
