@@ -448,6 +448,7 @@ class SongRegressor:
 
     def __init__(self, target, fits=1):
         self.target, self.fits = target, fits
+        self.words = target == "popularity"  # what words and text_counts tell of energy does not hold for other songs
 
     def fit(self, songs, y):
         """`songs` is a DataFrame, one row per song; `y` its target, finite. The target's own column is not looked at."""
@@ -484,7 +485,7 @@ class SongRegressor:
         by_artist = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
         self.known_, known, new = {}, [], []
         for key, (name, split) in KEYS.items():
-            if name in songs:
+            if name in songs and (self.words or "words" not in key):
                 matrix, levels = incidence(songs[name], split)
                 self.known_[key] = levels, matrix.T @ moments
                 known.append(summary_without_own_fold(matrix, moments, by_song))
@@ -524,11 +525,11 @@ class SongRegressor:
         return np.column_stack([*(column(songs, name).astype(float) for name in self.features_), genre])
 
     def _audio(self, songs):
-        """Return songs x (features_, the genre's number, the quadratic's value, text_counts), float32."""
+        """Return songs x (features_, the genre's number, the quadratic's value, perhaps text_counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
         table.append(self._start(songs).astype(np.float32))  # where on its scale a song starts says how far it strays
-        return np.column_stack([*table, text_counts(songs)])
+        return np.column_stack(table + [text_counts(songs)] * self.words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
