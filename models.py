@@ -66,7 +66,7 @@ SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
 PREDICTED_AT_ONCE = 10_000  # songs of a table
 QUERY_SAMPLE = 1000       # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
-CONFUSIONS = 25
+CONFUSIONS = 25           # pairs of genres kept with the metrics
 
 
 class ModelError(db.Expected):

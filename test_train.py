@@ -139,7 +139,7 @@ def objections(payload):
 
 
 # What Discord answers on a route, in turn; the last answer is given again and again. None: the line goes dead.
-OK, LIMITED = (204, ""), (429, '{"retry_after": 0.3}')
+OK, LIMITED = (204, ""), (429, '{"retry_after": 0.1}')
 REPLIES = {"ok": [OK], "ok-200": [(200, "{}")], "gone": [(404, '{"message": "Unknown Webhook"}')], "wrong": [(401, "")],
            "limited-once": [LIMITED, OK], "limited": [LIMITED], "limited-html": [(429, "<html>"), OK],
            "limited-long": [(429, '{"retry_after": 3600}')], "broken-twice": [(500, "oops"), (500, "oops"), OK],
@@ -1323,7 +1323,7 @@ anything = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="
     "1e999", "-1", "nan", "[]", '["', "1e-310", "4/4", "C#", "{}"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.reuse, Phase.generate])
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.reuse, Phase.generate])
 @given(rows=st.lists(st.tuples(anything, anything, st.floats(0, 1, width=32).map(repr) | anything, *[anything] * 11), min_size=1, max_size=9),
        quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
 def test_round_trip(shared, tmp_path, rows, quoting):
@@ -1429,7 +1429,7 @@ def test_demo_songs(url, caplog, monkeypatch):
 # ---- models: figures -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def songs():
-    return db.demo_songs(3000, genres=6)
+    return db.demo_songs(2500, genres=6)
 
 
 @pytest.fixture(scope="session")
@@ -1487,7 +1487,7 @@ def test_a_rare_genre_that_a_split_holds_out_whole():
 
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(songs, name):
-    few = songs.head(200)
+    few = songs.head(150)
     some = few, pd.concat([few, few], ignore_index=True), few[list(db.REQUIRED)]  # repeated track_ids count once
     first, again, bare = (json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False)) for rows in some)
     assert first == again and next(iter(bare.values())) is not None and bare.keys() == first.keys()
@@ -1674,9 +1674,9 @@ def test_history_and_what_is_owed(tmp_path):
 
 
 @pytest.mark.parametrize("change, sentences", [
-    (lambda songs: songs.head(1500), ["the table has 1,500 songs; at the last training it had 3,000"]),
+    (lambda songs: songs.head(1500), ["the table has 1,500 songs; at the last training it had 2,500"]),
     (lambda songs: songs.assign(loudness=songs.loudness - 6, genre=songs.genre.where(songs.energy < 0.5, "new")),
-     ["mean loudness is", "genre demo-acoustic makes up .*% of the songs; it was .*; .*; .*; and so for 4 more genres"]),
+     ["mean loudness is", r"genre demo-.* makes up .*% of the songs; it was .*; .*; .*; and so for \d more genres"]),
     (lambda songs: songs.sample(frac=0.95, random_state=1), [])])
 def test_drift_is_said_with_figures_the_most_important_first(songs, tmp_path, change, sentences):
     publish(tmp_path, 0.5, data=models.describe(songs))
@@ -1733,7 +1733,7 @@ def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(url, son
     words = "predict", "--table-name", "songs", "--into"
     ask(*words, "said")
     index, rows = models.load_model("similar", models_dir)["estimator"], execute(url, "SELECT * FROM said")
-    alike = dict(zip(index.track_ids_, (index.track_ids_[found].tolist() for found, _ in index.neighbours_of(np.arange(3000)))))
+    alike = dict(zip(index.track_ids_, (index.track_ids_[found].tolist() for found, _ in index.neighbours_of(np.arange(len(songs))))))
     expected = models.predict(songs.head(300), models.load_models(models_dir)).set_index(songs.track_id[:300])
     assert {row[0]: row[6] for row in rows} == {track: alike[track] for track in expected.index}
     assert {row[0]: row[1] for row in rows} == expected.genre_predicted.to_dict() and {row[3] for row in rows} <= {0, 1}
@@ -1855,7 +1855,7 @@ def test_logs_hold_no_secrets_and_no_needless_traceback(monkeypatch):
 
 @pytest.mark.parametrize("route, good, posts, logged", [
     ("ok-200", True, 1, ""), ("gone", False, 1, "make a new one"), ("wrong", False, 1, "token is wrong"),
-    ("limited-once", True, 2, "next try in 0.3 s"), ("limited-html", True, 2, "next try in 0.2 s"),
+    ("limited-once", True, 2, "next try in 0.1 s"), ("limited-html", True, 2, "next try in 0.2 s"),
     ("limited", False, 6, "too many messages"), ("limited-long", False, 1, "too many messages"),
     ("broken-twice", True, 3, "answered 500"), ("broken", False, 3, "answered 500: oops"),
     ("dropped-once", True, 2, "answered nothing"), ("dropped", False, 3, "no connection"), ("moved", False, 1, "answered 302"),
@@ -1985,7 +1985,7 @@ def test_live_lines():
         with notify.live_status(["genre", "similar"]):
             logger.info("genre: fitting 9 songs", extra={"model": "genre", "phase": "fitting"})
             logger.warning("similar: no disk; retrying in 2 s", extra={"model": "similar", "phase": "retrying"})
-            time.sleep(0.6)
+            time.sleep(0.3)
         root.handlers = before
     text = on_terminal(work)
     assert "▶ genre       fitting 9 songs" in text and "↻ similar     no disk" in text and "genre: fitting" not in text
