@@ -742,6 +742,8 @@ class SimilarSongs:
         own, genres = incidence(column(songs, "genre"), whole)
         artist, _ = incidence(songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()])
         self.artist_, self.settings_ = artist.indices, {"company": len(genres) > 1}
+        if not len(genres):
+            return [np.zeros((len(rows), 0)) for rows in (songs, sample)]
         counts = artist.T @ own
         places = np.eye(len(genres))
         if len(genres) > self.COMPANY_DIMENSIONS:  # at random, as in more dimensions than two that is far apart

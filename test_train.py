@@ -1559,6 +1559,11 @@ def test_similar_is_exact(songs, same_artist):
         assert (np.diff(alike) <= 0).all() and 0 <= alike.min() <= alike.max() <= 1
 
 
+def test_similar_goes_by_sound_alone_where_there_are_no_genres(songs):
+    index, metrics = models.train_similar(songs.head(60).drop(columns="genre"))
+    assert metrics["same_genre_at_10"] is None and len(index.neighbours(0)[0]) == 10
+
+
 # ---- models: publishing ----------------------------------------------------------------------------------------------
 def publish(folder, value, name="energy", force=False, **about):
     """Publish a toy model whose primary metric is the value."""
