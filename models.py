@@ -742,7 +742,7 @@ class SimilarSongs:
         own, genres = incidence(column(songs, "genre"), whole)
         artist, _ = incidence(songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()])
         self.artist_, self.settings_ = artist.indices, {"company": len(genres) > 1}
-        if not len(genres):
+        if not genres:  # normalize() refuses a matrix of no columns
             return [np.zeros((len(rows), 0)) for rows in (songs, sample)]
         counts = artist.T @ own
         places = np.eye(len(genres))
