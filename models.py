@@ -566,8 +566,8 @@ def train_clusters(songs, n_clusters=2):
     """Cluster songs by sound: standardised audio features, k-means. Return (Pipeline, metrics).
 
     Raises DataError where there are fewer than n_clusters distinct songs. `silhouette` (-1 to 1) is that of a seeded
-    sample; `profiles` are each cluster's mean features, and two words for those in which it differs most. Cluster 0 is
-    the largest.
+    sample; `means` are each cluster's mean features, `labels` two words for those in which it differs most. Cluster 0
+    is the largest.
     """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
@@ -595,7 +595,7 @@ def train_clusters(songs, n_clusters=2):
     points = np.c_[PCA(2, random_state=SEED).fit_transform(standardised[:PLOT_POINTS]).round(3), labels[:PLOT_POINTS]]
     return pipeline, {
         "silhouette": float(silhouette_score(standardised, labels)) if separable else None, "sizes": sizes,
-        "profiles": [{"label": label, "means": mean} for label, mean in zip(words, means.to_dict("records"))],
+        "labels": words, "means": means.to_dict("records"),
         "plot": {"points": points.tolist(), "labels": words, "sizes": sizes}}
 
 
@@ -749,6 +749,7 @@ class SimilarSongs:
         if len(genres) > self.COMPANY_DIMENSIONS:  # at random, as in more dimensions than two that is far apart
             places = np.random.default_rng(SEED).normal(size=(len(genres), self.COMPANY_DIMENSIONS))
             places /= np.linalg.norm(places, axis=1, keepdims=True)
+
         def points(mixture):
             company = mixture.sqrt() @ places
             return self.COMPANY_WEIGHT * company / np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
@@ -955,8 +956,7 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     current = read_report(name, models_dir)
     report = {"model": name, "metrics": {key: metrics[key] for key in metrics if key != "plot"}, **about,
-              "trained_at": datetime.now(UTC).isoformat(), "seed": SEED, "guessing": _guessing(metrics),
-              "features": list(getattr(estimator, "features_", getattr(estimator, "feature_names_in_", ()))),
+              "trained_at": datetime.now(UTC).isoformat(), "guessing": _guessing(metrics),
               "settings": about["settings"] | getattr(estimator, "settings_", {}),
               "versions": {package: metadata.version(package) for package in ("scikit-learn", "pandas", "numpy")},
               "plot": metrics.get("plot", {})}
@@ -1079,11 +1079,8 @@ def owed(models_dir=MODELS_DIR):
 
 def describe(songs):
     """Return what a later run compares its songs with: rows, share of each genre, mean and deviation of each feature."""
-    import pandas as pd
     numbers = songs[present(songs, NUMBERS)].astype(np.float64)
-    hashes = pd.util.hash_pandas_object(songs, index=False).to_numpy()
-    return {"rows": len(songs), "fingerprint": hashlib.sha256(hashes.tobytes()).hexdigest(),
-            "genres": genres(songs).value_counts(normalize=True).head(500).to_dict(),
+    return {"rows": len(songs), "genres": genres(songs).value_counts(normalize=True).head(500).to_dict(),
             "means": numbers.mean().to_dict(), "deviations": numbers.std(ddof=0).to_dict()}
 
 
@@ -1167,8 +1164,6 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
     columns are NULL, and so is `similar` for songs that came after the training. Returns the number of songs. Raises
     ModelError (no models), DataError (no such table, no permission, `into` is another kind of table) or DatabaseUnavailable.
     """
-    from rich.console import Console
-    from rich.progress import track
     songs, loaded = db.load_songs(url, table), load_models(models_dir)
     place, index = np.full(len(songs), -1), loaded["similar"]["estimator"] if "similar" in loaded else None
     if index:
@@ -1178,8 +1173,7 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
         place = place[order]
 
     def blocks():
-        starts = range(0, len(songs), PREDICTED_AT_ONCE)
-        for start in track(starts, "predicting", console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True):
+        for start in range(0, len(songs), PREDICTED_AT_ONCE):
             part, rows = songs.iloc[start:start + PREDICTED_AT_ONCE], place[start:start + PREDICTED_AT_ONCE]
             said = predict(part, loaded).assign(track_id=part["track_id"])
             said["models_trained_at"] = max(model["trained_at"] for model in loaded.values())
@@ -1188,8 +1182,9 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
                 alike = [index.track_ids_[found] for found, _ in index.neighbours_of(rows[rows >= 0], workers=-1)]
                 said.loc[rows >= 0, "similar"] = pd.Series(alike, said.index[rows >= 0])
             yield said
+    log.info("predicting %s songs of %s", f"{len(songs):,}", table)
     db.replace_predictions(url, into, blocks())
-    log.info("%s songs of %s predicted into %s", f"{len(songs):,}", table, into)
+    log.info("the predictions are in %s", into)
     return len(songs)
 
 

@@ -437,10 +437,10 @@ def die(call):
 secrets = os.environ.get("DATABASE_URL", "") + " " + os.environ.get("DISCORD_WEBHOOK_URL", "")
 for name, act in {{
     "flaky": fails(OSError("the fan fell off " + secrets), 3), "steady": lambda call: time.sleep(2),
-    "shaky": fails(OSError("no"), 2), "swinging": lambda call: None, "hungry": fails(MemoryError()),
+    "shaky": fails(OSError("no"), 2), "swinging": lambda call: None,
     "hopeless": fails(db.DataError("no song is long enough")), "value": fails(ValueError("no")), "type": fails(TypeError("no")),
-    "key": fails(KeyError("no")), "endless": lambda call: time.sleep(600), "deadly": die, "crash": lambda call: ctypes.string_at(0),
-    "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
+    "key": fails(KeyError("no")), "hungry": fails(MemoryError()), "endless": lambda call: time.sleep(600),
+    "deadly": die, "crash": lambda call: ctypes.string_at(0), "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
 }}.items():
     if name in os.environ["TOYS"].split(","):
         models.MODELS[name] = toy(name, act)
