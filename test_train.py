@@ -148,7 +148,7 @@ def table(prefect, postgres, monkeypatch):
 def accepted(embeds, allowed_mentions):
     """Whether Discord takes a message. It counts UTF-16 code units."""
     (embed,), fields = embeds, embeds[0]["fields"]
-    texts = [(embed["title"], 256), (embed["description"], 4096), (embed["footer"]["text"], 2048)]
+    texts = [(embed["title"], 256), (embed["description"] or "none", 4096), (embed["footer"]["text"], 2048)]
     texts += [(field["name"], 256) for field in fields] + [(field["value"], 1024) for field in fields]
     sizes = [(len(text.strip().encode("utf-16-le")) // 2, limit) for text, limit in texts]
     return (all(0 < size <= limit for size, limit in sizes) and sum(size for size, _ in sizes) <= 6000 and len(fields) <= 25
