@@ -438,7 +438,7 @@ secrets = os.environ.get("DATABASE_URL", "") + " " + os.environ.get("DISCORD_WEB
 for name, act in {{
     "flaky": fails(OSError("the fan fell off " + secrets), 3), "steady": lambda call: time.sleep(2),
     "shaky": fails(OSError("no"), 2), "swinging": lambda call: None,
-    "hopeless": fails(db.DataError("no song is long enough")), "value": fails(ValueError("no")), "type": fails(TypeError("no")),
+    "hopeless": fails(db.DataError("no song is long enough")), "value": fails(ValueError("no")), "type": fails(TypeError(secrets)),
     "key": fails(KeyError("no")), "hungry": fails(MemoryError()), "endless": lambda call: time.sleep(600),
     "deadly": die, "crash": lambda call: ctypes.string_at(0), "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
 }}.items():
@@ -884,8 +884,8 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
     assert db.database_url() == "postgres://u:a$b@host/music"
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
     monkeypatch.setenv("DATABASE_URL", "host=h password=s3cr:et/@")
-    text = "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ https://x/api/webhooks/12/abc password=q1 s3cr:et/@s"
-    assert db.redact(text) == "*** *** *** postgres://x:***@z/ https://x/api/webhooks/12/*** password=*** s3cr:et/@s"
+    text = "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ https://x/api/webhooks/12/abc Password=q1 s3cr:et/@s"
+    assert db.redact(text) == "*** *** *** postgres://x:***@z/ https://x/api/webhooks/12/*** Password=*** s3cr:et/@s"
 
 
 @pytest.mark.parametrize("bad", "nonsense mysql://u:s3cr@h/d postgres://u:a/s3cr@h/d postgres://u:x@s3cr@h/d postgres://u:p@h:s3cr/d "
@@ -1216,7 +1216,7 @@ REJECTED = cells("""
     11 fields instead of 12 | i,T,pop,50,.5,.5,-7,.1,.2,0,.9""")
 REJECTED += [["1000001 fields", "i" + "," * 1_000_000]]
 REJECTED += [[ENERGY, f"i,A,T,pop,50,.5,{energy},-7,.1,.2,0,.9"]
-             for energy in ("loud", "", "1e999", "-inf", "nan", "1_0", '"1,5"', "0x1A", "1.5")]
+             for energy in ("loud", "", "1e999", "-inf", "nan", "0_1", '"1,5"', "0x1A", "1.5")]
 
 
 def test_rejected_rows_are_kept(url, tmp_path):
