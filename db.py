@@ -312,12 +312,12 @@ ADVICE = [  # (pattern of "SQLSTATE text", "-" while connecting; may it heal?; t
 
 def _explain(error, parts, read_only):
     """DataError or DatabaseUnavailable for an error of psycopg2: a sentence that names the server and the fix."""
-    said = re.sub(UNENCRYPTED, "", str(error).split("\nLINE ")[0])
+    said = re.sub(UNENCRYPTED, "", re.split("\nLINE |\n\tIs the server", str(error))[0])
     said = " ".join(said.split()).rstrip(".") or "the connection was closed"
     found, heals, fix = next((found, *then) for pattern, *then in ADVICE if (found := re.search(pattern, f"{error.pgcode or '-'} {said}")))
     fix = fix.format(*found.groups(), rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, DELETE, TRUNCATE",
                      user=parts.get("user", "THE_USER"), database=parts.get("dbname"))
-    message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix}.", parts.get("password", ""))
+    message = redact(f"PostgreSQL at {_place(parts)}: {said}. {fix}.".replace("?.", "?"), parts.get("password", ""))
     return (DatabaseUnavailable if heals else DataError)(message)
 
 

@@ -209,6 +209,7 @@ def quiet_logs():
     for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
         if name.startswith((*LOGGERS, "prefect")):
             logging.getLogger(name).addFilter(_without_secrets)
+    logging.getLogger("EventsWorker").setLevel(logging.ERROR)  # Prefect's: at the end it counts what is still to be sent
 
 
 def _without_secrets(record):

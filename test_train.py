@@ -550,6 +550,10 @@ def test_wrong_usage_is_said(line, sentence, tmp_path):
     Run(line, PREFECT_API_URL="", PREFECT_HOME=tmp_path, DATABASE_URL="postgresql://localhost:1/music").end(2, sentence)
 
 
+def test_a_pause_that_is_no_number_is_said():
+    Run("--demo", DATABASE_RETRY_SECONDS="soon").end(2, "DATABASE_RETRY_SECONDS is 'soon'; write a number of seconds, such as 30")
+
+
 def test_help_and_readme_name_the_same_options():
     options = set(re.findall("--[a-z][a-z-]+", Run("--help").end())) - {"--help"}
     assert options == set(re.findall("^[|] `(--[a-z][a-z-]+)", (ROOT / "README.md").read_text(), re.M))

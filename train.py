@@ -84,14 +84,14 @@ log = logging.getLogger("train")
 
 def can_heal(task, task_run, state) -> bool:
     """Prefect's retry condition: False for what the same input brings back, and for want of memory; said in the log."""
-    error, name, delays = state.result(raise_on_failure=False), task.task_run_name, task.retry_delay_seconds
+    error, name = state.result(raise_on_failure=False), task.task_run_name
     if isinstance(error, MemoryError):  # not while the others hold theirs: it is tried again alone
         return False
     if not notify.heals(error):
         log.error("%s: %s; not tried again: the same input would bring the same", name, notify.explain(error))
         return False
-    delay = delays[task_run.run_count - 1] if isinstance(delays, list) else delays
-    log.warning("%s: %s; retrying in %g s (%d of %d)", name, notify.explain(error), delay, task_run.run_count, task.retries,
+    log.warning("%s: %s; retrying in %g s (%d of %d)", name, notify.explain(error),
+                task.retry_delay_seconds[task_run.run_count - 1], task_run.run_count, task.retries,
                 extra={"model": name, "phase": "retrying"})
     return True
 
@@ -114,7 +114,8 @@ def safely(step):
 
 # NO_CACHE: Prefect's default would pickle and hash every song for every task.
 every = {"retry_condition_fn": can_heal, "cache_policy": NO_CACHE, "persist_result": False}
-database = {"retries": 2, "retry_delay_seconds": float(db.setting("DATABASE_RETRY_SECONDS") or 30), **every}
+PAUSE = db.setting("DATABASE_RETRY_SECONDS") or "30"
+database = {"retries": 2, "retry_delay_seconds": lambda retries: [float(PAUSE)] * retries, **every}
 training = {"retries": 3, "retry_delay_seconds": [2, 4, 8], **every}
 load_csv_task = task(safely(db.load_csv), name="load_csv_task", task_run_name="load CSV", **database)
 load_demo_task = task(safely(db.load_demo), name="load_demo_task", task_run_name="load demo songs", **database)
@@ -589,6 +590,7 @@ def parse_options(arguments=None) -> argparse.Namespace:
             (options.n_clusters < 2, f"--n-clusters must be 2 or more; it is {options.n_clusters}"),
             (options.failed and options.only, "--failed chooses the models itself; leave out --only"),
             (options.cron and not options.serve, "--cron must be accompanied by --serve"),
+            (not re.fullmatch(r"\d+\.?\d*", PAUSE), f"DATABASE_RETRY_SECONDS is {PAUSE!r}; write a number of seconds, such as 30"),
             (options.serve and options.failed, "--serve trains what each run is asked for; leave out --failed"),
             (0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < 2 << 30, "a run needs 2 GB; raise the limit (ulimit -v)")):
         if wrong:
