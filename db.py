@@ -103,11 +103,11 @@ def setting(name):
 
 @contextlib.contextmanager
 def naming(path):
-    """Let an OSError say which file it is about: a full disk does not."""
+    """Let an OSError say which file it is about: a full disk does not, and of a temporary file nobody has heard."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise
 
 

@@ -1304,6 +1304,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.run is predict_songs and bool(options.csv) == bool(options.into):
         parser.error("predict needs a CSV file or --into TABLE")
+    if options.run is similar and options.k < 1:
+        parser.error(f"-k must be 1 or more; it is {options.k}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return options.run(options)

@@ -1349,7 +1349,6 @@ def test_percentages_are_refused(url, tmp_path, monkeypatch):
 def test_demo_songs(url):
     songs = db.demo_songs(3000)
     assert list(songs) == [*db.REQUIRED, *db.OPTIONAL] and songs.equals(db.demo_songs(3000)) and len(db.demo_songs(3)) == 3
-    assert songs.genre.nunique() == 20
     assert [db.load_demo(count, url, "songs")["loaded"] for count in (500, 3000)] == [500, 3000]
     read = db.load_songs(url, "songs")
     pd.testing.assert_frame_equal(read, songs.sort_values("track_id", ignore_index=True).astype(read.dtypes))
@@ -1663,8 +1662,9 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
 def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
     songs.head(30).drop(columns=list(models.AUDIO[:4])).to_csv(tmp_path / "in.csv", index=False)
     assert "in.csv lacks most of what the models listen to: danceability" in ask("predict", tmp_path / "in.csv", status=2)
-    with pytest.raises(SystemExit, match="2"):
-        ask("predict")
+    for line in "predict", "similar x -k 0":
+        with pytest.raises(SystemExit, match="2"):
+            ask(*line.split())
 
 
 KILLED = """import db, os, sys
