@@ -59,7 +59,7 @@ def cells(text):
 def wait_until(condition, seconds=10):
     end = time.time() + seconds
     while time.time() < end and not condition():
-        time.sleep(.1)
+        time.sleep(.02)
     return condition()
 
 
@@ -727,9 +727,8 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
     own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path}
     Run("--demo 600", program, **own).end(0, "5 of 5 models trained")
     old = whole(folder)
-    for phase in "", "embedded PostgreSQL", "songs read", "genre: evaluating", "similar: done", "energy: fitting":
+    for phase in "starting", "starting", "starting", "embedded PostgreSQL", "songs read", "genre: evaluating", "similar: done", "energy: fitting":
         run = Run("--demo 600", program, **own).at(phase)
-        time.sleep(0.2)
         run.process.kill()
         run.end(-signal.SIGKILL)
         new, last = whole(folder), models.read_history(folder)[-1]["run"]

@@ -490,8 +490,10 @@ def carry_on(result: dict, process) -> None:
 
 def start_python(code: str, *words, **options):
     """Start Python on the code, so that Ctrl-C reaches this process alone, and that it dies with it, however (on Linux)."""
-    die_with_parent = "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9)"  # PR_SET_PDEATHSIG, SIGKILL
-    code = f"import ctypes, sys; sys.path.insert(0, {str(db.ROOT)!r}); {die_with_parent}\n{code}"
+    die_with_parent = f"""sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+os.getppid() == {os.getpid()} or sys.exit()  # it died before that
+"""
+    code = f"import ctypes, os, sys; sys.path.insert(0, {str(db.ROOT)!r}); {die_with_parent}{code}"
     options = {"stdin": subprocess.DEVNULL, "start_new_session": True} | options
     return subprocess.Popen([sys.executable, "-c", code, *words], **options)
 
