@@ -11,6 +11,7 @@ doing through the logger "models".
 
 scikit-learn and pandas are imported where they are used: they take two seconds, and `similar` needs neither.
 """
+
 import argparse
 import fcntl
 import hashlib
@@ -41,14 +42,31 @@ MODELS_DIR = ROOT / "models"
 SEED = 20  # of every random choice: the same table gives the same models and the same metrics
 
 # What a song sounds like: seven features every table has, and those some have.
-AUDIO = ("danceability", "energy", "loudness", "speechiness", "acousticness", "instrumentalness", "valence")
-MORE_AUDIO = ("liveness", "tempo", "key", "mode", "duration_ms", "time_signature", "explicit", "year")
+AUDIO = (
+    "danceability",
+    "energy",
+    "loudness",
+    "speechiness",
+    "acousticness",
+    "instrumentalness",
+    "valence",
+)
+MORE_AUDIO = (
+    "liveness",
+    "tempo",
+    "key",
+    "mode",
+    "duration_ms",
+    "time_signature",
+    "explicit",
+    "year",
+)
 
-NEW_ARTISTS = 0.10   # share of the artists held out whole
-KNOWN_SONGS = 0.12   # share of the other artists' songs held out
-FEW_SONGS = 50_000   # of fewer, what is held out of one split leaves much to chance ...
-SPLITS = 3           # ... so a model is judged on so many,
-AVERAGED = 3         # and a regressor that is saved averages so many fits (each that is judged is one, and a little worse)
+NEW_ARTISTS = 0.10  # share of the artists held out whole
+KNOWN_SONGS = 0.12  # share of the other artists' songs held out
+FEW_SONGS = 50_000  # of fewer, what is held out of one split leaves much to chance ...
+SPLITS = 3  # ... so a model is judged on so many,
+AVERAGED = 3  # and a regressor that is saved averages so many fits (each that is judged is one, and a little worse)
 SPACE_NEEDED = 100 << 20  # bytes free for a night: five models, their versions and a picture
 
 # The gate: a retrained model may be this much worse than the current one and still take its place.
@@ -57,16 +75,16 @@ GATE_ABSOLUTE = 0.01
 KEEP_VERSIONS = 5
 
 # Drift: what moved more than this since the last training is worth a warning.
-DRIFT_ROWS = 0.2        # share of the rows gone (or come, in proportion)
-DRIFT_SHARE = 0.005     # change of a genre's share of all songs ...
-DRIFT_RATIO = 1.5       # ... where the share also changed by this factor
-DRIFT_DEVIATIONS = 0.25 # change of a feature's mean, in standard deviations
+DRIFT_ROWS = 0.2  # share of the rows gone (or come, in proportion)
+DRIFT_SHARE = 0.005  # change of a genre's share of all songs ...
+DRIFT_RATIO = 1.5  # ... where the share also changed by this factor
+DRIFT_DEVIATIONS = 0.25  # change of a feature's mean, in standard deviations
 
 SILHOUETTE_SAMPLE = 3000  # songs: the silhouette compares each with every other
 PREDICTED_AT_ONCE = 10_000  # songs of a table
-QUERY_SAMPLE = 1000       # songs whose neighbours are looked at for the metrics of `similar`
+QUERY_SAMPLE = 1000  # songs whose neighbours are looked at for the metrics of `similar`
 PLOT_POINTS = 2000
-CONFUSIONS = 25           # pairs of genres kept with the metrics
+CONFUSIONS = 25  # pairs of genres kept with the metrics
 
 
 class ModelError(db.Expected):
@@ -77,9 +95,11 @@ class ModelError(db.Expected):
 # Evaluation: which songs a model is judged by
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def recordings(songs):
     """Return an integer per song, the same for two songs of the same artist and title (case-folded): one recording."""
     import pandas as pd
+
     names = songs["artist_name"].astype(object) + "\0" + songs["track_name"].astype(object)
     return pd.factorize(names.str.casefold())[0]
 
@@ -87,6 +107,7 @@ def recordings(songs):
 def _first_by_hash(values, share, key):
     """Return True for every row whose value is among the `share` of the distinct values whose hashes come first."""
     import pandas as pd
+
     hashes = pd.util.hash_array(values.to_numpy(object), hash_key=f"{key:16.16}")
     distinct, rank = np.unique(hashes, return_inverse=True)
     return rank < int(len(distinct) * share)
@@ -131,7 +152,11 @@ def _judge_and_fit(name, make, final, songs, answers):
     _say(name, "fitting", len(songs))
     final.fit(songs, songs[name])
     if final.fitted_on_ < len(songs):
-        log.info("%s: fitted on a sample of %s songs; artists are counted over all", name, f"{final.fitted_on_:,}")
+        log.info(
+            "%s: fitted on a sample of %s songs; artists are counted over all",
+            name,
+            f"{final.fitted_on_:,}",
+        )
     return [tuple(map(np.concatenate, zip(*part))) for part in found]
 
 
@@ -147,7 +172,9 @@ def _usable(songs, name, at_least):
             raise DataError(f"{name} needs the column {name}, which the table lacks")
         known = songs[name].notna() & (songs[name] != "")
         songs = songs if known.all() else songs[known].reset_index(drop=True)
-    if not songs["track_id"].is_unique:  # else no copy: five of a large table are more than the table itself
+    if not songs[
+        "track_id"
+    ].is_unique:  # else no copy: five of a large table are more than the table itself
         songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
     if len(songs) < at_least:
         raise DataError(f"{name} needs at least {at_least} songs; the table has {len(songs)}")
@@ -159,13 +186,19 @@ def _usable(songs, name, at_least):
 # ---------------------------------------------------------------------------------------------------------------------
 
 NUMBERS = ("popularity", *AUDIO, *MORE_AUDIO)
-WORD = re.compile(r"[^\W\u0370-\uffff]+|[^\W\u0000-\u036f]")  # a word in Latin letters, or one character of another script
+WORD = re.compile(
+    r"[^\W\u0370-\uffff]+|[^\W\u0000-\u036f]"
+)  # a word in Latin letters, or one character of another script
 BRACKET = re.compile(r"[(\[\-]")
-FEATURED = re.compile(r"[(\[\-]\s*(?:feat\.?|ft\.?|featuring|with)\s+([^()\[\]]+)"             # "Title (feat. B & C)"
-                      r"|[(\[\-]\s*([^()\[\]\-]+?)(?:'s)?\s+(?:[a-z]+\s+)?(?:remix|edit|mix)")  # "Title - B Club Remix"
+FEATURED = re.compile(
+    r"[(\[\-]\s*(?:feat\.?|ft\.?|featuring|with)\s+([^()\[\]]+)"  # "Title (feat. B & C)"
+    r"|[(\[\-]\s*([^()\[\]\-]+?)(?:'s)?\s+(?:[a-z]+\s+)?(?:remix|edit|mix)"
+)  # "Title - B Club Remix"
 
 
-TEXTS_KEPT = 1 << 18  # two models split the same texts, each twice: for its evaluation and for the model that is saved
+TEXTS_KEPT = (
+    1 << 18
+)  # two models split the same texts, each twice: for its evaluation and for the model that is saved
 
 
 @lru_cache(TEXTS_KEPT)
@@ -195,6 +228,7 @@ def whole(text):
 def column(songs, name):
     """Return the Series of that name, all missing where the table has none."""
     import pandas as pd
+
     return songs[name] if name in songs else pd.Series(np.nan, index=songs.index, dtype=object)
 
 
@@ -217,14 +251,19 @@ def incidence(names, split, levels=None):
     """
     import pandas as pd
     from scipy.sparse import csr_array
+
     codes, uniques = pd.factorize(names)  # -1: no name
     found = [split(name) for name in np.asarray(uniques, dtype=object)] + [()]
     if levels is None:
-        levels = {key: column for column, key in enumerate(dict.fromkeys(chain.from_iterable(found)))}
+        levels = {
+            key: column for column, key in enumerate(dict.fromkeys(chain.from_iterable(found)))
+        }
     columns = np.fromiter(map(levels.get, chain.from_iterable(found), repeat(-1)), np.int32)
     rows = np.repeat(np.arange(len(found)), [*map(len, found)])[columns >= 0]
     columns = columns[columns >= 0]
-    table = csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(found), len(levels)))
+    table = csr_array(
+        (np.ones(len(rows), np.float32), (rows, columns)), shape=(len(found), len(levels))
+    )
     table.data[:] = 1  # also of a key that stands twice in a name
     return table[codes], levels
 
@@ -233,9 +272,12 @@ def incidence(names, split, levels=None):
 # Genre
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def in_parts(songs, rows, function):
     """Return function(songs) put together from that many songs at a time: what it needs on the way is large."""
-    return np.concatenate([function(songs.iloc[i:i + rows]) for i in range(0, max(len(songs), 1), rows)])
+    return np.concatenate(
+        [function(songs.iloc[i : i + rows]) for i in range(0, max(len(songs), 1), rows)]
+    )
 
 
 def softmax(scores):
@@ -254,17 +296,31 @@ class GenreClassifier:
 
     TEXTS = {"track_name": words, "artist_name": words, "album_name": words}
     ARTIST_SONGS, CREDIT_SONGS = 0.5, 1.0  # how many songs the level above counts for
-    EFFECT_WEIGHT = 0.8    # below 1, because the words already tell part of what the artist tells
+    EFFECT_WEIGHT = 0.8  # below 1, because the words already tell part of what the artist tells
     BINS = 16
-    MIN_NAMES = 3          # a word must occur in so many different names: rarer ones are identities, not words
-    BASE_SONGS = 300_000   # songs the network sees (a seeded sample); artists are counted over all songs
-    HIDDEN, EPOCHS, MAX_BATCH, RATE, WORD_RATE, DROPOUT, WORD_DROPOUT = 128, 6, 512, 0.004, 0.05, 0.2, 0.5
-    CHUNK = 20_000         # songs predicted at a time
+    MIN_NAMES = (
+        3  # a word must occur in so many different names: rarer ones are identities, not words
+    )
+    BASE_SONGS = (
+        300_000  # songs the network sees (a seeded sample); artists are counted over all songs
+    )
+    HIDDEN, EPOCHS, MAX_BATCH, RATE, WORD_RATE, DROPOUT, WORD_DROPOUT = (
+        128,
+        6,
+        512,
+        0.004,
+        0.05,
+        0.2,
+        0.5,
+    )
+    CHUNK = 20_000  # songs predicted at a time
 
     def fit(self, songs, genre):
         """`songs` is a DataFrame, one row per song; `genre` its genres as text."""
         rng = np.random.default_rng(SEED)
-        self.classes_, y = np.unique(np.asarray(genre, dtype=object).astype(str), return_inverse=True)
+        self.classes_, y = np.unique(
+            np.asarray(genre, dtype=object).astype(str), return_inverse=True
+        )
         self.prior_ = ((np.bincount(y) + 1) / (len(y) + len(self.classes_))).astype(np.float32)
         self._fit_effect(songs, y)
         if len(y) > self.BASE_SONGS:
@@ -277,15 +333,23 @@ class GenreClassifier:
 
     def predict_proba(self, songs):
         """Return P(genre), float32, songs x classes_."""
-        return in_parts(songs, self.CHUNK, lambda part: softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part)))
+        return in_parts(
+            songs,
+            self.CHUNK,
+            lambda part: softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part)),
+        )
 
     def predict(self, songs):
         return self.classes_[self.predict_proba(songs).argmax(axis=1)]
 
     def _fit_effect(self, songs, y):
         from scipy.sparse import eye_array
+
         one_hot = eye_array(len(self.classes_), dtype=np.float32, format="csr")[y]
-        names = incidence(songs["artist_name"], credits)[1] | incidence(songs["track_name"], featured)[1]
+        names = (
+            incidence(songs["artist_name"], credits)[1]
+            | incidence(songs["track_name"], featured)[1]
+        )
         self.artists_ = {name: at for at, name in enumerate(names)}
         self.exact_ = incidence(songs["artist_name"], whole)[1]
         self.counts_ = [(matrix.T @ one_hot).tocsr() for matrix in self._levels(songs)]
@@ -293,48 +357,64 @@ class GenreClassifier:
     def _levels(self, songs):
         """Return two incidence matrices: songs x artists credited or featured, songs x exact credits."""
         artist, title = column(songs, "artist_name"), column(songs, "track_name")
-        named = incidence(artist, credits, self.artists_)[0].maximum(incidence(title, featured, self.artists_)[0])
+        named = incidence(artist, credits, self.artists_)[0].maximum(
+            incidence(title, featured, self.artists_)[0]
+        )
         return named, incidence(artist, whole, self.exact_)[0]
 
     def effect(self, songs):
         """Return log P(genre | artists) - log P(genre), songs x genres: exactly 0 where no artist was seen in training."""
         p = self.prior_[None, :]
-        for matrix, counts, strength in zip(self._levels(songs), self.counts_, (self.ARTIST_SONGS, self.CREDIT_SONGS)):
+        for matrix, counts, strength in zip(
+            self._levels(songs), self.counts_, (self.ARTIST_SONGS, self.CREDIT_SONGS)
+        ):
             seen = (matrix @ counts).toarray()
             p = (seen + strength * p) / (seen.sum(axis=1, keepdims=True) + strength)
         return np.log(p) - np.log(self.prior_)
 
     def _fit_encoding(self, songs):
         self.features_ = present(songs, NUMBERS)
-        self.edges_ = {name: np.unique(np.nanquantile(songs[name].astype(np.float64), np.linspace(0, 1, self.BINS + 1)))
-                       for name in self.features_}
+        self.edges_ = {
+            name: np.unique(
+                np.nanquantile(songs[name].astype(np.float64), np.linspace(0, 1, self.BINS + 1))
+            )
+            for name in self.features_
+        }
         self.words_ = {}
         for name in filter(songs.__contains__, self.TEXTS):
             matrix, levels = incidence(songs[name].drop_duplicates(), self.TEXTS[name])
             common = np.array([*levels], object)[matrix.sum(axis=0) >= self.MIN_NAMES]
             self.words_[name] = {word: at for at, word in enumerate(common)}
-        numbers = self._numbers(songs.iloc[::1 + len(songs) // 50_000])
+        numbers = self._numbers(songs.iloc[:: 1 + len(songs) // 50_000])
         self.mean_ = np.nanmean(numbers, axis=0)
-        self.scale_ = np.nanstd(numbers, axis=0) + np.float32(0.1)  # a bin that hardly varies must not shout
+        self.scale_ = np.nanstd(numbers, axis=0) + np.float32(
+            0.1
+        )  # a bin that hardly varies must not shout
 
     def _numbers(self, songs):
         """Return per number how far through each bin it is (0 to 1) and if it is the lowest; keys also one by one."""
         widths = [len(edges) + 12 * (name == "key") for name, edges in self.edges_.items()]
-        numbers = np.empty((len(songs), sum(widths)), np.float32)  # filled in place: it is the largest array of a run
+        numbers = np.empty(
+            (len(songs), sum(widths)), np.float32
+        )  # filled in place: it is the largest array of a run
         for (name, edges), width, end in zip(self.edges_.items(), widths, np.cumsum(widths)):
             value = column(songs, name).to_numpy(np.float64, na_value=np.nan)[:, None]
             steps = [np.clip((value - edges[:-1]) / np.diff(edges), 0, 1), value <= edges[0]]
             steps += [value == np.arange(12)] * (name == "key")
-            numbers[:, end - width:end] = np.where(np.isnan(value), np.nan, np.hstack(steps))
+            numbers[:, end - width : end] = np.where(np.isnan(value), np.nan, np.hstack(steps))
         return numbers
 
     def _encode(self, songs):
         """Return the inputs: numbers (dense; missing is average) and words (sparse; length 1 per song and column)."""
         from scipy.sparse import diags_array, hstack
+
         texts = []
         for name, levels in self.words_.items():
             matrix = incidence(column(songs, name), self.TEXTS[name], levels)[0]
-            texts.append(diags_array(1 / np.sqrt(np.maximum(matrix.sum(axis=1), 1)), dtype=np.float32) @ matrix)
+            texts.append(
+                diags_array(1 / np.sqrt(np.maximum(matrix.sum(axis=1), 1)), dtype=np.float32)
+                @ matrix
+            )
         numbers = self._numbers(songs)
         numbers -= self.mean_
         numbers /= self.scale_
@@ -345,31 +425,50 @@ class GenreClassifier:
         (n, inputs), classes = numbers.shape, len(self.classes_)
         batch = int(np.clip(n // 150, 16, self.MAX_BATCH))
         epochs = max(self.EPOCHS, 200 * batch // n)
-        net = {"in": rng.normal(0, inputs ** -0.5, (inputs, self.HIDDEN)), "in0": np.zeros(self.HIDDEN),
-               "out": rng.normal(0, self.HIDDEN ** -0.5 / 2, (self.HIDDEN, classes)), "out0": np.log(self.prior_),
-               "words": np.zeros((texts.shape[1], self.HIDDEN))}
+        net = {
+            "in": rng.normal(0, inputs**-0.5, (inputs, self.HIDDEN)),
+            "in0": np.zeros(self.HIDDEN),
+            "out": rng.normal(0, self.HIDDEN**-0.5 / 2, (self.HIDDEN, classes)),
+            "out0": np.log(self.prior_),
+            "words": np.zeros((texts.shape[1], self.HIDDEN)),
+        }
         self.network_ = net = {name: weights.astype(np.float32) for name, weights in net.items()}
-        moments = {name: np.zeros((2, *net[name].shape), np.float32) for name in ("in", "in0", "out", "out0")}
+        moments = {
+            name: np.zeros((2, *net[name].shape), np.float32)
+            for name in ("in", "in0", "out", "out0")
+        }
         squares = np.zeros((texts.shape[1], 1), np.float32)
-        batches = [rows[i:i + batch] for rows in (rng.permutation(n) for _ in range(epochs)) for i in range(0, n, batch)]
+        batches = [
+            rows[i : i + batch]
+            for rows in (rng.permutation(n) for _ in range(epochs))
+            for i in range(0, n, batch)
+        ]
         for step, rows in enumerate(batches, 1):
             used, text = self._drop_words(texts[rows], rng)
-            drop = (rng.random((len(rows), self.HIDDEN), dtype=np.float32) > self.DROPOUT) / np.float32(1 - self.DROPOUT)
+            drop = (
+                rng.random((len(rows), self.HIDDEN), dtype=np.float32) > self.DROPOUT
+            ) / np.float32(1 - self.DROPOUT)
             gradients = self._gradients(numbers[rows], text, used, y[rows], drop)
             pace = min(1, step / 20) * (1 + np.cos(np.pi * step / len(batches))) / 2
             for name, (first, second) in moments.items():
                 first += 0.1 * (gradients[name] - first)
                 second += 0.01 * (gradients[name] ** 2 - second)
-                adam = first / (1 - 0.9 ** step) / (np.sqrt(second / (1 - 0.99 ** step)) + 1e-8)
+                adam = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
                 net[name] -= np.float32(self.RATE * pace) * adam
             squares[used] += (gradients["words"] ** 2).mean(axis=1, keepdims=True)
-            net["words"][used] -= np.float32(self.WORD_RATE * pace) * gradients["words"] / (np.sqrt(squares[used]) + 1e-8)
+            net["words"][used] -= (
+                np.float32(self.WORD_RATE * pace)
+                * gradients["words"]
+                / (np.sqrt(squares[used]) + 1e-8)
+            )
 
     def _drop_words(self, text, rng):
         """Return the words of a batch and the matrix songs x those words, half of its entries dropped."""
         used, columns = np.unique(text.indices, return_inverse=True)
         kept = (rng.random(text.nnz) > self.WORD_DROPOUT) / np.float32(1 - self.WORD_DROPOUT)
-        return used, type(text)((text.data * kept.astype(np.float32), columns, text.indptr), (text.shape[0], len(used)))
+        return used, type(text)(
+            (text.data * kept.astype(np.float32), columns, text.indptr), (text.shape[0], len(used))
+        )
 
     def _gradients(self, numbers, text, used, y, drop):
         """Return the gradient of the batch's mean cross-entropy by every weight; of the words, only the rows used."""
@@ -381,8 +480,13 @@ class GenreClassifier:
         error[np.arange(len(y)), y] -= 1
         error /= len(y)
         back = (error @ net["out"].T) * gate
-        return {"in": numbers.T @ back, "in0": back.sum(0), "out": hidden.T @ error, "out0": error.sum(0),
-                "words": text.T @ back}
+        return {
+            "in": numbers.T @ back,
+            "in0": back.sum(0),
+            "out": hidden.T @ error,
+            "out0": error.sum(0),
+            "words": text.T @ back,
+        }
 
     def sound(self, songs):
         """Return log P(genre | sound, words) up to a constant per song, songs x genres."""
@@ -398,16 +502,30 @@ class GenreClassifier:
 
 # What a song shares with other songs: the column, and what splits its text into keys. The album's title alone, without
 # the artist: on a compilation, the company a song keeps says more than its artist does.
-KEYS = {"artist": ("artist_name", credits), "album": ("album_name", whole),
-        "album words": ("album_name", words), "title words": ("track_name", words)}
+KEYS = {
+    "artist": ("artist_name", credits),
+    "album": ("album_name", whole),
+    "album words": ("album_name", words),
+    "title words": ("track_name", words),
+}
 
 
 def text_counts(songs):
     """Return songs x 5, float32: ";" in the artist, length of title and of album, if they are the same, if the title has
     a bracket or dash."""
-    artist, title, album = (column(songs, name).astype("str").str.casefold() for name in ("artist_name", "track_name", "album_name"))
-    return np.column_stack([artist.str.count(";"), title.str.len(), album.str.len(), title == album,
-                            title.str.contains(r" - |\(|\[")]).astype(np.float32)
+    artist, title, album = (
+        column(songs, name).astype("str").str.casefold()
+        for name in ("artist_name", "track_name", "album_name")
+    )
+    return np.column_stack(
+        [
+            artist.str.count(";"),
+            title.str.len(),
+            album.str.len(),
+            title == album,
+            title.str.contains(r" - |\(|\["),
+        ]
+    ).astype(np.float32)
 
 
 def summary(totals):
@@ -415,7 +533,7 @@ def summary(totals):
     count, total, squares = np.asarray(totals, dtype=float).T
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / count
-        spread = np.sqrt(np.maximum(squares / count - mean ** 2, 0))
+        spread = np.sqrt(np.maximum(squares / count - mean**2, 0))
     return np.c_[count, mean, np.where(count > 1, spread, np.nan)].astype(np.float32)
 
 
@@ -438,31 +556,59 @@ class SongRegressor:
     (Micci-Barreca, 2001; scikit-learn's TargetEncoder), fitted for both cases at once.
     """
 
-    SONG_FOLDS, ARTIST_FOLDS = 5, 10  # ten, because a tenth of the artists is what an evaluation holds out
-    MAX_FIT_ROWS = 400_000  # rows the trees see; artists, albums and words are counted over all songs
-    MAX_GENRES = 254        # HistGradientBoosting takes 255 categories; the rarer genres count as missing
-    PRIOR_SONGS = 10        # a genre's mean is shrunk towards that of all songs as if it had so many more of them
-    CURVE_ROWS = 100_000    # rows the quadratic is fitted on, and predicted at a time
-    TREES = dict(max_iter=150, learning_rate=0.1, max_leaf_nodes=47, max_features=0.4, min_samples_leaf=40,
-                 l2_regularization=1.0, early_stopping=False)
+    SONG_FOLDS, ARTIST_FOLDS = (
+        5,
+        10,
+    )  # ten, because a tenth of the artists is what an evaluation holds out
+    MAX_FIT_ROWS = (
+        400_000  # rows the trees see; artists, albums and words are counted over all songs
+    )
+    MAX_GENRES = 254  # HistGradientBoosting takes 255 categories; the rarer genres count as missing
+    PRIOR_SONGS = (
+        10  # a genre's mean is shrunk towards that of all songs as if it had so many more of them
+    )
+    CURVE_ROWS = 100_000  # rows the quadratic is fitted on, and predicted at a time
+    TREES = dict(
+        max_iter=150,
+        learning_rate=0.1,
+        max_leaf_nodes=47,
+        max_features=0.4,
+        min_samples_leaf=40,
+        l2_regularization=1.0,
+        early_stopping=False,
+    )
 
     def __init__(self, target, fits=1):
         self.target, self.fits = target, fits
-        self.words = target == "popularity"  # what words and text_counts tell of energy does not hold for other songs
+        self.words = (
+            target == "popularity"
+        )  # what words and text_counts tell of energy does not hold for other songs
 
     def fit(self, songs, y):
         """`songs` is a DataFrame, one row per song; `y` its target, finite. The target's own column is not looked at."""
         from sklearn.ensemble import HistGradientBoostingRegressor
+
         y, rng = np.asarray(y, dtype=float), np.random.default_rng(SEED)
-        self.features_ = [name for name in present(songs, AUDIO + MORE_AUDIO) if name != self.target]
-        self.genres_ = {genre: code for code, genre in enumerate(genres(songs).value_counts().index[:self.MAX_GENRES])}
+        self.features_ = [
+            name for name in present(songs, AUDIO + MORE_AUDIO) if name != self.target
+        ]
+        self.genres_ = {
+            genre: code
+            for code, genre in enumerate(genres(songs).value_counts().index[: self.MAX_GENRES])
+        }
         self._fit_start(songs, y, rng)
         residual = y - self._start(songs)
         X, rows = self._training_rows(songs, residual, rng)
         self.fitted_on_ = len(np.unique(rows))
-        X[:, np.isnan(X).all(axis=0)] = 0  # HistGradientBoosting cannot bin a column without a single value
-        self.trees_ = [HistGradientBoostingRegressor(categorical_features=[len(self.features_)], random_state=seed, **self.TREES)
-                       .fit(X, residual[rows]) for seed in range(SEED, SEED + self.fits)]
+        X[:, np.isnan(X).all(axis=0)] = (
+            0  # HistGradientBoosting cannot bin a column without a single value
+        )
+        self.trees_ = [
+            HistGradientBoostingRegressor(
+                categorical_features=[len(self.features_)], random_state=seed, **self.TREES
+            ).fit(X, residual[rows])
+            for seed in range(SEED, SEED + self.fits)
+        ]
         return self
 
     def predict(self, songs):
@@ -474,12 +620,16 @@ class SongRegressor:
             name, split = KEYS[key]
             known.append(summary(incidence(column(songs, name), split, levels)[0] @ totals))
         X = np.hstack(known)
-        return np.clip(self._start(songs) + np.mean([trees.predict(X) for trees in self.trees_], axis=0), *self.range_)
+        return np.clip(
+            self._start(songs) + np.mean([trees.predict(X) for trees in self.trees_], axis=0),
+            *self.range_,
+        )
 
     def _training_rows(self, songs, residual, rng):
         """Learn known_; return (X, rows): what the trees learn from, and which song each row of X is."""
         import pandas as pd
-        moments = np.c_[np.ones(len(residual)), residual, residual ** 2]
+
+        moments = np.c_[np.ones(len(residual)), residual, residual**2]
         by_song = rng.integers(0, self.SONG_FOLDS, len(residual))
         artists = pd.factorize(songs["artist_name"])[0]
         by_artist = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
@@ -491,13 +641,20 @@ class SongRegressor:
                 known.append(summary_without_own_fold(matrix, moments, by_song))
                 new.append(summary_without_own_fold(matrix, moments, by_artist))
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for typical new artists.
-        shared = np.any([part[:, 0] > 0 for key, part in zip(self.known_, known) if "words" not in key], axis=0)
+        shared = np.any(
+            [part[:, 0] > 0 for key, part in zip(self.known_, known) if "words" not in key], axis=0
+        )
         rows = np.r_[np.flatnonzero(shared), np.arange(len(songs))]
         hidden = np.arange(len(rows)) >= shared.sum()  # is the artist hidden whole?
         if len(rows) > self.MAX_FIT_ROWS:
             kept = np.sort(rng.choice(len(rows), self.MAX_FIT_ROWS, replace=False))
             rows, hidden = rows[kept], hidden[kept]
-        table = np.hstack([np.where(hidden[:, None], *(part[rows] for part in parts)) for parts in zip(new, known)])
+        table = np.hstack(
+            [
+                np.where(hidden[:, None], *(part[rows] for part in parts))
+                for parts in zip(new, known)
+            ]
+        )
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
         return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
@@ -508,33 +665,49 @@ class SongRegressor:
         from sklearn.linear_model import Ridge
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
         by_genre = pd.Series(y).groupby(genres(songs).to_numpy()).agg(["sum", "size"])
         self.mean_, self.range_ = y.mean(), (y.min(), y.max())
-        self.genre_means_ = ((by_genre["sum"] + self.PRIOR_SONGS * self.mean_) / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
-        some = np.sort(rng.permutation(len(y))[:self.CURVE_ROWS])
-        self.curve_ = make_pipeline(SimpleImputer(), StandardScaler(), PolynomialFeatures(2, include_bias=False),
-                                    StandardScaler(), Ridge(10.0)).fit(self._plane(songs.iloc[some]), y[some])
+        self.genre_means_ = (
+            (by_genre["sum"] + self.PRIOR_SONGS * self.mean_)
+            / (by_genre["size"] + self.PRIOR_SONGS)
+        ).to_dict()
+        some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
+        self.curve_ = make_pipeline(
+            SimpleImputer(),
+            StandardScaler(),
+            PolynomialFeatures(2, include_bias=False),
+            StandardScaler(),
+            Ridge(10.0),
+        ).fit(self._plane(songs.iloc[some]), y[some])
 
     def _start(self, songs):
-        starts = in_parts(songs, self.CURVE_ROWS, lambda part: self.curve_.predict(self._plane(part)))
+        starts = in_parts(
+            songs, self.CURVE_ROWS, lambda part: self.curve_.predict(self._plane(part))
+        )
         return np.clip(starts, *self.range_)  # a quadratic runs away where songs are rare
 
     def _plane(self, songs):
         """Return songs x (features_, the genre's mean)."""
         genre = column(songs, "genre").map(self.genre_means_).astype(float).fillna(self.mean_)
-        return np.column_stack([*(column(songs, name).astype(float) for name in self.features_), genre])
+        return np.column_stack(
+            [*(column(songs, name).astype(float) for name in self.features_), genre]
+        )
 
     def _audio(self, songs):
         """Return songs x (features_, the genre's number, the quadratic's value, perhaps text_counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
-        table.append(self._start(songs).astype(np.float32))  # where on its scale a song starts says how far it strays
+        table.append(
+            self._start(songs).astype(np.float32)
+        )  # where on its scale a song starts says how far it strays
         return np.column_stack(table + [text_counts(songs)] * self.words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The five training functions: songs in; a fitted estimator and its metrics out, the primary metric first
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def train_genre(songs):
     """Classify the genre. Return (GenreClassifier, metrics).
@@ -544,22 +717,32 @@ def train_genre(songs):
     `baseline_accuracy` for always naming the most common genre.
     """
     from sklearn.metrics import accuracy_score, f1_score
+
     songs = _usable(songs, "genre", MIN_SONGS)
     learnable = int((songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum())
     if learnable < 2:
-        raise DataError(f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; the table has {learnable}")
+        raise DataError(
+            f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; the table has {learnable}"
+        )
+
     def answers(judged, learnt, held_out):
         actual = held_out["genre"].to_numpy(object).astype(str)
         likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
         best_of_3 = np.where((likely == actual[:, None]).any(axis=1), actual, likely[:, 0])
         return actual, likely[:, 0], best_of_3, np.full(len(actual), learnt["genre"].mode()[0])
+
     final = GenreClassifier()
     known, new = _judge_and_fit("genre", GenreClassifier, final, songs, answers)
     return final, {
-        "accuracy": _figure(accuracy_score, known), "accuracy_new_artists": _figure(accuracy_score, new),
-        "top3_accuracy": _figure(accuracy_score, known, 2), "f1_macro": _figure(partial(f1_score, average="macro"), known),
-        "baseline_accuracy": _figure(accuracy_score, known, 3), "classes": len(final.classes_),
-        "fitted_on": final.fitted_on_, "plot": _plot_genres(*known[:2]) if known else {}}
+        "accuracy": _figure(accuracy_score, known),
+        "accuracy_new_artists": _figure(accuracy_score, new),
+        "top3_accuracy": _figure(accuracy_score, known, 2),
+        "f1_macro": _figure(partial(f1_score, average="macro"), known),
+        "baseline_accuracy": _figure(accuracy_score, known, 3),
+        "classes": len(final.classes_),
+        "fitted_on": final.fitted_on_,
+        "plot": _plot_genres(*known[:2]) if known else {},
+    }
 
 
 def train_clusters(songs, n_clusters=2):
@@ -574,14 +757,19 @@ def train_clusters(songs, n_clusters=2):
     from sklearn.metrics import silhouette_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     songs = _usable(songs, "clusters", 1)
     features = songs[list(AUDIO)].astype(np.float64)
     distinct = len(features.drop_duplicates())
     if distinct < n_clusters:
-        raise DataError(f"clusters needs at least {n_clusters} distinct songs for {n_clusters} clusters; "
-                        f"the table has {distinct}")
+        raise DataError(
+            f"clusters needs at least {n_clusters} distinct songs for {n_clusters} clusters; "
+            f"the table has {distinct}"
+        )
     _say("clusters", "fitting", len(songs))
-    pipeline = make_pipeline(StandardScaler(), KMeans(n_clusters, n_init=4, random_state=SEED)).fit(features)
+    pipeline = make_pipeline(StandardScaler(), KMeans(n_clusters, n_init=4, random_state=SEED)).fit(
+        features
+    )
     kmeans = pipeline[-1]
     _largest_first(kmeans)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
@@ -590,13 +778,21 @@ def train_clusters(songs, n_clusters=2):
     separable = 1 < len(np.unique(labels)) < len(sample)
     sizes = np.bincount(kmeans.labels_, minlength=n_clusters).tolist()
     means = features.groupby(kmeans.labels_).mean().round(4)
-    words = [", ".join(WORDS[AUDIO[i]][int(center[i] < 0)] for i in np.argsort(-np.abs(center))[:2])
-             for center in kmeans.cluster_centers_]
-    points = np.c_[PCA(2, random_state=SEED).fit_transform(standardised[:PLOT_POINTS]).round(3), labels[:PLOT_POINTS]]
+    words = [
+        ", ".join(WORDS[AUDIO[i]][int(center[i] < 0)] for i in np.argsort(-np.abs(center))[:2])
+        for center in kmeans.cluster_centers_
+    ]
+    points = np.c_[
+        PCA(2, random_state=SEED).fit_transform(standardised[:PLOT_POINTS]).round(3),
+        labels[:PLOT_POINTS],
+    ]
     return pipeline, {
-        "silhouette": float(silhouette_score(standardised, labels)) if separable else None, "sizes": sizes,
-        "labels": words, "means": means.to_dict("records"),
-        "plot": {"points": points.tolist(), "labels": words, "sizes": sizes}}
+        "silhouette": float(silhouette_score(standardised, labels)) if separable else None,
+        "sizes": sizes,
+        "labels": words,
+        "means": means.to_dict("records"),
+        "plot": {"points": points.tolist(), "labels": words, "sizes": sizes},
+    }
 
 
 def train_energy(songs):
@@ -616,20 +812,30 @@ def _train_regressor(target, songs):
     rmse in the target's own unit), `…_new_artists` on artists never seen, `baseline_mae` for predicting the mean.
     """
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
     songs = _usable(songs, target, MIN_SONGS)
     if songs[target].nunique() < 2:
-        raise DataError(f"{target} is {songs[target].iloc[0]:g} for all {len(songs):,} songs; "
-                        f"there is nothing to learn until the column varies")
+        raise DataError(
+            f"{target} is {songs[target].iloc[0]:g} for all {len(songs):,} songs; "
+            f"there is nothing to learn until the column varies"
+        )
+
     def answers(judged, learnt, held_out):
         mean = np.full(len(held_out), learnt[target].mean())
         return held_out[target].to_numpy(np.float64), judged.predict(held_out), mean
+
     final = SongRegressor(target, AVERAGED if len(songs) < FEW_SONGS else 1)
     known, new = _judge_and_fit(target, partial(SongRegressor, target), final, songs, answers)
     return final, {
-        "r2": _figure(r2_score, known), "r2_new_artists": _figure(r2_score, new),
-        "mae": _figure(mean_absolute_error, known), "mae_new_artists": _figure(mean_absolute_error, new),
-        "rmse": _figure(root_mean_squared_error, known), "baseline_mae": _figure(mean_absolute_error, known, 2),
-        "fitted_on": final.fitted_on_, "plot": _plot_regression(*known[:2]) if known else {}}
+        "r2": _figure(r2_score, known),
+        "r2_new_artists": _figure(r2_score, new),
+        "mae": _figure(mean_absolute_error, known),
+        "mae_new_artists": _figure(mean_absolute_error, new),
+        "rmse": _figure(root_mean_squared_error, known),
+        "baseline_mae": _figure(mean_absolute_error, known, 2),
+        "fitted_on": final.fitted_on_,
+        "plot": _plot_regression(*known[:2]) if known else {},
+    }
 
 
 def train_similar(songs):
@@ -640,6 +846,7 @@ def train_similar(songs):
     (`same_genre_by_chance`), the share by the song's own artist, and milliseconds of processor time per query.
     """
     import pandas as pd
+
     songs = _usable(songs, "similar", 2)
     _say("similar", "fitting", len(songs))
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
@@ -647,25 +854,46 @@ def train_similar(songs):
     if not index.recording_.any():
         raise DataError("similar needs at least 2 different recordings; the table has 1")
     if not index.settings_["company"]:
-        log.warning("similar: the songs have no genres, so the company they keep is left out: it is sound alone that counts")
+        log.warning(
+            "similar: the songs have no genres, so the company they keep is left out: it is sound alone that counts"
+        )
     _say("similar", "evaluating", len(sample))
-    start = time.thread_time()  # of this thread alone: the other models are computing at the same time
+    start = (
+        time.thread_time()
+    )  # of this thread alone: the other models are computing at the same time
     same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
     query_ms = (time.thread_time() - start) / len(sample) * 1000
-    genre, answers = genres(songs).fillna("").to_numpy(object), index.neighbours_of(sample, points=index.asked_)
-    same_genre = pd.DataFrame([genre[found] == genre[row] for row, (found, _) in zip(sample, answers) if genre[row]], dtype=float)
+    genre, answers = (
+        genres(songs).fillna("").to_numpy(object),
+        index.neighbours_of(sample, points=index.asked_),
+    )
+    same_genre = pd.DataFrame(
+        [genre[found] == genre[row] for row, (found, _) in zip(sample, answers) if genre[row]],
+        dtype=float,
+    )
     at_10 = by_chance = None
     if len(same_genre):
-        at_10, by_chance = float(same_genre.stack().mean()), float((genres(songs).value_counts(normalize=True) ** 2).sum())
+        at_10, by_chance = (
+            float(same_genre.stack().mean()),
+            float((genres(songs).value_counts(normalize=True) ** 2).sum()),
+        )
     return index, {
-        "same_genre_at_10": at_10, "same_genre_by_chance": by_chance,
-        "same_artist_at_10": float(np.mean(np.concatenate(same_artist))), "query_ms": query_ms,
-        "plot": {"same_genre_at": same_genre.mean().tolist(), "by_chance": by_chance}}
+        "same_genre_at_10": at_10,
+        "same_genre_by_chance": by_chance,
+        "same_artist_at_10": float(np.mean(np.concatenate(same_artist))),
+        "query_ms": query_ms,
+        "plot": {"same_genre_at": same_genre.mean().tolist(), "by_chance": by_chance},
+    }
 
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no core waits for it.
-MODELS = {"genre": train_genre, "clusters": train_clusters, "energy": train_energy,
-          "popularity": train_popularity, "similar": train_similar}
+MODELS = {
+    "genre": train_genre,
+    "clusters": train_clusters,
+    "energy": train_energy,
+    "popularity": train_popularity,
+    "similar": train_similar,
+}
 
 
 def _largest_first(kmeans):
@@ -675,28 +903,42 @@ def _largest_first(kmeans):
     kmeans.labels_ = np.argsort(order)[kmeans.labels_].astype(np.int32)
 
 
-WORDS = {"danceability": ("danceable", "hard to dance to"), "energy": ("energetic", "calm"), "loudness": ("loud", "quiet"),
-         "speechiness": ("spoken", "sung"), "acousticness": ("acoustic", "electronic"),
-         "instrumentalness": ("instrumental", "vocal"), "valence": ("happy", "sad")}
+WORDS = {
+    "danceability": ("danceable", "hard to dance to"),
+    "energy": ("energetic", "calm"),
+    "loudness": ("loud", "quiet"),
+    "speechiness": ("spoken", "sung"),
+    "acousticness": ("acoustic", "electronic"),
+    "instrumentalness": ("instrumental", "vocal"),
+    "valence": ("happy", "sad"),
+}
 
 
 def _plot_genres(actual, predicted):
     """Return the worst confusions, for the picture: actual and predicted genre, songs, their share of the actual ones."""
     songs, taken_for = Counter(actual), Counter(zip(actual, predicted))
     wrong = [pair for pair, _ in taken_for.most_common() if pair[0] != pair[1]]
-    return {"confusions": [[*pair, taken_for[pair], taken_for[pair] / songs[pair[0]]] for pair in wrong[:CONFUSIONS]]}
+    return {
+        "confusions": [
+            [*pair, taken_for[pair], taken_for[pair] / songs[pair[0]]]
+            for pair in wrong[:CONFUSIONS]
+        ]
+    }
 
 
 def _plot_regression(actual, predicted, bins=40):
     """Return a 2-D histogram: rows are bins of the actual value, columns bins of the predicted one."""
     low, high = float(actual.min()), float(actual.max())
-    density, _, _ = np.histogram2d(actual, predicted.clip(low, high), bins=bins, range=[[low, high]] * 2)
+    density, _, _ = np.histogram2d(
+        actual, predicted.clip(low, high), bins=bins, range=[[low, high]] * 2
+    )
     return {"edges": [low, high, bins], "density": density.astype(int).tolist()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Similar songs
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class SimilarSongs:
     """Exact neighbours of songs by sound and by the company they keep, in a k-d tree.
@@ -709,16 +951,18 @@ class SimilarSongs:
 
     FEATURES = AUDIO + ("liveness", "tempo", "duration_ms", "year")
     DIMENSIONS, COMPANY_DIMENSIONS = 14, 8
-    EXTREME = 3            # standard deviations: an outlier shall not outweigh the rest
-    OWN_GENRE = 0.4        # its share of the company
+    EXTREME = 3  # standard deviations: an outlier shall not outweigh the rest
+    OWN_GENRE = 0.4  # its share of the company
     COMPANY_WEIGHT = 1.25  # against sound, whose total variance is 1
 
     def fit(self, songs, sample=()):
         """`songs` is a DataFrame, one row per song; asked_ are the sample's points as if their genres were not known."""
         from scipy.spatial import KDTree
+
         # Arrays of objects: joblib hands them to the C pickler whole, lists it walks through in Python.
         self.track_ids_, self.titles_, self.artists_ = (
-            songs[name].to_numpy(object) for name in ("track_id", "track_name", "artist_name"))
+            songs[name].to_numpy(object) for name in ("track_id", "track_name", "artist_name")
+        )
         self.recording_ = recordings(songs).astype(np.int32)
         company, asked = self._company(songs, sample)
         sound = self._sound(songs, self.DIMENSIONS - company.shape[1])
@@ -729,9 +973,16 @@ class SimilarSongs:
     def _sound(self, songs, dimensions):
         """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
+
         self.features_ = present(songs, self.FEATURES)
-        normal = np.column_stack([ndtri((songs[name].rank() - 0.5) / songs[name].count()).clip(-self.EXTREME, self.EXTREME).fillna(0)
-                                  for name in self.features_])
+        normal = np.column_stack(
+            [
+                ndtri((songs[name].rank() - 0.5) / songs[name].count())
+                .clip(-self.EXTREME, self.EXTREME)
+                .fillna(0)
+                for name in self.features_
+            ]
+        )
         normal -= normal.mean(axis=0)
         sound = normal @ np.linalg.eigh(normal.T @ normal)[1][:, ::-1][:, :dimensions]
         return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
@@ -739,23 +990,35 @@ class SimilarSongs:
     def _company(self, songs, sample):
         """Return (points of all songs, points of the sample with their own genres hidden); no columns without genres."""
         from sklearn.preprocessing import normalize
+
         own, genres = incidence(column(songs, "genre"), whole)
-        artist, _ = incidence(songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()])
+        artist, _ = incidence(
+            songs["artist_name"], lambda name: [name.partition(";")[0].strip().casefold()]
+        )
         self.artist_, self.settings_ = artist.indices, {"company": len(genres) > 1}
         if not genres:  # normalize() refuses a matrix of no columns
             return [np.zeros((len(rows), 0)) for rows in (songs, sample)]
         counts = artist.T @ own
         places = np.eye(len(genres))
-        if len(genres) > self.COMPANY_DIMENSIONS:  # at random, as in more dimensions than two that is far apart
+        if (
+            len(genres) > self.COMPANY_DIMENSIONS
+        ):  # at random, as in more dimensions than two that is far apart
             places = np.random.default_rng(SEED).normal(size=(len(genres), self.COMPANY_DIMENSIONS))
             places /= np.linalg.norm(places, axis=1, keepdims=True)
 
         def points(mixture):
             company = mixture.sqrt() @ places
-            return self.COMPANY_WEIGHT * company / np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
+            return (
+                self.COMPANY_WEIGHT
+                * company
+                / np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
+            )
+
         others = normalize(counts, "l1")
-        return (points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * (artist @ others)),
-                points(normalize(artist[sample] @ counts - own[sample], "l1")))
+        return (
+            points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * (artist @ others)),
+            points(normalize(artist[sample] @ counts - own[sample], "l1")),
+        )
 
     def neighbours(self, row, k=10, same_artist=False):
         """Return (rows, similarities) of the k songs most like the song in that row, the most similar first.
@@ -773,7 +1036,9 @@ class SimilarSongs:
         answers, left, wanted = [None] * len(rows), np.arange(len(rows)), 2 * k + 2
         while len(left):
             wanted = min(wanted, len(self.track_ids_))
-            distances, found = self.tree_.query(points[left], np.arange(1, wanted + 1), workers=workers)
+            distances, found = self.tree_.query(
+                points[left], np.arange(1, wanted + 1), workers=workers
+            )
             recording, asked = self.recording_[found], rows[left, None]
             order = np.argsort(recording, axis=1, kind="stable")
             again = np.diff(np.take_along_axis(recording, order, axis=1), prepend=-1) == 0
@@ -784,7 +1049,7 @@ class SimilarSongs:
             done = (good.sum(axis=1) >= k) | (wanted == len(self.track_ids_))
             for at in np.flatnonzero(done):
                 best = np.flatnonzero(good[at])[:k]
-                answers[left[at]] = found[at, best], np.exp(-distances[at, best] ** 2 / 2)
+                answers[left[at]] = found[at, best], np.exp(-(distances[at, best] ** 2) / 2)
             left, wanted = left[~done], 3 * wanted
         return answers
 
@@ -796,23 +1061,32 @@ class SimilarSongs:
         text, artist, found = text.casefold(), (artist or "").casefold(), ({}, {}, {}, {})
         for row, title in enumerate(map(str.casefold, self.titles_)):
             if text in title and artist in self.artists_[row].casefold():
-                looks = title == text, title.startswith((f"{text} - ", f"{text} (")), title.startswith(text), True
+                looks = (
+                    title == text,
+                    title.startswith((f"{text} - ", f"{text} (")),
+                    title.startswith(text),
+                    True,
+                )
                 found[looks.index(True)].setdefault(self.recording_[row], row)
         return list(next(filter(None, found), {}).values())
 
     def suggestions(self, text):
         """Return up to five titles spelt like the text."""
         import difflib
+
         text = text.casefold()
-        parts = {text[i:i + 3] for i in range(max(1, len(text) - 2))}
+        parts = {text[i : i + 3] for i in range(max(1, len(text) - 2))}
         titles = {name.casefold(): name for name in self.titles_}
-        alike = sorted(titles, key=lambda title: (-sum(part in title for part in parts), len(title)))[:300]
+        alike = sorted(
+            titles, key=lambda title: (-sum(part in title for part in parts), len(title))
+        )[:300]
         return [titles[match] for match in difflib.get_close_matches(text, alike, n=5, cutoff=0.5)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving and loading: models/NAME.joblib, models/metrics/NAME.json, models/versions/
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class Locked(db.Expected):
     """A run holds the models directory."""
@@ -828,15 +1102,19 @@ def one_run_at_a_time(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+")
     except OSError as error:
-        raise DataError(f"cannot write to the models directory {folder} ({error.strerror}); choose another: "
-                        f"--models-dir DIR") from None
+        raise DataError(
+            f"cannot write to the models directory {folder} ({error.strerror}); choose another: "
+            f"--models-dir DIR"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.1)  # whoever took it a moment ago is about to write who he is
             file.seek(0)
-            raise Locked(f"another run is training into {folder} ({file.read().strip()}); nothing was done") from None
+            raise Locked(
+                f"another run is training into {folder} ({file.read().strip()}); nothing was done"
+            ) from None
         with suppress(OSError):  # a full disk: the lock holds all the same
             file.truncate(0)
             file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
@@ -847,17 +1125,31 @@ def one_run_at_a_time(folder):
 def check_folder(folder):
     """Return (what, "ok"|"warning"|"problem", sentence) of the models directory and its disk. Raises DataError."""
     import notify
+
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
     free = shutil.disk_usage(there).free
     state = "problem" if free < SPACE_NEEDED else "warning" if free < 10 * SPACE_NEEDED else "ok"
-    return [("models directory", "ok", f"{folder} is writable" + "; it will be made" * (there != folder)),
-            ("space", state, f"{notify.size(free) or '0 B'} free" + f"; make room on the disk of {there}" * (state != "ok"))]
+    return [
+        (
+            "models directory",
+            "ok",
+            f"{folder} is writable" + "; it will be made" * (there != folder),
+        ),
+        (
+            "space",
+            state,
+            f"{notify.size(free) or '0 B'} free"
+            + f"; make room on the disk of {there}" * (state != "ok"),
+        ),
+    ]
 
 
 def write_json(path, content):
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
+    write_atomically(
+        path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode())
+    )
 
 
 def read_json(text):
@@ -900,14 +1192,20 @@ def read_report(name, models_dir=MODELS_DIR, digest=None):
     if not path.exists():
         return None
     digest = digest or _sha256(path)
-    reports = chain([read_json(metrics_path)], (report for _, report in _versions(name, models_dir)))
+    reports = chain(
+        [read_json(metrics_path)], (report for _, report in _versions(name, models_dir))
+    )
     return next((report for report in reports if report and report["sha256"] == digest), None)
 
 
 def list_versions(name, models_dir=MODELS_DIR):
     """Return (model path, report) of the versions kept beside the current model, the newest first."""
     current = read_report(name, models_dir) or {"sha256": None}
-    return [version for version in _versions(name, models_dir) if version[1]["sha256"] != current["sha256"]]
+    return [
+        version
+        for version in _versions(name, models_dir)
+        if version[1]["sha256"] != current["sha256"]
+    ]
 
 
 def to_train(name, models_dir):
@@ -929,15 +1227,18 @@ def load_model(name, models_dir=MODELS_DIR):
     version of scikit-learn has made it, scikit-learn warns (InconsistentVersionWarning).
     """
     import joblib
+
     path, metrics_path = _paths(name, models_dir)
     again = f"train it: {to_train(name, models_dir)}"
     if not path.exists():
         raise ModelError(f"there is no {name} model in {models_dir}; {again}")
     report = read_report(name, models_dir)
     if not report:
-        raise ModelError(f"{path} is damaged or was changed: no report has its SHA-256, neither {metrics_path} nor one in "
-                         f"versions/; put a version back: {db.command('models.py', 'rollback', name, *in_folder(models_dir))}, "
-                         f"or {again}")
+        raise ModelError(
+            f"{path} is damaged or was changed: no report has its SHA-256, neither {metrics_path} nor one in "
+            f"versions/; put a version back: {db.command('models.py', 'rollback', name, *in_folder(models_dir))}, "
+            f"or {again}"
+        )
     return joblib.load(path)
 
 
@@ -952,17 +1253,28 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
     import joblib
+
     for folder in ("metrics", "versions"):
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     current = read_report(name, models_dir)
-    report = {"model": name, "metrics": {key: metrics[key] for key in metrics if key != "plot"}, **about,
-              "trained_at": datetime.now(UTC).isoformat(), "guessing": _guessing(metrics),
-              "settings": about["settings"] | getattr(estimator, "settings_", {}),
-              "versions": {package: metadata.version(package) for package in ("scikit-learn", "pandas", "numpy")},
-              "plot": metrics.get("plot", {})}
+    report = {
+        "model": name,
+        "metrics": {key: metrics[key] for key in metrics if key != "plot"},
+        **about,
+        "trained_at": datetime.now(UTC).isoformat(),
+        "guessing": _guessing(metrics),
+        "settings": about["settings"] | getattr(estimator, "settings_", {}),
+        "versions": {
+            package: metadata.version(package) for package in ("scikit-learn", "pandas", "numpy")
+        },
+        "plot": metrics.get("plot", {}),
+    }
     reason = current and not force and _worse(report, current)
-    report |= {"status": "held_back" if reason else "trained", "error": reason or None,
-               "previous": current and current["metrics"].get(next(iter(metrics)))}
+    report |= {
+        "status": "held_back" if reason else "trained",
+        "error": reason or None,
+        "previous": current and current["metrics"].get(next(iter(metrics))),
+    }
     version = _version(report, models_dir)
     try:
         write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
@@ -980,7 +1292,9 @@ def publish(name, estimator, metrics, about, models_dir=MODELS_DIR, force=False)
 def _guessing(metrics):
     """Return whether a model's primary metric is no better than its baseline (0 where that has none of its own)."""
     metric, value = next(iter(metrics.items()))
-    baseline = metrics.get({"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}.get(metric))
+    baseline = metrics.get(
+        {"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}.get(metric)
+    )
     return value is not None and value <= (baseline or 0)
 
 
@@ -992,8 +1306,10 @@ def _worse(report, current):
         return None
     if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
-    return (f"held back: {metric} {'could not be measured' if value is None else f'fell to {value:.4f}'}, the current "
-            f"model has {before:.4f}; to publish all the same: {report['command']} --only {report['model']} --force")
+    return (
+        f"held back: {metric} {'could not be measured' if value is None else f'fell to {value:.4f}'}, the current "
+        f"model has {before:.4f}; to publish all the same: {report['command']} --only {report['model']} --force"
+    )
 
 
 def _put_in_place(version, report, models_dir):
@@ -1018,8 +1334,11 @@ def _remove(version):
 def _prune(name, models_dir):
     """Keep five versions, of which at most one that was not good enough: bad nights shall not push out good ones."""
     kept = list_versions(name, models_dir)
-    good, bad = ([path for path, report in kept if (report["status"] == "trained") == fine] for fine in (True, False))
-    for path in good[KEEP_VERSIONS - len(bad[:1]):] + bad[1:]:
+    good, bad = (
+        [path for path, report in kept if (report["status"] == "trained") == fine]
+        for fine in (True, False)
+    )
+    for path in good[KEEP_VERSIONS - len(bad[:1]) :] + bad[1:]:
         _remove(path)
 
 
@@ -1031,12 +1350,22 @@ def rollback(name, models_dir=MODELS_DIR):
     current = read_report(name, models_dir)
     for version, report in _versions(name, models_dir):
         earlier = not current or report["trained_at"] < current["trained_at"]
-        if earlier and report["status"] == "trained" and version.exists() and _sha256(version) == report["sha256"]:
+        if (
+            earlier
+            and report["status"] == "trained"
+            and version.exists()
+            and _sha256(version) == report["sha256"]
+        ):
             if current:
-                write_json(_version(current, models_dir).with_suffix(".json"), {**current, "status": "rolled_back"})
+                write_json(
+                    _version(current, models_dir).with_suffix(".json"),
+                    {**current, "status": "rolled_back"},
+                )
             _put_in_place(version, report, models_dir)
             return report
-    raise ModelError(f"there is no earlier version of {name} in {Path(models_dir) / 'versions'} to go back to")
+    raise ModelError(
+        f"there is no earlier version of {name} in {Path(models_dir) / 'versions'} to go back to"
+    )
 
 
 def clean_up(models_dir=MODELS_DIR):
@@ -1053,13 +1382,16 @@ def clean_up(models_dir=MODELS_DIR):
 # What is written down beside the models: history and data
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def append_history(models_dir, lines):
     """Append lines to metrics/history.jsonl, one JSON object each."""
     path = Path(models_dir) / "metrics" / "history.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with naming(path), open(path, "a") as file:
-        file.write("\n" * torn + "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        file.write(
+            "\n" * torn + "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        )
 
 
 def read_history(models_dir=MODELS_DIR):
@@ -1071,17 +1403,27 @@ def read_history(models_dir=MODELS_DIR):
 def owed(models_dir=MODELS_DIR):
     """Return the models whose last run failed, was held back or was killed, and those that have no file."""
     last = {line["model"]: line for line in read_history(models_dir)}
+
     def done(name):
         report = read_report(name, models_dir)
-        return report and name in last and (last[name]["status"] == "trained" or report["run"] == last[name]["run"])
+        return (
+            report
+            and name in last
+            and (last[name]["status"] == "trained" or report["run"] == last[name]["run"])
+        )
+
     return [name for name in MODELS if not done(name)]
 
 
 def describe(songs):
     """Return what a later run compares its songs with: rows, share of each genre, mean and deviation of each feature."""
     numbers = songs[present(songs, NUMBERS)].astype(np.float64)
-    return {"rows": len(songs), "genres": genres(songs).value_counts(normalize=True).head(500).to_dict(),
-            "means": numbers.mean().to_dict(), "deviations": numbers.std(ddof=0).to_dict()}
+    return {
+        "rows": len(songs),
+        "genres": genres(songs).value_counts(normalize=True).head(500).to_dict(),
+        "means": numbers.mean().to_dict(),
+        "deviations": numbers.std(ddof=0).to_dict(),
+    }
 
 
 def drift_since(now, table, models_dir=MODELS_DIR):
@@ -1089,23 +1431,33 @@ def drift_since(now, table, models_dir=MODELS_DIR):
 
     What matters most comes first: a feature that left its range, then the number of songs, then the genres.
     """
-    reports = [report for name in MODELS if (report := read_report(name, models_dir)) and report.get("table") == table]
+    reports = [
+        report
+        for name in MODELS
+        if (report := read_report(name, models_dir)) and report.get("table") == table
+    ]
     if not reports:
         return []
     before, found = max(reports, key=lambda report: report["trained_at"])["data"], []
     for name in sorted(now["means"].keys() & before["means"]):
         mean, was, deviation = now["means"][name], before["means"][name], before["deviations"][name]
         if abs(mean - was) > DRIFT_DEVIATIONS * max(deviation, 1e-9):
-            found.append(f"mean {name} is {mean:.4g}; it was {was:.4g} (standard deviation {deviation:.3g})")
+            found.append(
+                f"mean {name} is {mean:.4g}; it was {was:.4g} (standard deviation {deviation:.3g})"
+            )
     if not 1 - DRIFT_ROWS <= now["rows"] / before["rows"] <= 1 / (1 - DRIFT_ROWS):
-        found.append(f"the table has {now['rows']:,} songs; at the last training it had {before['rows']:,}")
+        found.append(
+            f"the table has {now['rows']:,} songs; at the last training it had {before['rows']:,}"
+        )
     moved = []
     for genre in sorted(now["genres"].keys() | before["genres"]):
         share, was = (data["genres"].get(genre, 0) for data in (now, before))
         if abs(share - was) >= DRIFT_SHARE and max(share, was) >= DRIFT_RATIO * min(share, was):
             moved.append(f"genre {genre} makes up {share:.1%} of the songs; it was {was:.1%}")
     if moved:
-        found.append("; ".join(moved[:3]) + f"; and so for {len(moved) - 3} more genres" * (len(moved) > 3))
+        found.append(
+            "; ".join(moved[:3]) + f"; and so for {len(moved) - 3} more genres" * (len(moved) > 3)
+        )
     return found
 
 
@@ -1128,7 +1480,9 @@ def load_models(models_dir=MODELS_DIR, names=None):
         except ModelError as error:
             log.warning("%s skipped: %s", name, error)
     if not loaded:
-        raise ModelError(f"there are no models in {models_dir}; train them: {db.command('train.py', *in_folder(models_dir))}")
+        raise ModelError(
+            f"there are no models in {models_dir}; train them: {db.command('train.py', *in_folder(models_dir))}"
+        )
     return loaded
 
 
@@ -1140,6 +1494,7 @@ def predict(songs, loaded):
     missing feature is in no cluster.
     """
     import pandas as pd
+
     added = pd.DataFrame(index=songs.index)
     for name in filter(loaded.__contains__, PREDICTING):
         model = loaded[name]["estimator"]
@@ -1165,23 +1520,36 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
     ModelError (no models), DataError (no such table, no permission, `into` is another kind of table) or DatabaseUnavailable.
     """
     songs, loaded = db.load_songs(url, table), load_models(models_dir)
-    place, index = np.full(len(songs), -1), loaded["similar"]["estimator"] if "similar" in loaded else None
+    place, index = (
+        np.full(len(songs), -1),
+        loaded["similar"]["estimator"] if "similar" in loaded else None,
+    )
     if index:
         import pandas as pd
+
         place = pd.Index(index.track_ids_).get_indexer(songs["track_id"])
-        songs = songs.iloc[(order := np.argsort(np.argsort(index.tree_.indices)[place], kind="stable"))]  # neighbours together
+        songs = songs.iloc[
+            (order := np.argsort(np.argsort(index.tree_.indices)[place], kind="stable"))
+        ]  # neighbours together
         place = place[order]
 
     def blocks():
         for start in range(0, len(songs), PREDICTED_AT_ONCE):
-            part, rows = songs.iloc[start:start + PREDICTED_AT_ONCE], place[start:start + PREDICTED_AT_ONCE]
+            part, rows = (
+                songs.iloc[start : start + PREDICTED_AT_ONCE],
+                place[start : start + PREDICTED_AT_ONCE],
+            )
             said = predict(part, loaded).assign(track_id=part["track_id"])
             said["models_trained_at"] = max(model["trained_at"] for model in loaded.values())
             if index:
                 said["similar"] = None
-                alike = [index.track_ids_[found] for found, _ in index.neighbours_of(rows[rows >= 0], workers=-1)]
+                alike = [
+                    index.track_ids_[found]
+                    for found, _ in index.neighbours_of(rows[rows >= 0], workers=-1)
+                ]
                 said.loc[rows >= 0, "similar"] = pd.Series(alike, said.index[rows >= 0])
             yield said
+
     log.info("predicting %s songs of %s", f"{len(songs):,}", table)
     db.replace_predictions(url, into, blocks())
     log.info("the predictions are in %s", into)
@@ -1192,9 +1560,11 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def show(options):
     """Print the current models; 2 if there is none."""
     import notify
+
     rows, reports = [], {}
     for name in MODELS:
         report = read_report(name, options.models_dir)
@@ -1203,55 +1573,96 @@ def show(options):
             rows.append((name, "damaged" if there else "not trained", *[""] * 5))
             continue
         versions = len(list_versions(name, options.models_dir))
-        reports[name] = {key: report[key] for key in report if key not in ("plot", "data")} | {"versions_kept": versions}
+        reports[name] = {key: report[key] for key in report if key not in ("plot", "data")} | {
+            "versions_kept": versions
+        }
         age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
-        rows.append((name, *notify.metric_and_change(report), f"{report['rows']:,}", f"{notify.duration(age.total_seconds())} ago",
-                     notify.size(report["bytes"]), versions))
+        rows.append(
+            (
+                name,
+                *notify.metric_and_change(report),
+                f"{report['rows']:,}",
+                f"{notify.duration(age.total_seconds())} ago",
+                notify.size(report["bytes"]),
+                versions,
+            )
+        )
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
-        notify.print_table(("model", "metric", "change>", "songs>", "trained", "size>", "older>"), rows,
-                           above=[(f"Models in {options.models_dir}", "bold")])
+        notify.print_table(
+            ("model", "metric", "change>", "songs>", "trained", "size>", "older>"),
+            rows,
+            above=[(f"Models in {options.models_dir}", "bold")],
+        )
     return 0 if reports else 2
 
 
 def similar(options):
     """Print the songs most like one song."""
     import notify
+
     index = load_model("similar", options.models_dir)["estimator"]
-    song = lambda row: {"track_id": index.track_ids_[row], "track_name": index.titles_[row], "artist_name": index.artists_[row]}
-    rows, asked = index.find(options.song, options.artist), f'"{options.song}"' + f" by {options.artist}" * bool(options.artist)
+    song = lambda row: {
+        "track_id": index.track_ids_[row],
+        "track_name": index.titles_[row],
+        "artist_name": index.artists_[row],
+    }
+    rows, asked = (
+        index.find(options.song, options.artist),
+        f'"{options.song}"' + f" by {options.artist}" * bool(options.artist),
+    )
     if not rows:
         near = "".join(f"\n  {title}" for title in index.suggestions(options.song))
         raise ModelError(f"no song is called {asked}" + (f"; did you mean:{near}" if near else ""))
     if len(rows) > 1:
-        choices = "".join("\n  {track_id}  {track_name}, by {artist_name}".format(**song(row)) for row in rows[:20])
-        raise ModelError(f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:{choices}"
-                         + f"\n  and {len(rows) - 20:,} more" * (len(rows) > 20))
+        choices = "".join(
+            "\n  {track_id}  {track_name}, by {artist_name}".format(**song(row))
+            for row in rows[:20]
+        )
+        raise ModelError(
+            f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:{choices}"
+            + f"\n  and {len(rows) - 20:,} more" * (len(rows) > 20)
+        )
     found = zip(*index.neighbours(rows[0], options.k, options.same_artist))
     answers = [song(row) | {"similarity": round(float(alike), 4)} for row, alike in found]
     if options.json:
         print(json.dumps({"song": song(rows[0]), "similar": answers}, indent=1, ensure_ascii=False))
     else:
-        lines = [(f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"]) for a in answers]
-        notify.print_table(("alike>", "title", "artist", "track_id"), lines,
-                           above=[("Like {track_name} by {artist_name}".format(**song(rows[0])), "bold")])
+        lines = [
+            (f"{a['similarity']:.3f}", a["track_name"], a["artist_name"], a["track_id"])
+            for a in answers
+        ]
+        notify.print_table(
+            ("alike>", "title", "artist", "track_id"),
+            lines,
+            above=[("Like {track_name} by {artist_name}".format(**song(rows[0])), "bold")],
+        )
     return 0
 
 
 def predict_songs(options):
     """Write the rows of a CSV with the predictions added, or print the first of them; or put those of a table into another."""
     import notify
+
     if options.into:
         predict_table(db.database_url(), options.table_name, options.into, options.models_dir)
         return 0
     rows, songs = db.read_csv(options.csv)
-    missing = [name for name in db.REQUIRED if songs[name].isna().all() or (songs[name] == "").all()]
+    missing = [
+        name for name in db.REQUIRED if songs[name].isna().all() or (songs[name] == "").all()
+    ]
     if len({*missing} & {*AUDIO}) > len(AUDIO) / 2:
-        raise DataError(f"{options.csv} lacks most of what the models listen to: {', '.join(missing)}; it has {', '.join(rows)}. "
-                        "Rename its columns")
+        raise DataError(
+            f"{options.csv} lacks most of what the models listen to: {', '.join(missing)}; it has {', '.join(rows)}. "
+            "Rename its columns"
+        )
     if missing:
-        log.warning("%s has nothing in the columns %s; that is treated as missing", options.csv, ", ".join(missing))
+        log.warning(
+            "%s has nothing in the columns %s; that is treated as missing",
+            options.csv,
+            ", ".join(missing),
+        )
     added = predict(songs, load_models(options.models_dir, PREDICTING))
     whole = rows.assign(**added)
     if options.out:
@@ -1260,10 +1671,22 @@ def predict_songs(options):
     elif options.json:
         print(whole.to_json(orient="records", lines=True, force_ascii=False), end="")
     else:
-        shown = added.rename(columns=lambda name: name.removesuffix("_predicted").removeprefix("genre_") + ">")
-        shown = songs[["track_name", "artist_name"]].set_axis(["title", "artist"], axis=1).join(shown).head(20)
-        cells = [[f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row] for row in shown.to_numpy(object)]
-        notify.print_table([*shown], cells, above=[(f"{len(whole):,} songs; --out FILE writes them all", "bold")])
+        shown = added.rename(
+            columns=lambda name: name.removesuffix("_predicted").removeprefix("genre_") + ">"
+        )
+        shown = (
+            songs[["track_name", "artist_name"]]
+            .set_axis(["title", "artist"], axis=1)
+            .join(shown)
+            .head(20)
+        )
+        cells = [
+            [f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row]
+            for row in shown.to_numpy(object)
+        ]
+        notify.print_table(
+            [*shown], cells, above=[(f"{len(whole):,} songs; --out FILE writes them all", "bold")]
+        )
     return 0
 
 
@@ -1280,27 +1703,48 @@ def roll_back(options):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="models.py", description="Look at the trained models and use them.")
+    parser = argparse.ArgumentParser(
+        prog="models.py", description="Look at the trained models and use them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     folder, machine = (argparse.ArgumentParser(add_help=False) for _ in range(2))
-    folder.add_argument("--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)")
+    folder.add_argument(
+        "--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)"
+    )
     machine.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
     def command(name, run, text, *parents):
         added = commands.add_parser(name, parents=[folder, *parents], help=text)
         added.set_defaults(run=run)
         return added.add_argument
+
     command("show", show, "the current models: metrics, age, versions kept", machine)
     add = command("similar", similar, "the songs most like one song", machine)
     add("song", help="its title or track_id")
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
     add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
-    add = command("predict", predict_songs, "add the predictions to the rows of a CSV, or put those of a table into another", machine)
+    add = command(
+        "predict",
+        predict_songs,
+        "add the predictions to the rows of a CSV, or put those of a table into another",
+        machine,
+    )
     add("csv", nargs="?", help="songs, with the column names of the table or their aliases")
-    add("--table-name", default="spotify_songs", help="with --into: the table of songs (default: %(default)s)")
-    add("--into", metavar="TABLE", help="put predictions and neighbours of all songs into this table")
+    add(
+        "--table-name",
+        default="spotify_songs",
+        help="with --into: the table of songs (default: %(default)s)",
+    )
+    add(
+        "--into",
+        metavar="TABLE",
+        help="put predictions and neighbours of all songs into this table",
+    )
     add("--out", help="the CSV to write (default: print the first 20)")
-    command("rollback", roll_back, "put the previous version of a model back")("model", choices=list(MODELS))
+    command("rollback", roll_back, "put the previous version of a model back")(
+        "model", choices=list(MODELS)
+    )
     options = parser.parse_args(arguments)
     if options.run is predict_songs and bool(options.csv) == bool(options.into):
         parser.error("predict needs a CSV file or --into TABLE")

@@ -1,8 +1,9 @@
 """Tests of everything: a real PostgreSQL, a real Prefect, real processes, a real HTTP server in Discord's place.
 
-    python -m pytest -q              # the quick suite
-    python -m pytest -q -m slow      # the long fault runs
+python -m pytest -q              # the quick suite
+python -m pytest -q -m slow      # the long fault runs
 """
+
 import contextlib
 import csv
 import email
@@ -26,7 +27,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # OpenMP's barriers spin: beside other work two threads are slower than one
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # OpenMP's barriers spin: beside other work two threads are slower than one
 
 import httpx
 import numpy as np
@@ -59,7 +62,7 @@ def cells(text):
 def wait_until(condition, seconds=10):
     end = time.time() + seconds
     while time.time() < end and not condition():
-        time.sleep(.02)
+        time.sleep(0.02)
     return condition()
 
 
@@ -103,13 +106,42 @@ def password_server(binaries, options, prepare=lambda at, run: None):
     """A server on TCP that asks for passwords (scram); yield (URI of its owner, its folder)."""
     port = free_port()
     with server_folder() as at:
+
         def run(*words, check=True):
-            subprocess.run(list(map(str, words)), **user, check=check, cwd=at, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                list(map(str, words)),
+                **user,
+                check=check,
+                cwd=at,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
         user = db._server_user(at)
         (at / "password").write_text("s3cr:et/@")
-        run(binaries / "initdb", "-D", "data", "-U", "owner", "--auth=scram-sha-256", "--pwfile=password", "-N")
+        run(
+            binaries / "initdb",
+            "-D",
+            "data",
+            "-U",
+            "owner",
+            "--auth=scram-sha-256",
+            "--pwfile=password",
+            "-N",
+        )
         prepare(at, run)
-        run(binaries / "pg_ctl", "-D", "data", "-l", "log", "-w", "-o", f"-p {port} -h 127.0.0.1 -k '' {options}", "start", check=False)
+        run(
+            binaries / "pg_ctl",
+            "-D",
+            "data",
+            "-l",
+            "log",
+            "-w",
+            "-o",
+            f"-p {port} -h 127.0.0.1 -k '' {options}",
+            "start",
+            check=False,
+        )
         yield f"postgresql://owner:{PASSWORD}@localhost:{port}/postgres", at
         run(binaries / "pg_ctl", "-D", "data", "-m", "immediate", "stop")
 
@@ -148,11 +180,21 @@ def table(prefect, postgres, monkeypatch):
 def accepted(embeds, allowed_mentions):
     """Whether Discord takes a message. It counts UTF-16 code units."""
     (embed,), fields = embeds, embeds[0]["fields"]
-    texts = [(embed["title"], 256), (embed["description"] or "none", 4096), (embed["footer"]["text"], 2048)]
-    texts += [(field["name"], 256) for field in fields] + [(field["value"], 1024) for field in fields]
+    texts = [
+        (embed["title"], 256),
+        (embed["description"] or "none", 4096),
+        (embed["footer"]["text"], 2048),
+    ]
+    texts += [(field["name"], 256) for field in fields] + [
+        (field["value"], 1024) for field in fields
+    ]
     sizes = [(len(text.strip().encode("utf-16-le")) // 2, limit) for text, limit in texts]
-    return (all(0 < size <= limit for size, limit in sizes) and sum(size for size, _ in sizes) <= 6000 and len(fields) <= 25
-            and allowed_mentions == {"parse": []})
+    return (
+        all(0 < size <= limit for size, limit in sizes)
+        and sum(size for size, _ in sizes) <= 6000
+        and len(fields) <= 25
+        and allowed_mentions == {"parse": []}
+    )
 
 
 class Discord(http.server.BaseHTTPRequestHandler):
@@ -165,7 +207,11 @@ class Discord(http.server.BaseHTTPRequestHandler):
     def answer(self, status, wait=""):
         body = f'{{"retry_after": {wait}, "token": "{TOKEN}"}}'
         self.send_response(status)
-        for header in {"Content-Length": len(body), "Location": "/api/webhooks/204/x", "Retry-After": 0.2}.items():
+        for header in {
+            "Content-Length": len(body),
+            "Location": "/api/webhooks/204/x",
+            "Retry-After": 0.2,
+        }.items():
             self.send_header(*map(str, header))
         self.end_headers()
         self.wfile.write(body.encode())
@@ -176,14 +222,28 @@ class Discord(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-        message = email.message_from_bytes(head + self.rfile.read(int(self.headers["Content-Length"])))
-        parts = {part.get_filename(): part.get_payload(decode=True) for part in message.walk() if not part.is_multipart()}
-        payload, picture, replies = json.loads(parts[None]), parts.get("report.png"), self.path.split("/")[3].split(",")
-        embed, = payload["embeds"]
+        message = email.message_from_bytes(
+            head + self.rfile.read(int(self.headers["Content-Length"]))
+        )
+        parts = {
+            part.get_filename(): part.get_payload(decode=True)
+            for part in message.walk()
+            if not part.is_multipart()
+        }
+        payload, picture, replies = (
+            json.loads(parts[None]),
+            parts.get("report.png"),
+            self.path.split("/")[3].split(","),
+        )
+        (embed,) = payload["embeds"]
         self.server.got.append((embed, picture))
         reply, _, wait = replies[min(len(self.server.got), len(replies)) - 1].partition(":")
         pictured = embed.get("image") == {"url": "attachment://report.png"}
-        if not accepted(**payload) or pictured != bool(picture) or "python" in self.headers["User-Agent"].lower():
+        if (
+            not accepted(**payload)
+            or pictured != bool(picture)
+            or "python" in self.headers["User-Agent"].lower()
+        ):
             reply = 400
         if reply == "nothing":
             return self.connection.close()
@@ -198,7 +258,10 @@ class Discord(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def a_webhook():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Discord) as server:
-        server.got, server.url = [], f"http://127.0.0.1:{server.server_port}/api/webhooks/204/{TOKEN}"
+        server.got, server.url = (
+            [],
+            f"http://127.0.0.1:{server.server_port}/api/webhooks/204/{TOKEN}",
+        )
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
@@ -217,9 +280,14 @@ class Run:
     def __init__(self, line="", program=TRAIN, cwd="/", **environment):
         self.log = Path(tempfile.mkstemp()[1])
         given = os.environ | environment | {"MARK": self.log}
-        self.process = subprocess.Popen([sys.executable, program, *shlex.split(line)], cwd=cwd, start_new_session=True,
-                                        stdout=self.log.open("w"), stderr=subprocess.STDOUT,
-                                        env={name: str(value) for name, value in given.items() if value is not None})
+        self.process = subprocess.Popen(
+            [sys.executable, program, *shlex.split(line)],
+            cwd=cwd,
+            start_new_session=True,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            env={name: str(value) for name, value in given.items() if value is not None},
+        )
 
     @property
     def text(self):
@@ -239,7 +307,9 @@ class Run:
         """Wait for its end with that status; return its text: the sentences, no secret, tracebacks where a toy is broken."""
         assert self.process.wait(seconds) == status, self.text
         assert wait_until(lambda: not self.left), self.left
-        assert all(sentence in " ".join(self.text.split()) for sentence in sentences), f"{sentences} in {self.text}"
+        assert all(sentence in " ".join(self.text.split()) for sentence in sentences), (
+            f"{sentences} in {self.text}"
+        )
         assert ("Traceback" in self.text) == ("KeyError" in self.text), self.text
         assert not any(secret in self.text for secret in SECRETS), self.text
         return self.text
@@ -247,7 +317,9 @@ class Run:
 
 def pasted(text, words, more="", **environment):
     """Start the command that the text prints and that has these words, as it stands there but in another folder."""
-    command = next(found for found in re.findall(f"{sys.executable} [^`\n]*", text) if words in found)
+    command = next(
+        found for found in re.findall(f"{sys.executable} [^`\n]*", text) if words in found
+    )
     _, program, line = command.split(" ", 2)
     return Run(line + more, program, **environment)
 
@@ -261,7 +333,9 @@ def answers(address):
 def prefect_server(home, port):
     """A Prefect server with its scheduler, that of every run meanwhile: a temporary one of its own takes a run 5 s."""
     api = f"http://127.0.0.1:{port}/api"
-    server = Run(f"prefect server start --port {port}", "-m", PREFECT_HOME=home, PREFECT_UI_API_URL=api)
+    server = Run(
+        f"prefect server start --port {port}", "-m", PREFECT_HOME=home, PREFECT_UI_API_URL=api
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_API_URL", api)
         patch.setenv("PREFECT_HOME", str(home))
@@ -293,15 +367,29 @@ def tasks_of(run):
 
 def logged(task, text):
     """Whether the text comes to stand in the task's log."""
-    return wait_until(lambda: text in json.dumps(kept("logs", logs={"task_run_id": {"any_": [task["id"]]}})), 30)
+    return wait_until(
+        lambda: text in json.dumps(kept("logs", logs={"task_run_id": {"any_": [task["id"]]}})), 30
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Two nights, at the same time. The good one: a run on a dirty CSV, and what it leaves
 # ---------------------------------------------------------------------------------------------------------------------
 
-HOSTILE = ['say "hi"', "two\nlines", "🎸 émoji 🏳️‍🌈", "@everyone", "**bold** `code`", "[link](http://evil.example)", "=cmd()",
-           "NA", "null", "'; DROP TABLE spotify_songs; --", "\\", "%s {} {0}"]
+HOSTILE = [
+    'say "hi"',
+    "two\nlines",
+    "🎸 émoji 🏳️‍🌈",
+    "@everyone",
+    "**bold** `code`",
+    "[link](http://evil.example)",
+    "=cmd()",
+    "NA",
+    "null",
+    "'; DROP TABLE spotify_songs; --",
+    "\\",
+    "%s {} {0}",
+]
 
 
 def copied(folder, **settings):
@@ -320,7 +408,7 @@ def night(prefect, bad_run, tmp_path_factory):
     """What a run leaves that loads a CSV into the embedded database. Its folder has a space, its settings are in .env."""
     folder = tmp_path_factory.mktemp("good night")
     songs = db.demo_songs(500)
-    songs.loc[:len(HOSTILE) - 1, "track_name"] = HOSTILE
+    songs.loc[: len(HOSTILE) - 1, "track_name"] = HOSTILE
     broken = songs[20:22].assign(track_id=["a", "b"], energy=["much", 0.5], artist_name=["A", ""])
     pd.concat([songs, broken, songs.head(1)]).to_csv(folder / "songs.csv", index=False)
     with open(folder / "songs.csv", "a") as file:
@@ -330,13 +418,18 @@ def night(prefect, bad_run, tmp_path_factory):
         Run(EMBEDDED.format('load_demo(50, url, "my songs", seed=1)'), "-c", folder).end()
         line = f"--csv-path '{folder}/songs.csv' --table-name 'my songs' --truncate --n-clusters 3"
         text = Run(line, program, PREFECT_API_URL=None).end(
-            0, "5 of 5 models trained", "504 rows read, 500 songs loaded, 1 repeated, 3 rejected")
-        yield SimpleNamespace(models=folder / "models", program=program, songs=songs, text=text, got=webhook.got)
+            0, "5 of 5 models trained", "504 rows read, 500 songs loaded, 1 repeated, 3 rejected"
+        )
+        yield SimpleNamespace(
+            models=folder / "models", program=program, songs=songs, text=text, got=webhook.got
+        )
 
 
 def test_the_songs_are_in_the_table_and_the_others_are_not(night):
     names = EMBEDDED.format('load_songs(url, "my songs").track_name')
-    Run(names, "-c", night.models.parent).end(0, " ".join(ascii(sorted(night.songs.track_name)).split()))
+    Run(names, "-c", night.models.parent).end(
+        0, " ".join(ascii(sorted(night.songs.track_name)).split())
+    )
     assert len((night.models / "rejected_rows.csv").read_text().splitlines()) == 4
 
 
@@ -347,17 +440,28 @@ def test_every_model_is_there_with_its_metrics(night):
 
 
 def test_the_message_is_green_and_has_the_picture(night):
-    (embed, picture), = night.got
-    assert (embed["color"], len(embed["fields"])) == (GREEN, 5) and "5 of 5 models trained" in embed["title"]
+    ((embed, picture),) = night.got
+    assert (embed["color"], len(embed["fields"])) == (
+        GREEN,
+        5,
+    ) and "5 of 5 models trained" in embed["title"]
     assert picture.startswith(b"\x89PNG") and picture == (night.models / "report.png").read_bytes()
 
 
 def test_prefect_shows_the_run(night):
     run = last_run("my songs")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"]) and run["state"]["name"] == "Completed"
-    tasks, shown = tasks_of(run), {found["key"]: found["description"] for found in kept("artifacts", run)}
+    assert (
+        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"])
+        and run["state"]["name"] == "Completed"
+    )
+    tasks, shown = (
+        tasks_of(run),
+        {found["key"]: found["description"] for found in kept("artifacts", run)},
+    )
     assert set(tasks) == {*models.MODELS, "load CSV", "load songs"}
-    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"} and logged(tasks["genre"], "genre: fitting on")
+    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"} and logged(
+        tasks["genre"], "genre: fitting on"
+    )
     assert set(shown) == {"metrics"} | {f"model-{name}" for name in models.MODELS}
     assert "(first)" in shown["model-clusters"]
 
@@ -371,33 +475,61 @@ def test_the_log_begins_at_once_is_plain_and_has_every_line_once(night):
 def test_show_similar_and_predict(night, tmp_path, ask):
     given, out, there = tmp_path / "in.csv", tmp_path / "out.csv", {"folder": night.models}
     night.songs.to_csv(given, index=False)
-    assert re.search("^similar .* 500 .* ago", ask("show", **there), re.M) and len(json.loads(ask("show", "--json", **there))) == 5
+    assert (
+        re.search("^similar .* 500 .* ago", ask("show", **there), re.M)
+        and len(json.loads(ask("show", "--json", **there))) == 5
+    )
     assert len(json.loads(ask("similar", 'say "hi"', "-k", 7, "--json", **there))["similar"]) == 7
     assert "500 songs; --out FILE writes them all" in ask("predict", given, **there)
     ask("predict", given, "--out", out, **there)
-    rows, written = ask("predict", given, "--json", **there).splitlines(), pd.read_csv(out, keep_default_na=False)
-    added = ["genre_predicted", "genre_confidence", "cluster", "energy_predicted", "popularity_predicted"]
+    rows, written = (
+        ask("predict", given, "--json", **there).splitlines(),
+        pd.read_csv(out, keep_default_na=False),
+    )
+    added = [
+        "genre_predicted",
+        "genre_confidence",
+        "cluster",
+        "energy_predicted",
+        "popularity_predicted",
+    ]
     assert list(written) == list(json.loads(rows[0])) == [*night.songs, *added]
     assert written.track_name.tolist() == night.songs.track_name.tolist()
     assert (written.genre_predicted == written.genre).mean() > 0.8
 
 
 def test_after_a_good_night_there_is_nothing_left_to_do(night):
-    Run("--check --table-name 'my songs'", night.program).end(0, "table ok my songs has 500 rows", "Discord ok the")
-    Run("--failed", night.program).end(0, f"nothing to do: the last run of every model in {night.models} trained it")
+    Run("--check --table-name 'my songs'", night.program).end(
+        0, "table ok my songs has 500 rows", "Discord ok the"
+    )
+    Run("--failed", night.program).end(
+        0, f"nothing to do: the last run of every model in {night.models} trained it"
+    )
 
 
 def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
     """Also: a database that stays away is tried twice more, then the night is red."""
-    program = copied(tmp_path, DATABASE_URL="postgresql://me:s3cr%3Aet%2F%40@localhost:1/music", DATABASE_RETRY_SECONDS="0.2",
-                     DISCORD_WEBHOOK_URL=webhook.url, PREFECT_API_URL=prefect)
+    program = copied(
+        tmp_path,
+        DATABASE_URL="postgresql://me:s3cr%3Aet%2F%40@localhost:1/music",
+        DATABASE_RETRY_SECONDS="0.2",
+        DISCORD_WEBHOOK_URL=webhook.url,
+        PREFECT_API_URL=prefect,
+    )
     db.demo_songs(30).to_csv(tmp_path / "my songs.csv")
     line = "--only clusters --n-clusters 3 --csv-path 'my songs.csv' --truncate"
     Run(line, program, tmp_path, PREFECT_API_URL=None, DISCORD_WEBHOOK_URL=None).end(
-        3, "retrying in 0.2 s (2 of 2)", "Nothing was trained: PostgreSQL at localhost:1",
-        f"{program} --n-clusters 3 --failed --csv-path '{tmp_path}/my songs.csv' --truncate")
-    (embed, _), = webhook.got
-    assert embed["color"] == RED and "--failed" in embed["description"] and "s3cr" not in json.dumps(embed)
+        3,
+        "retrying in 0.2 s (2 of 2)",
+        "Nothing was trained: PostgreSQL at localhost:1",
+        f"{program} --n-clusters 3 --failed --csv-path '{tmp_path}/my songs.csv' --truncate",
+    )
+    ((embed, _),) = webhook.got
+    assert (
+        embed["color"] == RED
+        and "--failed" in embed["description"]
+        and "s3cr" not in json.dumps(embed)
+    )
     assert last_run()["state"]["name"] == "Failed"
 
 
@@ -452,12 +584,18 @@ def toys(tmp_path_factory):
     """toys("flaky,steady") is the environment of a run whose processes know these models, which note in TOY_LOG what they do."""
     folder = tmp_path_factory.mktemp("toys")
     (folder / "sitecustomize.py").write_text(TOYS.format(root=str(ROOT)))
-    return lambda names: {"PYTHONPATH": folder, "TOYS": names, "TOY_LOG": tmp_path_factory.mktemp("log") / "toys"}
+    return lambda names: {
+        "PYTHONPATH": folder,
+        "TOYS": names,
+        "TOY_LOG": tmp_path_factory.mktemp("log") / "toys",
+    }
 
 
 def times(own, words):
     """The moments at which a toy of that environment did something: "flaky begins", "flaky ends"."""
-    return [float(moment) for moment in re.findall(f"^{words} (.*)", own["TOY_LOG"].read_text(), re.M)]
+    return [
+        float(moment) for moment in re.findall(f"^{words} (.*)", own["TOY_LOG"].read_text(), re.M)
+    ]
 
 
 HOPELESS = "hopeless,value,type,key"
@@ -466,7 +604,10 @@ HOPELESS = "hopeless,value,type,key"
 @pytest.fixture(scope="module")
 def bad_run(prefect, postgres, toys, tmp_path_factory):
     """A run in which a model heals, five fail and one is worse than yesterday's, whose songs were quieter."""
-    folder, own = tmp_path_factory.mktemp("models"), toys(f"flaky,steady,swinging,hungry,{HOPELESS}")
+    folder, own = (
+        tmp_path_factory.mktemp("models"),
+        toys(f"flaky,steady,swinging,hungry,{HOPELESS}"),
+    )
     quiet = models.describe(db.demo_songs(600).assign(loudness=lambda songs: songs.loudness - 9))
     for name in *models.MODELS, "swinging":
         publish(folder, 0.9, name, table="bad", data=quiet)
@@ -481,7 +622,8 @@ def bad_run(prefect, postgres, toys, tmp_path_factory):
 @pytest.fixture(scope="module")
 def bad(bad_run):
     bad_run.text = bad_run.run.end(
-        1, "2 of 8 models trained; held back: swinging; failed: hopeless, value, type, key, hungry")
+        1, "2 of 8 models trained; held back: swinging; failed: hopeless, value, type, key, hungry"
+    )
     return bad_run
 
 
@@ -495,36 +637,58 @@ def test_what_can_heal_is_tried_again_after_2_4_and_8_seconds(bad):
 
 def test_what_the_same_input_brings_back_is_not_tried_again(bad):
     assert len(times(bad.own, f"(?:{HOPELESS.replace(',', '|')}) begins")) == 4
-    for said in ("hopeless: no song is long enough; not tried again: the same input would bring the same",
-                 "hopeless failed: no song is long enough", "value failed: ValueError: no"):
+    for said in (
+        "hopeless: no song is long enough; not tried again: the same input would bring the same",
+        "hopeless failed: no song is long enough",
+        "value failed: ValueError: no",
+    ):
         assert said in bad.text
 
 
 def test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_alone(bad):
-    (flaky, *_), (steady,), (end,), (_, alone) = (times(bad.own, words) for words in (
-        "flaky begins", "steady begins", "steady ends", "hungry begins"))
-    assert flaky < end and steady < flaky + 2 and alone >= max(times(bad.own, "(?:flaky|steady) ends"))
+    (flaky, *_), (steady,), (end,), (_, alone) = (
+        times(bad.own, words)
+        for words in ("flaky begins", "steady begins", "steady ends", "hungry begins")
+    )
+    assert (
+        flaky < end and steady < flaky + 2 and alone >= max(times(bad.own, "(?:flaky|steady) ends"))
+    )
     assert bad.text.count("600 songs read from bad") == 1
 
 
 def test_a_bad_night_is_yellow_and_partial(bad):
     (embed, picture), run = bad.got[0], last_run("bad")
     assert embed["color"] == YELLOW and "2 of 8 models trained" in embed["title"] and picture
-    assert re.search("mean loudness is[^$]*--failed", embed["description"]) and "no song is long enough" in json.dumps(embed["fields"])
+    assert re.search(
+        "mean loudness is[^$]*--failed", embed["description"]
+    ) and "no song is long enough" in json.dumps(embed["fields"])
     assert (run["state"]["type"], run["state"]["name"]) == ("COMPLETED", "Partial")
     tasks = tasks_of(run)
-    assert tasks["flaky"]["run_count"] == 4 and tasks["key"]["state_type"] == "FAILED" and logged(tasks["key"], "KeyError: 'no'")
+    assert (
+        tasks["flaky"]["run_count"] == 4
+        and tasks["key"]["state_type"] == "FAILED"
+        and logged(tasks["key"], "KeyError: 'no'")
+    )
 
 
 def test_no_secret_is_written(bad):
-    for pattern, status in ("the fan fell off", 0), ("|".join(SECRETS), 1):  # 1: grep has found none
-        assert subprocess.run(["grep", "-raqE", pattern, bad.models, os.environ["PREFECT_HOME"]]).returncode == status
+    for pattern, status in (
+        ("the fan fell off", 0),
+        ("|".join(SECRETS), 1),
+    ):  # 1: grep has found none
+        assert (
+            subprocess.run(
+                ["grep", "-raqE", pattern, bad.models, os.environ["PREFECT_HOME"]]
+            ).returncode
+            == status
+        )
 
 
 def test_the_printed_commands_finish_the_job(bad):
     bad.got.clear()
     text = pasted(bad.text, "--failed", " --no-notify", **bad.own | {"HEALED": "hungry"}).end(
-        1, "1 of 6 models trained; held back: swinging; failed: hopeless, value, type, key")
+        1, "1 of 6 models trained; held back: swinging; failed: hopeless, value, type, key"
+    )
     assert bad.got == [] and "--failed" not in text, "what is left would fail again"
     pasted(text, "--only swinging --force", **bad.own).end(0, "1 of 1 models trained")
     assert models.load_model("swinging", bad.models)["metrics"]["r2"] == 0.5
@@ -534,7 +698,10 @@ def test_the_printed_commands_finish_the_job(bad):
 # Usage, exit statuses, --check
 # ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("line, sentence", cells("""
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    cells("""
     --only jazz | there is no model 'jazz'; the models are genre, clusters, energy, popularity, similar
     --truncate | --truncate must be accompanied by --csv-path
     --demo --csv-path x.csv | --demo makes its own songs; leave out --csv-path
@@ -545,49 +712,87 @@ def test_the_printed_commands_finish_the_job(bad):
     --serve --failed | --serve trains what each run is asked for; leave out --failed
     --serve | --serve needs a Prefect server; start one: prefect server start
     --dask tcp://127.0.0.1:8786 | --dask needs
-    --check --csv-path /nowhere.csv | --csv-path /nowhere.csv: No such file or directory; give a CSV file"""))
+    --check --csv-path /nowhere.csv | --csv-path /nowhere.csv: No such file or directory; give a CSV file"""),
+)
 def test_wrong_usage_is_said(line, sentence, tmp_path):
-    Run(line, PREFECT_API_URL="", PREFECT_HOME=tmp_path, DATABASE_URL="postgresql://localhost:1/music").end(2, sentence)
+    Run(
+        line,
+        PREFECT_API_URL="",
+        PREFECT_HOME=tmp_path,
+        DATABASE_URL="postgresql://localhost:1/music",
+    ).end(2, sentence)
 
 
 def test_a_pause_that_is_no_number_is_said():
-    Run("--demo", DATABASE_RETRY_SECONDS="soon").end(2, "DATABASE_RETRY_SECONDS is 'soon'; write a number of seconds, such as 30")
+    Run("--demo", DATABASE_RETRY_SECONDS="soon").end(
+        2, "DATABASE_RETRY_SECONDS is 'soon'; write a number of seconds, such as 30"
+    )
 
 
 def test_help_and_readme_name_the_same_options():
     options = set(re.findall("--[a-z][a-z-]+", Run("--help").end())) - {"--help"}
-    assert options == set(re.findall("^[|] `(--[a-z][a-z-]+)", (ROOT / "README.md").read_text(), re.M))
+    assert options == set(
+        re.findall("^[|] `(--[a-z][a-z-]+)", (ROOT / "README.md").read_text(), re.M)
+    )
 
 
 def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path, webhook):
-    execute(table, "UPDATE spotify_songs SET energy = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
-                   "ALTER TABLE spotify_songs DROP COLUMN year")
+    execute(
+        table,
+        "UPDATE spotify_songs SET energy = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
+        "ALTER TABLE spotify_songs DROP COLUMN year",
+    )
     Run(f"--check --models-dir {tmp_path}/models").end(
-        0, "database ok PostgreSQL", "table ok spotify_songs has 600 rows", "genres ok 20 genres of 5 songs or more",
-        "columns ok all", "not there: year", "nulls warning missing values: energy 10.0%", "space ok",
-        f"models directory ok {tmp_path}/models is writable; it will be made", "Discord ok the Discord webhook answers",
-        f"Prefect ok {prefect} answers")
+        0,
+        "database ok PostgreSQL",
+        "table ok spotify_songs has 600 rows",
+        "genres ok 20 genres of 5 songs or more",
+        "columns ok all",
+        "not there: year",
+        "nulls warning missing values: energy 10.0%",
+        "space ok",
+        f"models directory ok {tmp_path}/models is writable; it will be made",
+        "Discord ok the Discord webhook answers",
+        f"Prefect ok {prefect} answers",
+    )
     db.demo_songs(30).to_csv(tmp_path / "new.csv")
     Run(f"--check --no-notify --table-name another --csv-path {tmp_path}/new.csv").end(
-        0, "new.csv may be loaded into another (0 rows)", "--no-notify: nothing is posted")
+        0, "new.csv may be loaded into another (0 rows)", "--no-notify: nothing is posted"
+    )
     assert webhook.got == [None] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_check_names_each_problem_with_its_fix(tmp_path, webhook):
     (tmp_path / "file").touch()
-    Run(f"--check --models-dir {tmp_path}/file/x", DATABASE_URL="postgresql://me:s3cr%3Aet%2F%40@localhost:1/music",
-        PREFECT_API_URL="http://127.0.0.1:9/api", DISCORD_WEBHOOK_URL=webhook.url.replace("204", "404")).end(
-        2, "database problem PostgreSQL at localhost:1/music", "Discord problem the webhook is gone (404); make a new one",
+    Run(
+        f"--check --models-dir {tmp_path}/file/x",
+        DATABASE_URL="postgresql://me:s3cr%3Aet%2F%40@localhost:1/music",
+        PREFECT_API_URL="http://127.0.0.1:9/api",
+        DISCORD_WEBHOOK_URL=webhook.url.replace("204", "404"),
+    ).end(
+        2,
+        "database problem PostgreSQL at localhost:1/music",
+        "Discord problem the webhook is gone (404); make a new one",
         f"directory problem cannot write to {tmp_path}/file; choose another: --models-dir DIR",
-        "Prefect problem http://127.0.0.1:9/api does not answer as a Prefect API")
+        "Prefect problem http://127.0.0.1:9/api does not answer as a Prefect API",
+    )
 
 
 def test_check_does_not_wait_for_what_never_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         at = f"127.0.0.1:{deaf.getsockname()[1]}"
-        Run(f"--check --models-dir {tmp_path}", DATABASE_URL=f"postgresql://me:s3cr%3Aet%2F%40@{at}/music",
-            PREFECT_API_URL=f"http://{at}/api", DISCORD_WEBHOOK_URL=DEAD.replace("127.0.0.1:9", at)).end(
-            2, "database problem no answer within 4 s", "Discord problem no answer", "Prefect problem no answer", seconds=6)
+        Run(
+            f"--check --models-dir {tmp_path}",
+            DATABASE_URL=f"postgresql://me:s3cr%3Aet%2F%40@{at}/music",
+            PREFECT_API_URL=f"http://{at}/api",
+            DISCORD_WEBHOOK_URL=DEAD.replace("127.0.0.1:9", at),
+        ).end(
+            2,
+            "database problem no answer within 4 s",
+            "Discord problem no answer",
+            "Prefect problem no answer",
+            seconds=6,
+        )
 
 
 HEAVY = re.compile(r"\| +(prefect|pandas|sklearn|matplotlib)\b")
@@ -595,22 +800,34 @@ HEAVY = re.compile(r"\| +(prefect|pandas|sklearn|matplotlib)\b")
 
 def test_check_imports_nothing_heavy_and_makes_no_database(tmp_path):
     text = Run(f"-X importtime {copied(tmp_path)} --check", "-B", PREFECT_API_URL="").end(
-        2, "there is no embedded database yet; try:", "train.py --csv-path songs.csv", "DISCORD_WEBHOOK_URL is not set: nothing is posted")
+        2,
+        "there is no embedded database yet; try:",
+        "train.py --csv-path songs.csv",
+        "DISCORD_WEBHOOK_URL is not set: nothing is posted",
+    )
     assert not HEAVY.search(text) and len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_second_run_goes_away_at_once(tmp_path):
     said = f"another run is training into {tmp_path} (process {os.getpid()} since "
     with models.one_run_at_a_time(tmp_path):
-        assert not HEAVY.search(Run(f"-X importtime {TRAIN} --models-dir {tmp_path}", "-B").end(75, said))
+        assert not HEAVY.search(
+            Run(f"-X importtime {TRAIN} --models-dir {tmp_path}", "-B").end(75, said)
+        )
         Run(f"rollback energy --models-dir {tmp_path}", MODELS).end(75, said)
 
 
 def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
     elsewhere = Run("--models-dir /dev/null/x", DISCORD_WEBHOOK_URL=DEAD)
-    text = Run(f"--table-name nothing --models-dir {tmp_path}").end(2, 'The table "nothing" does not exist')
-    (embed, _), = webhook.got
-    assert embed["color"] == RED and "--failed" not in json.dumps(embed) + text and "retrying" not in text
+    text = Run(f"--table-name nothing --models-dir {tmp_path}").end(
+        2, 'The table "nothing" does not exist'
+    )
+    ((embed, _),) = webhook.got
+    assert (
+        embed["color"] == RED
+        and "--failed" not in json.dumps(embed) + text
+        and "retrying" not in text
+    )
     assert models.owed(tmp_path) == list(models.MODELS)
     elsewhere.end(2, "cannot write to the models directory /dev/null/x")
 
@@ -649,15 +866,19 @@ print("TASKS", [(task.name, task.retries, task.retry_delay_seconds)
 def test_night_after_night_from_python_lets_nothing_grow(table, tmp_path, nights):
     """Memory in blocks of 16 MB, open files, threads, temporary files, our files by tens."""
     names = "genre", "clustering", "energy_regression", "popularity_regression", "similar_songs"
-    text = Run(f"{shlex.quote(NIGHTS.format(root=str(ROOT)))} {tmp_path}/models {nights}", "-c", TMPDIR=tmp_path).end(
-        0, f"TASKS {[(f'train_{name}_model_task', 3, [2, 4, 8]) for name in names]}")
-    early, *_, late = [json.loads(line) for line in re.findall("LEFT (.*)", text)][nights // 3:]
+    text = Run(
+        f"{shlex.quote(NIGHTS.format(root=str(ROOT)))} {tmp_path}/models {nights}",
+        "-c",
+        TMPDIR=tmp_path,
+    ).end(0, f"TASKS {[(f'train_{name}_model_task', 3, [2, 4, 8]) for name in names]}")
+    early, *_, late = [json.loads(line) for line in re.findall("LEFT (.*)", text)][nights // 3 :]
     assert all(after <= before + 2 for before, after in zip(early, late)), (early, late)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals, kills, crashes
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def stop(run, folder, webhook, number=signal.SIGTERM, child=False):
     """Send the signal: within ten seconds the run has ended, told it, freed the lock and left nothing running."""
@@ -673,13 +894,17 @@ def stop(run, folder, webhook, number=signal.SIGTERM, child=False):
 @pytest.mark.parametrize("child", [False, pytest.param(True, marks=slow)])
 def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, child):
     """To the process that watches, or to the one that trains."""
-    run = Run(f"--models-dir {tmp_path} --only clusters,endless", **toys("endless")).at("clusters: done")
+    run = Run(f"--models-dir {tmp_path} --only clusters,endless", **toys("endless")).at(
+        "clusters: done"
+    )
     told = stop(run, tmp_path, webhook, child=child)
     assert last_run()["state"]["type"] == "CRASHED" and told in last_run()["state"]["message"]
     assert models.owed(tmp_path) == ["genre", "energy", "popularity", "similar"]
 
 
-def test_a_signal_before_the_flow_and_while_the_database_is_waited_for(prefect, tmp_path, webhook, monkeypatch):
+def test_a_signal_before_the_flow_and_while_the_database_is_waited_for(
+    prefect, tmp_path, webhook, monkeypatch
+):
     monkeypatch.setenv("DATABASE_URL", "postgresql://localhost:1/music")
     early, late = (Run(f"--models-dir {tmp_path}/{name}") for name in ("early", "late"))
     stop(early.at("starting"), tmp_path / "early", webhook)
@@ -689,9 +914,15 @@ def test_a_signal_before_the_flow_and_while_the_database_is_waited_for(prefect, 
 
 @slow
 def test_a_signal_at_any_moment(prefect, table, tmp_path, webhook):
-    for number, seconds, phase in ((signal.SIGTERM, 0.8, ""), (signal.SIGINT, 2.5, ""), (signal.SIGTERM, 0, "songs read"),
-                                   (signal.SIGINT, 0, "similar: done")):
-        run = Run(f"--models-dir {tmp_path}", PREFECT_API_URL=prefect if phase else "").at(phase)  # "": a server of its own
+    for number, seconds, phase in (
+        (signal.SIGTERM, 0.8, ""),
+        (signal.SIGINT, 2.5, ""),
+        (signal.SIGTERM, 0, "songs read"),
+        (signal.SIGINT, 0, "similar: done"),
+    ):
+        run = Run(f"--models-dir {tmp_path}", PREFECT_API_URL=prefect if phase else "").at(
+            phase
+        )  # "": a server of its own
         time.sleep(seconds)
         stop(run, tmp_path, webhook, number)
     Run(f"--failed --models-dir {tmp_path}").end(0, "models trained")
@@ -700,25 +931,50 @@ def test_a_signal_at_any_moment(prefect, table, tmp_path, webhook):
 TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 
 
-@pytest.mark.parametrize("names, status, said", [
-    ("fragile", 0, "3 of 3 models trained"), pytest.param("deadly,crash", 1, "ended by SIGSEGV", marks=slow)])
-def test_a_run_that_is_ended_amid_a_fit_is_started_again(table, toys, tmp_path, webhook, names, status, said):
+@pytest.mark.parametrize(
+    "names, status, said",
+    [
+        ("fragile", 0, "3 of 3 models trained"),
+        pytest.param("deadly,crash", 1, "ended by SIGSEGV", marks=slow),
+    ],
+)
+def test_a_run_that_is_ended_amid_a_fit_is_started_again(
+    table, toys, tmp_path, webhook, names, status, said
+):
     """On a terminal, where a line below the log shows what each model does, and the table keeps to 80 columns."""
     line = f"{sys.executable} {TRAIN} --only clusters,shaky,{names} --models-dir {tmp_path}"
     own = toys(f"shaky,{names}") | {"COLUMNS": 80, "TERM": "xterm-256color"}
-    text = Run(f"{shlex.quote(TERMINAL)} {line}", "-c", **own).end(status, said, "the run was ended by SIG", "one model at a time")
-    (embed, _), = webhook.got
-    assert embed["color"] == YELLOW and "the run was ended by SIGKILL" in embed["description"] and said in json.dumps(embed)
+    text = Run(f"{shlex.quote(TERMINAL)} {line}", "-c", **own).end(
+        status, said, "the run was ended by SIG", "one model at a time"
+    )
+    ((embed, _),) = webhook.got
+    assert (
+        embed["color"] == YELLOW
+        and "the run was ended by SIGKILL" in embed["description"]
+        and said in json.dumps(embed)
+    )
     ended = {line["model"]: line["status"] for line in models.read_history(tmp_path)}
-    assert ended == dict.fromkeys(["clusters", "shaky"], "trained") | dict.fromkeys(names.split(","), "failed" if status else "trained")
+    assert ended == dict.fromkeys(["clusters", "shaky"], "trained") | dict.fromkeys(
+        names.split(","), "failed" if status else "trained"
+    )
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
-    assert "✓ clusters    done" in shown and "↻ shaky       no" in shown and "clusters: done" not in shown
-    assert max(map(len, shown[shown.rindex("model  "):].partition(" models ")[0].splitlines())) <= 80
+    assert (
+        "✓ clusters    done" in shown
+        and "↻ shaky       no" in shown
+        and "clusters: done" not in shown
+    )
+    assert (
+        max(map(len, shown[shown.rindex("model  ") :].partition(" models ")[0].splitlines())) <= 80
+    )
 
 
 def whole(folder):
     """{name: run} of the models there; load_model compares each with its metrics' SHA-256."""
-    return {name: models.load_model(name, folder)["run"] for name in models.MODELS if (folder / f"{name}.joblib").exists()}
+    return {
+        name: models.load_model(name, folder)["run"]
+        for name in models.MODELS
+        if (folder / f"{name}.joblib").exists()
+    }
 
 
 @slow
@@ -727,7 +983,16 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
     own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path}
     Run("--demo 600", program, **own).end(0, "5 of 5 models trained")
     old = whole(folder)
-    for phase in "starting", "starting", "starting", "embedded PostgreSQL", "songs read", "genre: evaluating", "similar: done", "energy: fitting":
+    for phase in (
+        "starting",
+        "starting",
+        "starting",
+        "embedded PostgreSQL",
+        "songs read",
+        "genre: evaluating",
+        "similar: done",
+        "energy: fitting",
+    ):
         run = Run("--demo 600", program, **own).at(phase)
         run.process.kill()
         run.end(-signal.SIGKILL)
@@ -743,6 +1008,7 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
 # The disk is full, the database goes away, several runs at once
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def small_disk(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", tmp_path], check=True)
@@ -754,11 +1020,16 @@ def small_disk(tmp_path):
 def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, webhook):
     folder, filler = small_disk / "models", small_disk / "filler"
     Run(f"--only clusters,energy --models-dir {folder}").end()
-    for free, status, said, trained in (0, 3, "0 of 2 models trained", []), (400, 1, "failed: energy", ["clusters"]):  # KiB
+    for free, status, said, trained in (
+        (0, 3, "0 of 2 models trained", []),
+        (400, 1, "failed: energy", ["clusters"]),
+    ):  # KiB
         old, room = whole(folder), shutil.disk_usage(small_disk).free
         with open(filler, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - free * 1024)
-        Run(f"--only clusters,energy --models-dir {folder}").end(status, said, f"there is no space left for {folder}")
+        Run(f"--only clusters,energy --models-dir {folder}").end(
+            status, said, f"there is no space left for {folder}"
+        )
         assert [name for name, run in whole(folder).items() if run != old[name]] == trained
         assert "there is no space left" in json.dumps(webhook.got[-1][0])
         filler.unlink()
@@ -769,9 +1040,18 @@ def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, webhook):
 def test_the_database_is_stopped_amid_the_read_and_comes_back(prefect, folder, tmp_path):
     url = db.start_server(folder, "songs")
     db.load_demo(800, url, "spotify_songs")
-    execute(url, "CREATE VIEW slow_songs AS SELECT * FROM spotify_songs WHERE pg_sleep(0.005) IS NOT NULL")
-    run = Run(f"--only clusters --table-name slow_songs --models-dir {tmp_path}", DATABASE_URL=url, DATABASE_RETRY_SECONDS=4)
-    assert wait_until(lambda: execute(url, "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'COPY%'"), 60), run.text
+    execute(
+        url,
+        "CREATE VIEW slow_songs AS SELECT * FROM spotify_songs WHERE pg_sleep(0.005) IS NOT NULL",
+    )
+    run = Run(
+        f"--only clusters --table-name slow_songs --models-dir {tmp_path}",
+        DATABASE_URL=url,
+        DATABASE_RETRY_SECONDS=4,
+    )
+    assert wait_until(
+        lambda: execute(url, "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'COPY%'"), 60
+    ), run.text
     os.kill(int(next(folder.rglob("postmaster.pid")).read_text().split()[0]), signal.SIGQUIT)
     run.at("retrying in 4 s (1 of 2)")
     db.start_server(folder, "songs")
@@ -784,50 +1064,75 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     """And each starts Prefect where it never ran."""
     own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path / "prefect"}
     runs = [Run(f"--only clusters --models-dir {tmp_path}/{i % 3}", **own) for i in range(10)]
-    assert sorted(run.process.wait(200) for run in runs) == [0] * 3 + [75] * 7, [run.text for run in runs]
+    assert sorted(run.process.wait(200) for run in runs) == [0] * 3 + [75] * 7, [
+        run.text for run in runs
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Beyond one machine: a Prefect server on its usual port, its scheduler, a work pool, a Dask cluster
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @slow
 def test_a_prefect_server_on_its_usual_port_is_found(table, tmp_path):
     if answers("http://127.0.0.1:4200/api/health"):
         pytest.skip("somebody's Prefect server has that port")
     with prefect_server(tmp_path / "prefect", 4200):
-        Run(f"--only clusters --models-dir {tmp_path}", PREFECT_API_URL=None, PREFECT_HOME=tmp_path).end()
+        Run(
+            f"--only clusters --models-dir {tmp_path}", PREFECT_API_URL=None, PREFECT_HOME=tmp_path
+        ).end()
         assert last_run()["state"]["name"] == "Completed"
 
 
 def deployed(line, state):
     """Start a run of a deployment, as people do, and wait for that state."""
-    run = {"id": re.search(r"UUID: (\S+)", Run(f"prefect deployment run ml-training-pipeline/{line}", "-m").end())[1]}
+    run = {
+        "id": re.search(
+            r"UUID: (\S+)", Run(f"prefect deployment run ml-training-pipeline/{line}", "-m").end()
+        )[1]
+    }
     return wait_until(lambda: kept("flow_runs", run)[0]["state"]["name"] == state, 120)
 
 
 @slow
 def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(table, toys, tmp_path):
     own = toys("endless")
-    Run("--serve", PREFECT_API_URL="http://127.0.0.1:9/api").end(2, "http://127.0.0.1:9/api does not answer as a Prefect API")
-    Run("--serve --cron '0 3 * *'").end(2, "--cron '0 3 * *' is no cron expression; write five fields")
-    serving = Run(f"--serve --cron '0 3 * * *' --only clusters --models-dir {tmp_path}", **own).at("serving ml-training-pipeline")
-    deployment, = kept("deployments")
-    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == ["0 3 * * *"] and not deployment["paused"]
+    Run("--serve", PREFECT_API_URL="http://127.0.0.1:9/api").end(
+        2, "http://127.0.0.1:9/api does not answer as a Prefect API"
+    )
+    Run("--serve --cron '0 3 * *'").end(
+        2, "--cron '0 3 * *' is no cron expression; write five fields"
+    )
+    serving = Run(f"--serve --cron '0 3 * * *' --only clusters --models-dir {tmp_path}", **own).at(
+        "serving ml-training-pipeline"
+    )
+    (deployment,) = kept("deployments")
+    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == [
+        "0 3 * * *"
+    ] and not deployment["paused"]
     assert deployment["parameter_openapi_schema"]["properties"]["n_clusters"]["minimum"] == 2
     assert deployed("ml-training-pipeline --param n_clusters=3", "Completed"), serving.text
     assert len(models.read_report("clusters", tmp_path)["metrics"]["sizes"]) == 3
-    assert deployed("""ml-training-pipeline --param 'only=["endless"]'""", "Running") and wait_until(own["TOY_LOG"].exists, 60)
+    assert deployed(
+        """ml-training-pipeline --param 'only=["endless"]'""", "Running"
+    ) and wait_until(own["TOY_LOG"].exists, 60)
     serving.process.terminate()
     serving.end(143, seconds=10)
-    assert last_run()["state"]["name"] == "Cancelled" and kept("deployments")[0]["paused"], "nothing piles up meanwhile"
+    assert last_run()["state"]["name"] == "Cancelled" and kept("deployments")[0]["paused"], (
+        "nothing piles up meanwhile"
+    )
 
 
 @slow
 def test_a_work_pool_runs_the_flow_elsewhere(table, tmp_path):
     Run("prefect work-pool create songs --type process", "-m").end()
-    Run("prefect --no-prompt deploy train.py:ml_training_pipeline -n nightly -p songs "
-        f"--param models_dir={tmp_path}", "-m", ROOT).end()
+    Run(
+        "prefect --no-prompt deploy train.py:ml_training_pipeline -n nightly -p songs "
+        f"--param models_dir={tmp_path}",
+        "-m",
+        ROOT,
+    ).end()
     worker = Run("prefect worker start --pool songs", "-m")
     assert deployed("""nightly --param 'only=["clusters", "similar"]'""", "Completed"), worker.text
     assert models.load_model("similar", tmp_path)["rows"] == 600
@@ -837,14 +1142,25 @@ def test_a_work_pool_runs_the_flow_elsewhere(table, tmp_path):
 @slow
 def test_dask_survives_a_worker_that_is_killed_amid_a_fit(table, tmp_path):
     from distributed import Client
+
     db.load_demo(5_000, table, "spotify_songs")
-    own, address = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path}, f"tcp://127.0.0.1:{free_port()}"
+    own, address = (
+        {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path},
+        f"tcp://127.0.0.1:{free_port()}",
+    )
     line = f"--models-dir {tmp_path} --dask {address}"
     Run(line).end(3, f"no Dask cluster with a worker answers at {address}")
-    cluster = [Run(f"distributed.cli.dask_{words} {address} --no-dashboard", "-m", **own).at("tcp://")
-               for words in ("scheduler --host", "worker --nthreads 1", "worker --nthreads 1")]
+    cluster = [
+        Run(f"distributed.cli.dask_{words} {address} --no-dashboard", "-m", **own).at("tcp://")
+        for words in ("scheduler --host", "worker --nthreads 1", "worker --nthreads 1")
+    ]
     with Client(address, set_as_default=False) as client:
-        run, fits = Run(line), lambda: [worker for worker, keys in client.processing().items() if "train" in str(keys)]
+        run, fits = (
+            Run(line),
+            lambda: [
+                worker for worker, keys in client.processing().items() if "train" in str(keys)
+            ],
+        )
         assert wait_until(fits, 120), run.text
         time.sleep(1)
         os.kill(client.run(os.getpid)[fits()[0]], signal.SIGKILL)
@@ -888,11 +1204,17 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
     monkeypatch.setenv("DATABASE_URL", "host=h password=s3cr:et/@")
     text = "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ https://x/api/webhooks/12/abc Password=q1 s3cr:et/@s"
-    assert db.redact(text) == "*** *** *** postgres://x:***@z/ https://x/api/webhooks/12/*** Password=*** s3cr:et/@s"
+    assert (
+        db.redact(text)
+        == "*** *** *** postgres://x:***@z/ https://x/api/webhooks/12/*** Password=*** s3cr:et/@s"
+    )
 
 
-@pytest.mark.parametrize("bad", "nonsense mysql://u:s3cr@h/d postgres://u:a/s3cr@h/d postgres://u:x@s3cr@h/d postgres://u:p@h:s3cr/d "
-                                "postgresql+psycopg2://u:s3cr@h/d host='s3cr postgresql://m:x@y/s3cr@127.0.0.1:5432/d".split())
+@pytest.mark.parametrize(
+    "bad",
+    "nonsense mysql://u:s3cr@h/d postgres://u:a/s3cr@h/d postgres://u:x@s3cr@h/d postgres://u:p@h:s3cr/d "
+    "postgresql+psycopg2://u:s3cr@h/d host='s3cr postgresql://m:x@y/s3cr@127.0.0.1:5432/d".split(),
+)
 def test_malformed_url(monkeypatch, bad):
     monkeypatch.setenv("DATABASE_URL", bad)
     refused("not a connection string; write postgresql://.* %40 for @.* %2F for /", db.database_url)
@@ -903,8 +1225,14 @@ USER = "import db, sys, psycopg2; psycopg2.connect(db.start_server(sys.argv[1], 
 
 
 def start(folder, **environment):
-    return subprocess.Popen([sys.executable, "-c", USER, folder], cwd=ROOT, env=os.environ | environment,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", USER, folder],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def up(user):
@@ -918,7 +1246,7 @@ def kill(user):
 
 def test_several_first_starts_and_users_that_are_killed(folder):
     early = start(folder)
-    time.sleep(.6)
+    time.sleep(0.6)
     kill(early)
     users = [start(folder) for _ in range(3)]
     assert all(map(up, users))
@@ -946,10 +1274,19 @@ def test_unusual_places(folder):
 @slow
 def test_recovery_takes_half_a_minute(folder):
     def recovery(sign):
-        return subprocess.call(f"pkill {sign} -f startup -P $(head -1 {folder}/data/postmaster.pid)", shell=True) == 0
+        return (
+            subprocess.call(
+                f"pkill {sign} -f startup -P $(head -1 {folder}/data/postmaster.pid)", shell=True
+            )
+            == 0
+        )
+
     user = start(folder)
     assert up(user)
-    execute(f"postgresql://postgres@/music?host={folder}/data", "CREATE TABLE t AS SELECT repeat('x', 200) FROM generate_series(1, 1000000)")
+    execute(
+        f"postgresql://postgres@/music?host={folder}/data",
+        "CREATE TABLE t AS SELECT repeat('x', 200) FROM generate_series(1, 1000000)",
+    )
     os.kill(int((folder / "data" / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
     kill(user)
     time.sleep(3)
@@ -964,9 +1301,17 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     monkeypatch.setenv("DATABASE_URL", "")
     monkeypatch.setattr(db, "ROOT", folder.parent)
     path = write(tmp_path / "a.csv", [song(track_id=i, genre=f"g{i % 2}") for i in range(40)])
-    assert db.check(path, "songs", None)[-1][1] == "ok" and not (folder.parent / ".postgres").exists()
+    assert (
+        db.check(path, "songs", None)[-1][1] == "ok" and not (folder.parent / ".postgres").exists()
+    )
     url = db.database_url()
-    refused('"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs', db.check, None, "songs", None)
+    refused(
+        '"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs',
+        db.check,
+        None,
+        "songs",
+        None,
+    )
     assert db.load_csv(path, url, "songs")["loaded"] == 40
     assert {state for _, state, _ in db.check(None, "songs", None)} == {"ok"}
     db._servers.pop(folder.parent / ".postgres").close()
@@ -986,7 +1331,13 @@ def test_connection_failures(url, tmp_path):
             GRANT SELECT ON songs TO guest | {guest}"""):
         refused(text, db.check_table, other, "songs")
     refused("GRANT USAGE, CREATE ON SCHEMA public TO guest", db.load_csv, path, guest, "new")
-    refused("GRANT SELECT, INSERT, UPDATE, TRUNCATE ON songs TO guest", db.load_csv, path, guest, "songs")
+    refused(
+        "GRANT SELECT, INSERT, UPDATE, TRUNCATE ON songs TO guest",
+        db.load_csv,
+        path,
+        guest,
+        "songs",
+    )
     execute(url, f"ALTER DATABASE {value(url, 'current_database()')} CONNECTION LIMIT 0")
     for text, other in cells(f"""
             refused.*Is the server running | postgresql://owner:s3cr@127.0.0.1:9/x
@@ -1006,11 +1357,19 @@ def certified(at, run):
 @pytest.fixture(scope="session")
 def managed():
     """(URI, folder of certificates): a server that takes TLS only, on "localhost", and ends idle connections."""
-    binaries = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=None)
+    binaries = max(
+        Path("/usr/lib/postgresql").glob("*/bin"),
+        key=lambda path: int(path.parent.name),
+        default=None,
+    )
     if not (binaries and shutil.which("openssl") and shutil.which("pgbouncer")):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("for this test: apt-get install postgresql pgbouncer openssl")
-    options = (f"-c ssl=on -c ssl_cert_file=../localhost.pem -c ssl_key_file=../localhost.key -c idle_session_timeout={IDLE_MS} "
-               f"-c idle_in_transaction_session_timeout={IDLE_MS}")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "for this test: apt-get install postgresql pgbouncer openssl"
+        )
+    options = (
+        f"-c ssl=on -c ssl_cert_file=../localhost.pem -c ssl_key_file=../localhost.key -c idle_session_timeout={IDLE_MS} "
+        f"-c idle_in_transaction_session_timeout={IDLE_MS}"
+    )
     with password_server(binaries, options, certified) as server:
         yield server
 
@@ -1039,7 +1398,12 @@ def pooled(managed):
     (url, at), port = managed, free_port()
     (at / "users").write_text('"owner" "s3cr:et/@"\n')
     (at / "pgbouncer.ini").write_text(POOLER.format(re.search(r":(\d+)/", url)[1], port))
-    bouncer = subprocess.Popen(["pgbouncer", "-q", "pgbouncer.ini"], **db._server_user(at), cwd=at, stderr=subprocess.DEVNULL)
+    bouncer = subprocess.Popen(
+        ["pgbouncer", "-q", "pgbouncer.ini"],
+        **db._server_user(at),
+        cwd=at,
+        stderr=subprocess.DEVNULL,
+    )
     time.sleep(1)
     yield re.sub(r":\d+/", f":{port}/", url) + f"?sslmode=verify-full&sslrootcert={at}/ca.pem"
     bouncer.terminate()
@@ -1051,20 +1415,27 @@ def test_tls(managed):
     url, at = managed
     for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
         assert value(url + mode, "ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-    fix, verified = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert=", "?sslmode=verify-full&sslrootcert="
+    fix, verified = (
+        r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert=",
+        "?sslmode=verify-full&sslrootcert=",
+    )
     for text, bad in cells(rf"""
             certificate.*[^.]{fix} | {url}{verified}{at}/other.pem
             certificate.*[^.]{fix} | {url}{verified}/no/such.pem
             not match host name "127.0.0.1"{fix} | {url.replace("localhost", "127.0.0.1")}{verified}{at}/ca.pem
             no encryption\. Add \?sslmode=require | {url}?sslmode=disable
             password authentication failed for user "owner". Correct user | {url.replace(PASSWORD, "x")}"""):
-        refused(text, db.check_table, bad, "t")  # the last: libpq tries again without TLS, and that answer must not hide the first
+        refused(
+            text, db.check_table, bad, "t"
+        )  # the last: libpq tries again without TLS, and that answer must not hide the first
 
 
 @slow
 def test_a_pooler_in_transaction_mode(pooled, tmp_path):
     """Everything db.py does, through the only connection the pooler has to the server, which ends those that idle."""
-    db.demo_songs(30_000).to_csv(tmp_path / "a.csv", index=False)  # to convert them takes longer than IDLE_MS
+    db.demo_songs(30_000).to_csv(
+        tmp_path / "a.csv", index=False
+    )  # to convert them takes longer than IDLE_MS
     db.check_table(pooled, "songs", for_csv=True)
     for truncate in False, True:
         assert db.load_csv(tmp_path / "a.csv", pooled, "songs", truncate)["loaded"] == 30_000
@@ -1074,14 +1445,18 @@ def test_a_pooler_in_transaction_mode(pooled, tmp_path):
             lock_timeout | 0
             work_mem | 4MB
             transaction_read_only | off"""):
-        assert value(pooled, f"current_setting('{name}')") == default, "it stayed with the pooler's connection"
+        assert value(pooled, f"current_setting('{name}')") == default, (
+            "it stayed with the pooler's connection"
+        )
     for text, options in cells(r"""
             unsupported startup parameter: options. A pooler stands | ?sslmode=require&options=-cwork_mem%3D1GB
             SSL required. Add \?sslmode=require | ?sslmode=disable"""):
         refused(text, db.check_table, re.sub(r"\?.*", options, pooled), "t")
 
 
-WAITING = "count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+WAITING = (
+    "count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+)
 
 
 def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkeypatch):
@@ -1091,14 +1466,28 @@ def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkey
     def run(query):
         with db.connect(url, statement_ms=900) as cursor:
             cursor.execute(query)
+
     with db.connect(url) as other:
         other.execute("LOCK TABLE songs IN ACCESS SHARE MODE")
-        refused("Somebody else held a lock", lambda: load(url, tmp_path, [GOOD], truncate=True), kind=DatabaseUnavailable)
-    for text, query in ("statement timeout", "SELECT pg_sleep(5)"), ("PostgreSQL at", "SELECT pg_terminate_backend(pg_backend_pid())"):
+        refused(
+            "Somebody else held a lock",
+            lambda: load(url, tmp_path, [GOOD], truncate=True),
+            kind=DatabaseUnavailable,
+        )
+    for text, query in (
+        ("statement timeout", "SELECT pg_sleep(5)"),
+        ("PostgreSQL at", "SELECT pg_terminate_backend(pg_backend_pid())"),
+    ):
         refused(text, run, query, kind=DatabaseUnavailable)
-    execute(url, f"ALTER DATABASE {value(url, 'current_database()')} SET default_transaction_read_only = on")
+    execute(
+        url,
+        f"ALTER DATABASE {value(url, 'current_database()')} SET default_transaction_read_only = on",
+    )
     for call in (db.check_table, url, "new", True), (load, url, tmp_path, [GOOD]):
-        refused("read-only transaction. Use the primary server, not a replica or a read-only role, in DATABASE_URL", *call)
+        refused(
+            "read-only transaction. Use the primary server, not a replica or a read-only role, in DATABASE_URL",
+            *call,
+        )
     assert db.check_table(url, "songs")["rows"] == len(db.load_songs(url, "songs")) == 1
 
 
@@ -1107,8 +1496,19 @@ def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
     calls = "load_songs(url, 'songs')", "load_csv(path, url, 'songs', truncate=True)"
     with db.connect(url) as holder:
         holder.execute("LOCK TABLE songs")
-        processes = [subprocess.Popen([sys.executable, "-c", f"import db, sys; url, path = sys.argv[1:]; db.{call}", url, tmp_path / "a.csv"],
-                                      cwd=ROOT) for call in calls]
+        processes = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import db, sys; url, path = sys.argv[1:]; db.{call}",
+                    url,
+                    tmp_path / "a.csv",
+                ],
+                cwd=ROOT,
+            )
+            for call in calls
+        ]
         assert wait_until(lambda: value(url, WAITING) == 2)
         for process in processes:
             kill(process)
@@ -1119,18 +1519,44 @@ def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
 # ---- tables --------------------------------------------------------------------------------------------------------
 def test_names_of_tables(url, tmp_path):
     load(url, tmp_path, [GOOD])
-    for name in 'songs"; drop table songs; --', "x'; drop table songs", "a.b.c", "%s", "{}", "söngs", "Songs", ".":
-        refused("does not exist. Tables with the required columns: songs; choose one with --table-name", db.load_songs, url, name)
+    for name in (
+        'songs"; drop table songs; --',
+        "x'; drop table songs",
+        "a.b.c",
+        "%s",
+        "{}",
+        "söngs",
+        "Songs",
+        ".",
+    ):
+        refused(
+            "does not exist. Tables with the required columns: songs; choose one with --table-name",
+            db.load_songs,
+            url,
+            name,
+        )
     for name in "", "a\0b", "x" * 64:
         refused("--table-name must", db.check_table, url, name)
-    execute(url, "CREATE TABLE less AS SELECT track_id, energy FROM songs; CREATE VIEW seen AS SELECT * FROM songs; "
-                 "CREATE SCHEMA music; CREATE TABLE music.songs (LIKE songs)")
-    refused("lacks the columns artist_name, .*; it has track_id, energy", db.check_table, url, "less")
+    execute(
+        url,
+        "CREATE TABLE less AS SELECT track_id, energy FROM songs; CREATE VIEW seen AS SELECT * FROM songs; "
+        "CREATE SCHEMA music; CREATE TABLE music.songs (LIKE songs)",
+    )
+    refused(
+        "lacks the columns artist_name, .*; it has track_id, energy", db.check_table, url, "less"
+    )
     refused('"music.songs" is empty', db.check_table, url, "music.songs")
     refused("no song that can be used", db.load_songs, url, "music.songs")
     refused("is a view", db.load_csv, tmp_path / "a.csv", url, "seen")
-    assert db.check_table(url, "new", for_csv=True)["rows"] == 0 and value(url, "to_regclass('new')") is None
-    assert len(db.load_songs(url, "seen")) == db.load_csv(tmp_path / "a.csv", url, "music.songs")["loaded"] == 1
+    assert (
+        db.check_table(url, "new", for_csv=True)["rows"] == 0
+        and value(url, "to_regclass('new')") is None
+    )
+    assert (
+        len(db.load_songs(url, "seen"))
+        == db.load_csv(tmp_path / "a.csv", url, "music.songs")["loaded"]
+        == 1
+    )
 
 
 NUMBERS = cells("""
@@ -1149,23 +1575,45 @@ def test_numbers_that_are_none_in_a_table(url, caplog, kind):
     columns = ", ".join(f"{column} {'text' if column in db.TEXT else kind}" for column in HEADER)
     execute(url, f"CREATE TABLE songs ({columns}, tempo {kind}, year date)")
     for number, (energy, tempo) in enumerate(NUMBERS):  # the last two are the same song
-        row = *song(track_id=f"id{min(number, 6)}")[:6], energy or None, *GOOD[7:], tempo, "2019-06-14"
+        row = (
+            *song(track_id=f"id{min(number, 6)}")[:6],
+            energy or None,
+            *GOOD[7:],
+            tempo,
+            "2019-06-14",
+        )
         execute(url, "INSERT INTO songs VALUES %s", row)
     songs = db.load_songs(url, "songs")
     read = songs[["track_id", "energy", "tempo", "year"]].fillna(0).to_numpy().tolist()
-    assert read == [["id0", .5, 120, 2019], ["id4", .25, 0, 2019], ["id6", .5, 1, 2019]]
-    assert all(said in caplog.text for said in ("4 × energy is not", "1 × repeated track_id", "1 × tempo"))
+    assert read == [["id0", 0.5, 120, 2019], ["id4", 0.25, 0, 2019], ["id6", 0.5, 1, 2019]]
+    assert all(
+        said in caplog.text for said in ("4 × energy is not", "1 × repeated track_id", "1 × tempo")
+    )
 
 
 # ---- CSV files -----------------------------------------------------------------------------------------------------
 LINE, GOOD_LINE = ",".join(HEADER).encode(), ",".join(GOOD).encode()
 BAD = {
-    "empty": (b"", "is empty"), "blank": (b"\n\n", "is empty"), "header only": (LINE, "there is only a header"),
-    "no header": (b"1,2,3\n4,5,6\n", "lacks the columns .* found: 1, 2, 3. .*the first line must name"),
-    "lacks": (b"title,artist,nrgy\n", r'lacks the columns danceability, energy \(closest: "nrgy"\), .*; found: title, artist, nrgy. Rename or add them'),
-    "cut gzip": (gzip.compress(LINE + b"\n" + os.urandom(9999))[:-99], "is a damaged gzip file .*copy it again"),
-    "most bad": (LINE + b"\nid1,,t" * 51 + (b"\n" + GOOD_LINE) * 49,
-                 "51 of 100 rows cannot be loaded .51 × 3 fields instead of 12.; the table is unchanged. line 2: 3 fields instead of 12: id1,,t; line 3")}
+    "empty": (b"", "is empty"),
+    "blank": (b"\n\n", "is empty"),
+    "header only": (LINE, "there is only a header"),
+    "no header": (
+        b"1,2,3\n4,5,6\n",
+        "lacks the columns .* found: 1, 2, 3. .*the first line must name",
+    ),
+    "lacks": (
+        b"title,artist,nrgy\n",
+        r'lacks the columns danceability, energy \(closest: "nrgy"\), .*; found: title, artist, nrgy. Rename or add them',
+    ),
+    "cut gzip": (
+        gzip.compress(LINE + b"\n" + os.urandom(9999))[:-99],
+        "is a damaged gzip file .*copy it again",
+    ),
+    "most bad": (
+        LINE + b"\nid1,,t" * 51 + (b"\n" + GOOD_LINE) * 49,
+        "51 of 100 rows cannot be loaded .51 × 3 fields instead of 12.; the table is unchanged. line 2: 3 fields instead of 12: id1,,t; line 3",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -1198,10 +1646,16 @@ class Web(http.server.BaseHTTPRequestHandler):
 def test_http(url):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        fetch = lambda name: db.load_csv(f"http://127.0.0.1:{server.server_port}/{name}", url, "songs", truncate=True)
+        fetch = lambda name: db.load_csv(
+            f"http://127.0.0.1:{server.server_port}/{name}", url, "songs", truncate=True
+        )
         assert fetch("a.csv")["loaded"] == fetch("a.csv.gz")["loaded"] == 1
         refused("could not be fetched .*404.*check the address given as --csv-path", fetch, "404")
-        for name, text in ("503", "503.*try again later"), ("cut", "it broke off 1 bytes before its end"), ("chunks", "IncompleteRead"):
+        for name, text in (
+            ("503", "503.*try again later"),
+            ("cut", "it broke off 1 bytes before its end"),
+            ("chunks", "IncompleteRead"),
+        ):
             refused("could not be fetched .*" + text, fetch, name, kind=DatabaseUnavailable)
         server.shutdown()
     refused("could not be fetched .*refused", fetch, "a.csv", kind=DatabaseUnavailable)
@@ -1218,8 +1672,10 @@ REJECTED = cells("""
     13 fields instead of 12 | i,,A,T,pop,50,.5,.5,-7,.1,.2,0,.9
     11 fields instead of 12 | i,T,pop,50,.5,.5,-7,.1,.2,0,.9""")
 REJECTED += [["1000001 fields", "i" + "," * 1_000_000]]
-REJECTED += [[ENERGY, f"i,A,T,pop,50,.5,{energy},-7,.1,.2,0,.9"]
-             for energy in ("loud", "", "1e999", "-inf", "nan", "0_1", '"1,5"', "0x1A", "1.5")]
+REJECTED += [
+    [ENERGY, f"i,A,T,pop,50,.5,{energy},-7,.1,.2,0,.9"]
+    for energy in ("loud", "", "1e999", "-inf", "nan", "0_1", '"1,5"', "0x1A", "1.5")
+]
 
 
 def test_rejected_rows_are_kept(url, tmp_path):
@@ -1235,7 +1691,11 @@ def test_rejected_rows_are_kept(url, tmp_path):
     for number, ((reason, line), (at, why, *row)) in enumerate(zip(REJECTED, kept)):
         assert int(at) == 2 * number + 3 and why.startswith(reason)
         assert ",".join(row).replace('"', "") == line.replace('"', "")
-    assert (result["read"], result["loaded"], result["rejected"].total()) == (2 * bad + 1, bad + 1, bad)
+    assert (result["read"], result["loaded"], result["rejected"].total()) == (
+        2 * bad + 1,
+        bad + 1,
+        bad,
+    )
     assert result["examples"][0] == f"line 3: no track_id: {REJECTED[0][1]}"
     assert db.load_songs(url, "songs").iloc[-1, 1:3].tolist() == ['12" Mix', "two\nlines"]
     load(url, tmp_path, [GOOD], rejected_path=tmp_path / "r.csv")
@@ -1244,51 +1704,119 @@ def test_rejected_rows_are_kept(url, tmp_path):
 
 @pytest.mark.parametrize("key", ["PRIMARY KEY", ""])
 def test_upsert_repeats_truncate_and_columns_of_the_users(url, tmp_path, key):
-    columns = ", ".join(f"{column} {'text' if column in db.TEXT else 'real'}" for column in HEADER[1:])
-    execute(url, f"CREATE TABLE songs (mine text DEFAULT 'kept', track_id varchar(40) {key}, {columns}, "
-                 "year smallint, explicit boolean, CHECK (energy < .7))")
+    columns = ", ".join(
+        f"{column} {'text' if column in db.TEXT else 'real'}" for column in HEADER[1:]
+    )
+    execute(
+        url,
+        f"CREATE TABLE songs (mine text DEFAULT 'kept', track_id varchar(40) {key}, {columns}, "
+        "year smallint, explicit boolean, CHECK (energy < .7))",
+    )
     header = [*HEADER, "year", "tempo", "explicit"]
     load(url, tmp_path, [[*song(track_id=name), "2019", "1", "yes"] for name in "abc"], header)
     execute(url, "UPDATE songs SET mine = 'touched'")
-    rows = [[*song(track_id="b", energy=energy), "2020", "1", "0"] for energy in (.1, .2, .25)]
+    rows = [[*song(track_id="b", energy=energy), "2020", "1", "0"] for energy in (0.1, 0.2, 0.25)]
     rows.append([*song(track_id="d", energy=1e-310), "", "", ""])
     result = load(url, tmp_path, rows, header)
     assert (result["read"], result["loaded"], result["repeated"]) == (4, 2, 2)
-    assert execute(url, "SELECT concat_ws(' ', track_id, mine, energy, year, explicit) FROM songs ORDER BY 1") == [
-        ("a touched 0.5 2019 t",), ("b touched 0.25 2020 f",), ("c touched 0.5 2019 t",), ("d kept 0",)]
-    refused("violates check constraint", lambda: load(url, tmp_path, [song(energy=".8")], truncate=True))
+    assert execute(
+        url, "SELECT concat_ws(' ', track_id, mine, energy, year, explicit) FROM songs ORDER BY 1"
+    ) == [
+        ("a touched 0.5 2019 t",),
+        ("b touched 0.25 2020 f",),
+        ("c touched 0.5 2019 t",),
+        ("d kept 0",),
+    ]
+    refused(
+        "violates check constraint", lambda: load(url, tmp_path, [song(energy=".8")], truncate=True)
+    )
     assert value(url, "count(*) FROM songs") == 4
-    assert load(url, tmp_path, rows, header, truncate=True)["loaded"] == value(url, "count(*) FROM songs") == 2
+    assert (
+        load(url, tmp_path, rows, header, truncate=True)["loaded"]
+        == value(url, "count(*) FROM songs")
+        == 2
+    )
 
 
-NASTY = ["NA", "None", '"', '""', "a\nb", "a\r\nb", "a\rb", "\\.", "x\n\\.\ny", "\\N", "=cmd()", "שלום ‮abc", "🎵" * 50, "x" * 10_000, " lead and trail ",
-         "a,b;c\t", "1e999", "-1", "nan", "[]", '["', "1e-310", "4/4", "C#", "{}", "", " "]
+NASTY = [
+    "NA",
+    "None",
+    '"',
+    '""',
+    "a\nb",
+    "a\r\nb",
+    "a\rb",
+    "\\.",
+    "x\n\\.\ny",
+    "\\N",
+    "=cmd()",
+    "שלום ‮abc",
+    "🎵" * 50,
+    "x" * 10_000,
+    " lead and trail ",
+    "a,b;c\t",
+    "1e999",
+    "-1",
+    "nan",
+    "[]",
+    '["',
+    "1e-310",
+    "4/4",
+    "C#",
+    "{}",
+    "",
+    " ",
+]
 
 
 def test_round_trip(url, tmp_path):
     """What goes in valid comes out equal, what is invalid is left out; no optional cell, whatever it holds, costs a row."""
     rng = random.Random(0)
     texts = NASTY + ["".join(map(chr, rng.sample(range(1, 0xD800), 12))) for _ in range(100)]
-    table = [[f"id{number:03}", *rng.choices(texts, k=2), *GOOD[3:], *rng.choices(texts, k=9)] for number in range(500)]
+    table = [
+        [f"id{number:03}", *rng.choices(texts, k=2), *GOOD[3:], *rng.choices(texts, k=9)]
+        for number in range(500)
+    ]
     load(url, tmp_path, table, [*HEADER, *db.OPTIONAL])
-    good = [row[:3] for row in table if row[1].strip() not in ("", "[]") and row[2].strip()]  # []: a list of nobody
-    assert db.load_songs(url, "songs")[["track_id", "artist_name", "track_name"]].to_numpy().tolist() == good
+    good = [
+        row[:3] for row in table if row[1].strip() not in ("", "[]") and row[2].strip()
+    ]  # []: a list of nobody
+    assert (
+        db.load_songs(url, "songs")[["track_id", "artist_name", "track_name"]].to_numpy().tolist()
+        == good
+    )
 
 
 # ---- songs as people have them -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("header, ours", cells("""
+@pytest.mark.parametrize(
+    "header, ours",
+    cells("""
     ,track_id,artists,album_name,track_name,track_genre | track_id artist_name album_name track_name genre
     Track URI,Track Name,Album Name,Artist Name(s),Release Date | track_id track_name album_name artist_name year
     Track URI,Duration (ms),Genres,Time Signature | track_id duration_ms genre time_signature
     artist,song,song_popularity,audio_valence,Loudness (dB),top genre | artist_name track_name popularity valence loudness genre
     id,name,track_artist,Track-Popularity,track_album_release_date | track_id track_name artist_name popularity year
     playlist_genre,danceability_% | genre danceability
-    ID ,Track_ID,singer,title,released_year | track_id artist_name track_name year"""))
+    ID ,Track_ID,singer,title,released_year | track_id artist_name track_name year"""),
+)
 def test_names_of_the_public_sets(header, ours):
-    assert sorted(db.our_columns(header.split(","))) == sorted(ours.split()) and db.our_columns(["ID", "Track_ID"]) == {"track_id": 1}
+    assert sorted(db.our_columns(header.split(","))) == sorted(ours.split()) and db.our_columns(
+        ["ID", "Track_ID"]
+    ) == {"track_id": 1}
 
 
-PEOPLE = ["Track Name", "Artist Name(s)", "Genres", *HEADER[5:], "Release Date", "Key", "Mode", "Time-Signature", "Explicit", "Tempo"]
+PEOPLE = [
+    "Track Name",
+    "Artist Name(s)",
+    "Genres",
+    *HEADER[5:],
+    "Release Date",
+    "Key",
+    "Mode",
+    "Time-Signature",
+    "Explicit",
+    "Tempo",
+]
 WRITTEN = cells("""
     NA | None |  |  | H | dorian | NaN | maybe | 1e999
     T | ['A', "B's"] | ['rock', 'pop'] | 6/25/2013 | C# | Major | 4/4 | TRUE | 120.5
@@ -1304,25 +1832,42 @@ Two|[bracket]||1999|11|1|3|0|
 
 def test_what_people_write_in_a_csv_and_in_a_table(url, tmp_path, caplog):
     def understood(songs):
-        return songs.sort_values("track_name")[shown].to_csv(sep="|", header=False, index=False, float_format="%g")
+        return songs.sort_values("track_name")[shown].to_csv(
+            sep="|", header=False, index=False, float_format="%g"
+        )
+
     shown = "track_name artist_name genre year key mode time_signature explicit tempo".split()
     rows = [[*row[:3], *GOOD[5:], *row[3:]] for row in WRITTEN]
     result = load(url, tmp_path, rows, PEOPLE)
-    assert result["loaded"] == 4 and result["unread"] == {"key": 1, "mode": 1, "explicit": 1, "tempo": 2} and "2 × tempo, 1 × key" in caplog.text
+    assert (
+        result["loaded"] == 4
+        and result["unread"] == {"key": 1, "mode": 1, "explicit": 1, "tempo": 2}
+        and "2 × tempo, 1 × key" in caplog.text
+    )
     songs, (written, read) = db.load_songs(url, "songs"), db.read_csv(tmp_path / "a.csv")
-    assert understood(songs) == understood(read) == MEANT and sorted(read) == sorted(db.REQUIRED + db.OPTIONAL)
-    assert "popularity" not in songs and "album_name" not in songs and songs.track_id.str.fullmatch("[0-9a-f]{32}").all()
+    assert understood(songs) == understood(read) == MEANT and sorted(read) == sorted(
+        db.REQUIRED + db.OPTIONAL
+    )
+    assert (
+        "popularity" not in songs
+        and "album_name" not in songs
+        and songs.track_id.str.fullmatch("[0-9a-f]{32}").all()
+    )
     assert list(written) == PEOPLE and written.to_numpy().tolist() == rows
     columns = shown[:3] + HEADER[5:] + shown[3:]
     execute(url, f"CREATE TABLE texts ({' text, '.join(columns)} text)")
     for row in rows:
-        execute(url, "INSERT INTO texts VALUES %s", (row[0], row[1].replace("A, B", "A;B"), *row[2:]))
+        execute(
+            url, "INSERT INTO texts VALUES %s", (row[0], row[1].replace("A, B", "A;B"), *row[2:])
+        )
     pd.testing.assert_frame_equal(db.load_songs(url, "texts"), songs)
 
 
 @pytest.mark.parametrize("encoding, mark", [("utf-8-sig", "\t"), ("utf-16", ";"), ("cp1252", ",")])
 def test_encodings_and_separators(url, tmp_path, caplog, encoding, mark):
-    path = write(tmp_path / "a.csv", [song(track_name="Jóga – 1", artist_name="Björk")], delimiter=mark)
+    path = write(
+        tmp_path / "a.csv", [song(track_name="Jóga – 1", artist_name="Björk")], delimiter=mark
+    )
     path.write_bytes(path.read_text().encode(encoding))
     db.load_csv(path, url, "songs")
     assert db.load_songs(url, "songs").iloc[0, 1:3].tolist() == ["Björk", "Jóga – 1"]
@@ -1333,24 +1878,41 @@ def test_percentages_are_refused(url, tmp_path, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", url)
     songs, path = db.demo_songs(600), tmp_path / "a.csv"
     for rows in 600, 30, 3:
-        songs.assign(energy=songs.energy.where(songs.index >= rows, songs.energy * 100 + 2)).to_csv(path, index=False)
+        songs.assign(energy=songs.energy.where(songs.index >= rows, songs.energy * 100 + 2)).to_csv(
+            path, index=False
+        )
         if rows > 3:
             said = f"a.csv: {rows} of 600 rows have an energy above 1; divide percentages by 100"
             refused(said, db.load_csv, path, url, "songs")
             refused(said, db.check, path, "songs", None)
     _, state, sentence = db.check(path, "songs", None)[0]
-    assert state == "warning" and f"3 × {ENERGY}" in sentence and value(url, "to_regclass('songs')") is None
+    assert (
+        state == "warning"
+        and f"3 × {ENERGY}" in sentence
+        and value(url, "to_regclass('songs')") is None
+    )
     assert db.load_csv(path, url, "songs")["loaded"] == len(db.load_songs(url, "songs")) == 597
     execute(url, "UPDATE songs SET energy = 80 WHERE energy > .5")
-    refused('table "songs".* rows have an energy above 1; divide percentages by 100', db.load_songs, url, "songs")
+    refused(
+        'table "songs".* rows have an energy above 1; divide percentages by 100',
+        db.load_songs,
+        url,
+        "songs",
+    )
 
 
 def test_demo_songs(url):
     songs = db.demo_songs(3000)
-    assert list(songs) == [*db.REQUIRED, *db.OPTIONAL] and songs.equals(db.demo_songs(3000)) and len(db.demo_songs(3)) == 3
+    assert (
+        list(songs) == [*db.REQUIRED, *db.OPTIONAL]
+        and songs.equals(db.demo_songs(3000))
+        and len(db.demo_songs(3)) == 3
+    )
     assert [db.load_demo(count, url, "songs")["loaded"] for count in (500, 3000)] == [500, 3000]
     read = db.load_songs(url, "songs")
-    pd.testing.assert_frame_equal(read, songs.sort_values("track_id", ignore_index=True).astype(read.dtypes))
+    pd.testing.assert_frame_equal(
+        read, songs.sort_values("track_id", ignore_index=True).astype(read.dtypes)
+    )
 
 
 # ---- models: figures -----------------------------------------------------------------------------------------------
@@ -1367,10 +1929,12 @@ def trained(songs):
 
 def by_the_rule(songs, split):
     """The documented split, anew: (train, known, new)."""
+
     def first(values, share, key):
         names = np.array(values.unique(), object)
         order = np.argsort(pd.util.hash_array(names, hash_key=f"{key:16}"))
-        return values.isin(names[order[:int(len(names) * share)]])
+        return values.isin(names[order[: int(len(names) * share)]])
+
     new = first(songs.artist_name, 0.10, f"artist{split or ''}")
     rest, recording = songs[~new], (songs.artist_name + "\0" + songs.track_name).str.casefold()
     known = first(rest.track_id, 0.12, f"song{split or ''}")
@@ -1392,36 +1956,60 @@ ORACLES = cells("""
 
 @pytest.mark.parametrize("name, splits", [("genre", 3), ("energy", 1), ("popularity", 1)])
 def test_metrics_agree_with_scikit_learn_on_a_split_of_our_own(songs, monkeypatch, name, splits):
-    copies = songs.head(90).assign(track_id="copy" + songs.track_id, track_name=songs.track_name.str.upper())
+    copies = songs.head(90).assign(
+        track_id="copy" + songs.track_id, track_name=songs.track_name.str.upper()
+    )
     some = pd.concat([songs.head(900), copies], ignore_index=True)
-    some.loc[some.index[some.track_id.isin(by_the_rule(some, 1)[1].track_id)][:5], "genre"] = "rare"  # held out whole by a split
-    monkeypatch.setattr(models, "FEW_SONGS", 50_000 if splits == 3 else 500)  # a large table is judged on one split
+    some.loc[some.index[some.track_id.isin(by_the_rule(some, 1)[1].track_id)][:5], "genre"] = (
+        "rare"  # held out whole by a split
+    )
+    monkeypatch.setattr(
+        models, "FEW_SONGS", 50_000 if splits == 3 else 500
+    )  # a large table is judged on one split
     judged, kind = [], "genre" if name == "genre" else "number"
     for split in range(splits):
         train, *held_out = by_the_rule(some, split)
-        estimator = (models.GenreClassifier() if kind == "genre" else models.SongRegressor(name)).fit(train, train[name])
+        estimator = (
+            models.GenreClassifier() if kind == "genre" else models.SongRegressor(name)
+        ).fit(train, train[name])
         naive = train[name].mode()[0] if kind == "genre" else train[name].mean()
         for artists, rows in zip(("known", "new"), held_out):
-            rows = rows.assign(artists=artists, actual=rows[name], said=estimator.predict(rows), naive=naive)
+            rows = rows.assign(
+                artists=artists, actual=rows[name], said=estimator.predict(rows), naive=naive
+            )
             if kind == "genre":
                 best = estimator.classes_[np.argsort(-estimator.predict_proba(rows))[:, :3]]
                 rows["in_top3"] = (best == rows[["genre"]].to_numpy()).any(axis=1)
             judged.append(rows)
     rows = dict(list(pd.concat(judged).groupby("artists")))
-    expected = {metric: getattr(oracle, score)(rows[artists].actual, rows[artists][column])
-                for of, metric, score, artists, column in ORACLES if of == kind}
+    expected = {
+        metric: getattr(oracle, score)(rows[artists].actual, rows[artists][column])
+        for of, metric, score, artists, column in ORACLES
+        if of == kind
+    }
     if kind == "genre":
-        expected["f1_macro"] = oracle.f1_score(rows["known"].actual, rows["known"].said, average="macro")
+        expected["f1_macro"] = oracle.f1_score(
+            rows["known"].actual, rows["known"].said, average="macro"
+        )
         expected |= {"top3_accuracy": rows["known"].in_top3.mean(), "classes": 7}
     metrics = models.MODELS[name](some)[1]
-    assert {key: metrics[key] for key in expected} == pytest.approx(expected) and next(iter(metrics)) == next(iter(expected))
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected) and next(
+        iter(metrics)
+    ) == next(iter(expected))
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(songs, name):
     few = songs.head(150)
-    some = few, pd.concat([few, few], ignore_index=True), few[list(db.REQUIRED)]  # repeated track_ids count once
-    first, again, bare = (json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False)) for rows in some)
+    some = (
+        few,
+        pd.concat([few, few], ignore_index=True),
+        few[list(db.REQUIRED)],
+    )  # repeated track_ids count once
+    first, again, bare = (
+        json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
+        for rows in some
+    )
     assert first == again and next(iter(bare.values())) is not None and bare.keys() == first.keys()
 
 
@@ -1432,7 +2020,10 @@ def test_models_find_what_the_demo_songs_hide_without_seeing_it(songs, trained, 
     assert metrics[primary] > 0.4 and metrics[f"{primary}_new_artists"] > least
     other = some.assign(**{name: some[name].sample(frac=1, random_state=0).to_numpy()})
     assert (estimator.predict(other) == estimator.predict(some)).all()
-    nobody, somebody = (some.assign(artist_name=artist, album_name="Nothing In Particular") for artist in ("Nobody", "Somebody"))
+    nobody, somebody = (
+        some.assign(artist_name=artist, album_name="Nothing In Particular")
+        for artist in ("Nobody", "Somebody")
+    )
     unknown = estimator.effect if name == "genre" else estimator.predict
     assert (unknown(nobody) == unknown(somebody)).all()
 
@@ -1441,33 +2032,69 @@ def test_the_genre_network_gradient_is_that_of_its_loss(songs):
     """Against the slope of the mean cross-entropy along a random direction."""
     few, rng = songs.head(40), np.random.default_rng(0)
     genre = models.GenreClassifier().fit(few, few.genre)
-    start = genre.network_ = {name: weights.astype(np.float64) for name, weights in genre.network_.items()}
+    start = genre.network_ = {
+        name: weights.astype(np.float64) for name, weights in genre.network_.items()
+    }
     numbers, texts = (part.astype(np.float64) for part in genre._encode(few))
     y = np.searchsorted(genre.classes_, few.genre)
-    gradients = genre._gradients(numbers, texts, np.arange(texts.shape[1]), y, np.ones((40, genre.HIDDEN)))
+    gradients = genre._gradients(
+        numbers, texts, np.arange(texts.shape[1]), y, np.ones((40, genre.HIDDEN))
+    )
     direction = {name: rng.normal(size=weights.shape) for name, weights in start.items()}
 
     def loss(step):
         genre.network_ = {name: weights + step * direction[name] for name, weights in start.items()}
-        return oracle.log_loss(y, models.softmax(genre.sound(few)), labels=range(len(genre.classes_)))
+        return oracle.log_loss(
+            y, models.softmax(genre.sound(few)), labels=range(len(genre.classes_))
+        )
+
     slope = sum((gradients[name] * direction[name]).sum() for name in start)
     assert (loss(1e-6) - loss(-1e-6)) / 2e-6 == pytest.approx(slope, rel=1e-4)
 
 
-@pytest.mark.parametrize("name, rows, change, sentence", [
-    ("genre", 600, {"genre": "pop"}, "genre needs at least 2 genres with 5 songs each; the table has 1"),
-    ("popularity", 600, {"popularity": 50.0}, "popularity is 50 for all 600 songs; there is nothing to learn until the column varies"),
-    ("clusters", 600, dict.fromkeys(models.AUDIO, 0.5), "clusters needs at least 2 distinct songs for 2 clusters; the table has 1"),
-    ("similar", 600, {"artist_name": "A", "track_name": "B"}, "similar needs at least 2 different recordings; the table has 1"),
-    ("energy", 3, {}, "energy needs at least 20 songs; the table has 3")])
+@pytest.mark.parametrize(
+    "name, rows, change, sentence",
+    [
+        (
+            "genre",
+            600,
+            {"genre": "pop"},
+            "genre needs at least 2 genres with 5 songs each; the table has 1",
+        ),
+        (
+            "popularity",
+            600,
+            {"popularity": 50.0},
+            "popularity is 50 for all 600 songs; there is nothing to learn until the column varies",
+        ),
+        (
+            "clusters",
+            600,
+            dict.fromkeys(models.AUDIO, 0.5),
+            "clusters needs at least 2 distinct songs for 2 clusters; the table has 1",
+        ),
+        (
+            "similar",
+            600,
+            {"artist_name": "A", "track_name": "B"},
+            "similar needs at least 2 different recordings; the table has 1",
+        ),
+        ("energy", 3, {}, "energy needs at least 20 songs; the table has 3"),
+    ],
+)
 def test_too_little_data_is_said(songs, name, rows, change, sentence):
     refused(sentence, models.MODELS[name], songs.head(rows).assign(**change))
 
 
 def test_clusters(songs, trained):
-    (pipeline, metrics), features = trained["clusters"], songs[list(models.AUDIO)].astype(np.float64)
+    (pipeline, metrics), features = (
+        trained["clusters"],
+        songs[list(models.AUDIO)].astype(np.float64),
+    )
     labels, scaled = pipeline.predict(features), (features - features.mean()) / features.std(ddof=0)
-    assert metrics["sizes"] == np.bincount(labels).tolist() == sorted(metrics["sizes"], reverse=True)
+    assert (
+        metrics["sizes"] == np.bincount(labels).tolist() == sorted(metrics["sizes"], reverse=True)
+    )
     assert metrics["silhouette"] == pytest.approx(oracle.silhouette_score(scaled, labels))
     assert models.train_clusters(songs.head(3), 3)[1]["sizes"] == [1, 1, 1]
 
@@ -1475,10 +2102,16 @@ def test_clusters(songs, trained):
 @pytest.mark.parametrize("same_artist", [False, True])
 def test_similar_is_exact(songs, same_artist):
     """Against brute force: every distance, sorted, less the song's own recording, repeated ones, and a fourth by its artist."""
-    few = pd.concat([songs.head(400), songs.head(40).assign(track_id="copy" + songs.track_id)], ignore_index=True)
+    few = pd.concat(
+        [songs.head(400), songs.head(40).assign(track_id="copy" + songs.track_id)],
+        ignore_index=True,
+    )
     few.loc[::5, "artist_name"] = "Demo Artist 1"
     index, points = models.SimilarSongs().fit(few), models.SimilarSongs().fit(few).tree_.data
-    few["first"], few["recording"] = few.artist_name.str.split(";").str[0], (few.artist_name + "\0" + few.track_name).str.casefold()
+    few["first"], few["recording"] = (
+        few.artist_name.str.split(";").str[0],
+        (few.artist_name + "\0" + few.track_name).str.casefold(),
+    )
     for row in range(0, len(few), 3):
         song, distances = few.iloc[row], np.linalg.norm(points - points[row], axis=1)
         others = few.assign(distance=distances).sort_values("distance", kind="stable")
@@ -1486,7 +2119,10 @@ def test_similar_is_exact(songs, same_artist):
         own = others["first"] == song["first"]
         expected = others if same_artist else others[~own | (own.cumsum() <= 3)]
         rows, alike = index.neighbours(row, same_artist=same_artist)
-        assert np.allclose(distances[rows], expected.distance[:10]) and len({*few.recording[rows]} - {song.recording}) == 10
+        assert (
+            np.allclose(distances[rows], expected.distance[:10])
+            and len({*few.recording[rows]} - {song.recording}) == 10
+        )
         assert (np.diff(alike) <= 0).all() and 0 <= alike.min() <= alike.max() <= 1
 
 
@@ -1498,7 +2134,14 @@ def test_similar_goes_by_sound_alone_where_there_are_no_genres(songs):
 # ---- models: publishing ----------------------------------------------------------------------------------------------
 def publish(folder, value, name="energy", force=False, **about):
     """Publish a toy model whose primary metric is the value."""
-    about = {"run": "1", "settings": {}, "rows": 10, "table": "songs", "data": {}, "command": f"train.py --models-dir {folder}"} | about
+    about = {
+        "run": "1",
+        "settings": {},
+        "rows": 10,
+        "table": "songs",
+        "data": {},
+        "command": f"train.py --models-dir {folder}",
+    } | about
     return models.publish(name, {"toy": value}, {"r2": value}, about, folder, force)
 
 
@@ -1517,7 +2160,9 @@ def versions_kept(folder):
     return sorted(report["metrics"]["r2"] for _, report in models.list_versions("energy", folder))
 
 
-@pytest.mark.parametrize("before, after, more, status", cells("""
+@pytest.mark.parametrize(
+    "before, after, more, status",
+    cells("""
     0.5  | 0.48   | {}                               | trained
     0.5  | 0.47   | {}                               | held_back
     0.1  | 0.091  | {}                               | trained
@@ -1527,14 +2172,24 @@ def versions_kept(folder):
     0.5  | null   | {}                               | held_back
     null | 0.1    | {}                               | trained
     0.5  | 0.4    | {"force": true}                  | trained
-    0.5  | 0.4    | {"settings": {"n_clusters": 3}}  | trained"""))
+    0.5  | 0.4    | {"settings": {"n_clusters": 3}}  | trained"""),
+)
 def test_the_gate(tmp_path, before, after, more, status):
     before, after, more = map(json.loads, (before, after, more))
     publish(tmp_path, before)
-    report, kept = publish(tmp_path, after, **more), (after, before) if status == "trained" else (before, after)
-    assert (report["status"], report["previous"]) == (status, before) and (current(tmp_path), *versions_kept(tmp_path)) == kept
+    report, kept = (
+        publish(tmp_path, after, **more),
+        (after, before) if status == "trained" else (before, after),
+    )
+    assert (report["status"], report["previous"]) == (status, before) and (
+        current(tmp_path),
+        *versions_kept(tmp_path),
+    ) == kept
     if status == "held_back" and after:
-        assert f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; to publish all the same: " in report["error"]
+        assert (
+            f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; to publish all the same: "
+            in report["error"]
+        )
         assert report["error"].endswith(f"train.py --models-dir {tmp_path} --only energy --force")
 
 
@@ -1544,8 +2199,16 @@ def test_rollback_goes_back_version_by_version_and_never_to_a_bad_one(tmp_path):
     for value in (0.4, 0.3):
         assert models.rollback("energy", tmp_path)["metrics"]["r2"] == current(tmp_path) == value
     publish(tmp_path, 0.6)
-    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == 0.3, "neither what was held back nor what was rolled back"
-    refused("there is no earlier version of energy in .* to go back to", models.rollback, "energy", tmp_path, kind=models.ModelError)
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == 0.3, (
+        "neither what was held back nor what was rolled back"
+    )
+    refused(
+        "there is no earlier version of energy in .* to go back to",
+        models.rollback,
+        "energy",
+        tmp_path,
+        kind=models.ModelError,
+    )
 
 
 def test_five_versions_are_kept_and_bad_nights_do_not_push_good_ones_out(tmp_path):
@@ -1557,14 +2220,26 @@ def test_five_versions_are_kept_and_bad_nights_do_not_push_good_ones_out(tmp_pat
 ROLL_BACK = "is damaged or was changed: no report has its SHA-256, .*models.py rollback energy .*train.py .*--only energy"
 
 
-@pytest.mark.parametrize("file, damage, answer", [
-    ("metrics/energy.json", b"{", ""), ("metrics/energy.json", None, ""), ("energy.joblib", b"", ROLL_BACK),
-    ("energy.joblib", b"another pickle", ROLL_BACK),
-    ("energy.joblib", None, "there is no energy model in .*; train it: .*train.py .*--only energy")])
+@pytest.mark.parametrize(
+    "file, damage, answer",
+    [
+        ("metrics/energy.json", b"{", ""),
+        ("metrics/energy.json", None, ""),
+        ("energy.joblib", b"", ROLL_BACK),
+        ("energy.joblib", b"another pickle", ROLL_BACK),
+        (
+            "energy.joblib",
+            None,
+            "there is no energy model in .*; train it: .*train.py .*--only energy",
+        ),
+    ],
+)
 def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, damage, answer):
     for value in (0.1, 0.2):
         publish(tmp_path, value)
-    (tmp_path / file).unlink()  # a second name of the version: what is written into it would be written into both
+    (
+        tmp_path / file
+    ).unlink()  # a second name of the version: what is written into it would be written into both
     if damage is not None:
         (tmp_path / file).write_bytes(damage)
     if not answer:
@@ -1574,7 +2249,9 @@ def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, dam
     if answer:
         models.rollback("energy", tmp_path)
         assert current(tmp_path) in (0.1, 0.2)
-    assert publish(tmp_path, 0.05)["status"] == ("held_back" if answer else "trained"), "a damaged model is no yardstick"
+    assert publish(tmp_path, 0.05)["status"] == ("held_back" if answer else "trained"), (
+        "a damaged model is no yardstick"
+    )
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in (1, 2, 3))])
@@ -1594,8 +2271,10 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
         value = max(value, current(tmp_path))
         models.clean_up(tmp_path)
         assert current(tmp_path) and not list(tmp_path.rglob(".*"))
-        assert all(hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
-                   for path, report in models.list_versions("energy", tmp_path))
+        assert all(
+            hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
+            for path, report in models.list_versions("energy", tmp_path)
+        )
 
 
 def test_history_and_what_is_owed(tmp_path):
@@ -1608,7 +2287,9 @@ def test_history_and_what_is_owed(tmp_path):
     with open(tmp_path / "metrics" / "history.jsonl", "a") as file:
         file.write('{"model": "genre", "sta')  # cut short
     write_down(tmp_path, "similar", "started")
-    assert models.owed(tmp_path) == ["genre", "energy"], "published by that very run, killed before it could write it down"
+    assert models.owed(tmp_path) == ["genre", "energy"], (
+        "published by that very run, killed before it could write it down"
+    )
     (tmp_path / "clusters.joblib").unlink()
     assert models.owed(tmp_path) == ["genre", "clusters", "energy"]
 
@@ -1618,11 +2299,25 @@ def test_drift_is_said_with_figures_the_most_important_first(songs, tmp_path):
 
     def drift(changed, table="songs"):
         return models.drift_since(models.describe(changed), table, tmp_path)
-    assert drift(songs.sample(frac=0.95, random_state=1)) == drift(songs.head(9), "another table") == []
-    assert drift(songs.head(1500)) == ["the table has 1,500 songs; at the last training it had 2,500"]
-    loudness, genres = drift(songs.assign(loudness=songs.loudness - 6, genre=songs.genre.where(songs.energy < 0.5, "new")))
+
+    assert (
+        drift(songs.sample(frac=0.95, random_state=1))
+        == drift(songs.head(9), "another table")
+        == []
+    )
+    assert drift(songs.head(1500)) == [
+        "the table has 1,500 songs; at the last training it had 2,500"
+    ]
+    loudness, genres = drift(
+        songs.assign(
+            loudness=songs.loudness - 6, genre=songs.genre.where(songs.energy < 0.5, "new")
+        )
+    )
     assert loudness.startswith("mean loudness is")
-    assert re.match(r"genre demo-.* makes up .*% of the songs; it was .*; .*; .*; and so for \d more genres", genres)
+    assert re.match(
+        r"genre demo-.* makes up .*% of the songs; it was .*; .*; .*; and so for \d more genres",
+        genres,
+    )
 
 
 # ---- models: the command line ----------------------------------------------------------------------------------------
@@ -1637,11 +2332,13 @@ def models_dir(trained, tmp_path):
 @pytest.fixture
 def ask(capsys, caplog, models_dir):
     """ask("show") is what `models.py show` writes before it exits with that status."""
+
     def ask(*words, status=0, folder=models_dir):
         caplog.clear()
         assert models.main([*map(str, words), "--models-dir", str(folder)]) == status
         said = capsys.readouterr()
         return said.out + said.err + caplog.text
+
     return ask
 
 
@@ -1651,16 +2348,24 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
     songs.head(30).drop(columns=missing).to_csv(tmp_path / "in.csv", index=False)
     said = ask("predict", tmp_path / "in.csv", "--out", tmp_path / "out.csv")
     assert "popularity skipped: there is no popularity model" in said
-    assert "there are no models in" in ask("predict", tmp_path / "in.csv", status=2, folder=tmp_path)
-    assert (f"nothing in the columns {missing}; that is treated as missing" in said) == (missing != "year")
+    assert "there are no models in" in ask(
+        "predict", tmp_path / "in.csv", status=2, folder=tmp_path
+    )
+    assert (f"nothing in the columns {missing}; that is treated as missing" in said) == (
+        missing != "year"
+    )
     out = pd.read_csv(tmp_path / "out.csv").drop(columns=songs.columns, errors="ignore")
     assert list(out) == ["genre_predicted", "genre_confidence", "cluster", "energy_predicted"]
-    assert out.drop(columns="cluster").notna().all(axis=None) and out.cluster.isna().all() == (missing == "energy")
+    assert out.drop(columns="cluster").notna().all(axis=None) and out.cluster.isna().all() == (
+        missing == "energy"
+    )
 
 
 def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
     songs.head(30).drop(columns=list(models.AUDIO[:4])).to_csv(tmp_path / "in.csv", index=False)
-    assert "in.csv lacks most of what the models listen to: danceability" in ask("predict", tmp_path / "in.csv", status=2)
+    assert "in.csv lacks most of what the models listen to: danceability" in ask(
+        "predict", tmp_path / "in.csv", status=2
+    )
     for line in "predict", "similar x -k 0":
         with pytest.raises(SystemExit, match="2"):
             ask(*line.split())
@@ -1673,7 +2378,9 @@ def frames():
 db.replace_predictions(sys.argv[1], 'said', frames())"""
 
 
-def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(url, songs, models_dir, tmp_path, ask, monkeypatch):
+def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(
+    url, songs, models_dir, tmp_path, ask, monkeypatch
+):
     monkeypatch.setenv("DATABASE_URL", url)
     songs = songs.head(300).sort_values("track_id", ignore_index=True)
     songs.to_csv(tmp_path / "songs.csv", index=False)
@@ -1682,31 +2389,54 @@ def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(url, son
     ask(*words, "said")
     expected = models.predict(songs, models.load_models(models_dir)).genre_predicted
     answer = json.loads(ask("similar", songs.track_id[0], "--json"))["similar"]
-    rows = execute(url, "SELECT genre_predicted, cluster, \"similar\" FROM said JOIN songs USING (track_id) ORDER BY track_id")
+    rows = execute(
+        url,
+        'SELECT genre_predicted, cluster, "similar" FROM said JOIN songs USING (track_id) ORDER BY track_id',
+    )
     genres, clusters, similar = zip(*rows)
-    assert genres == tuple(expected) and {*clusters} == {0, 1} and similar[0] == [other["track_id"] for other in answer]
+    assert (
+        genres == tuple(expected)
+        and {*clusters} == {0, 1}
+        and similar[0] == [other["track_id"] for other in answer]
+    )
     execute(url, "GRANT SELECT ON songs, said TO guest; CREATE VIEW seen AS SELECT * FROM said")
     (models_dir / "energy.joblib").unlink()
     again, looks = Run(shlex.join(words) + f" said --models-dir {models_dir}", MODELS), set()
     while again.process.poll() is None:
         looks |= {*execute(url, "SELECT count(*), count(energy_predicted) FROM seen")}
     again.end(0, "energy skipped: there is no energy model")
-    assert (300, 300) in looks <= {(300, 300), (300, 0)}, "a reader sees the old rows or the new ones"
+    assert (300, 300) in looks <= {(300, 300), (300, 0)}, (
+        "a reader sees the old rows or the new ones"
+    )
     Run(f"{shlex.quote(KILLED)} '{url}'", "-c", ROOT).end(-signal.SIGKILL)
-    assert value(url.replace("owner", "guest"), "count(genre_predicted) FROM said") == 300, "and who was granted the table has it"
-    assert '"songs" is no table of predictions: its columns are track_id' in ask(*words, "songs", status=2)
+    assert value(url.replace("owner", "guest"), "count(genre_predicted) FROM said") == 300, (
+        "and who was granted the table has it"
+    )
+    assert '"songs" is no table of predictions: its columns are track_id' in ask(
+        *words, "songs", status=2
+    )
     monkeypatch.setenv("DATABASE_URL", url.replace("owner", "guest"))
-    assert "Ask its owner for: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON said TO guest" in ask(*words, "said", status=2)
+    assert (
+        "Ask its owner for: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON said TO guest"
+        in ask(*words, "said", status=2)
+    )
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
-    song, twice = songs[~songs.track_name.duplicated(keep=False)].iloc[0], songs[songs.track_name.duplicated()].iloc[0]
+    song, twice = (
+        songs[~songs.track_name.duplicated(keep=False)].iloc[0],
+        songs[songs.track_name.duplicated()].iloc[0],
+    )
     for text in (song.track_name.upper(), song.track_id):
         answer = json.loads(ask("similar", text, "-k", 5, "--json"))
         assert answer["song"]["track_id"] == song.track_id and len(answer["similar"]) == 5
     assert f"Like {song.track_name} by {song.artist_name}" in ask("similar", song.track_id)
-    assert f"by {twice.artist_name}" in ask("similar", twice.track_name, "--artist", twice.artist_name)
-    assert f"did you mean:\n  {song.track_name}" in ask("similar", song.track_name[:-1] + "?", status=2)
+    assert f"by {twice.artist_name}" in ask(
+        "similar", twice.track_name, "--artist", twice.artist_name
+    )
+    assert f"did you mean:\n  {song.track_name}" in ask(
+        "similar", song.track_name[:-1] + "?", status=2
+    )
     assert "say which, --artist NAME or a track_id" in ask("similar", twice.track_name, status=2)
 
 
@@ -1716,11 +2446,15 @@ TITLES = ["Jolene", "Jolene - Live", "Jolene (Demo)", "Jolene Again", "Dear Jole
 def test_which_titles_are_looked_at_first(songs):
     few = songs.head(30).assign(track_name=[*TITLES, *"abcdefghijklmnopqrstuvwx"])
     for first, expected in enumerate([[0], [0, 1], [0], [0], [0], []]):
-        assert models.SimilarSongs().fit(few[first:].reset_index(drop=True)).find("JOLENE") == expected
+        assert (
+            models.SimilarSongs().fit(few[first:].reset_index(drop=True)).find("JOLENE") == expected
+        )
 
 
 def test_similar_imports_nothing_it_does_not_need(models_dir):
-    assert not HEAVY.search(Run(f"-X importtime {MODELS} similar x --models-dir {models_dir}", "-B").end(2))
+    assert not HEAVY.search(
+        Run(f"-X importtime {MODELS} similar x --models-dir {models_dir}", "-B").end(2)
+    )
 
 
 def test_show_and_rollback(models_dir, tmp_path, ask):
@@ -1733,13 +2467,17 @@ def test_show_and_rollback(models_dir, tmp_path, ask):
 
 
 # ---- what people are told, made from the result of the good night -----------------------------------------------------
-STOPPED, HELD = notify.Stopped(notify.TERMINATED), {"status": "held_back", "error": "held back: it fell; --only genre --force"}
+STOPPED, HELD = (
+    notify.Stopped(notify.TERMINATED),
+    {"status": "held_back", "error": "held back: it fell; --only genre --force"},
+)
 NONE = dict.fromkeys(models.MODELS)
 
 
 @pytest.fixture
 def told(night):
     """told({"genre": OSError("no")}, error) is that result where genre failed (None: was not asked for) and with that error."""
+
     def told(changed=(), error=None, **more):
         result = json.loads((night.models / "metrics" / "run.json").read_text())
         for name, change in dict(changed).items():
@@ -1747,18 +2485,41 @@ def told(night):
                 change = notify.failed_entry(change)
             result["models"][name] = change and result["models"].get(name, {}) | change
         result["models"] = {name: model for name, model in result["models"].items() if model}
-        result |= {"asked": list(result["models"] or NONE), "exit_status": None, "host": "musicbox"} | more
+        result |= {
+            "asked": list(result["models"] or NONE),
+            "exit_status": None,
+            "host": "musicbox",
+        } | more
         notify.decide(result, error)
         return result | more
+
     return told
 
 
-@pytest.mark.parametrize("changed, error, status, code, says, finish", [
-    ({"genre": OSError("x")}, None, "partial", 1, "4 of 5 models trained; failed: genre", True),
-    ({"genre": HELD}, None, "partial", 1, "4 of 5 models trained; held back: genre", False),
-    (NONE | {"genre": OSError("x")}, None, "failed", 3, "0 of 1 models trained; failed: genre", True),
-    (NONE, RuntimeError("odd"), "failed", 3, "Nothing was trained: RuntimeError: odd", True),
-    ({}, STOPPED, "partial", 143, "5 of 5 models trained; the run was stopped by SIGTERM", False)])
+@pytest.mark.parametrize(
+    "changed, error, status, code, says, finish",
+    [
+        ({"genre": OSError("x")}, None, "partial", 1, "4 of 5 models trained; failed: genre", True),
+        ({"genre": HELD}, None, "partial", 1, "4 of 5 models trained; held back: genre", False),
+        (
+            NONE | {"genre": OSError("x")},
+            None,
+            "failed",
+            3,
+            "0 of 1 models trained; failed: genre",
+            True,
+        ),
+        (NONE, RuntimeError("odd"), "failed", 3, "Nothing was trained: RuntimeError: odd", True),
+        (
+            {},
+            STOPPED,
+            "partial",
+            143,
+            "5 of 5 models trained; the run was stopped by SIGTERM",
+            False,
+        ),
+    ],
+)
 def test_what_a_run_was(told, changed, error, status, code, says, finish):
     result = told(changed, error)
     notify.decide(result, OSError("later"))
@@ -1766,7 +2527,9 @@ def test_what_a_run_was(told, changed, error, status, code, says, finish):
     assert bool(result["finish_command"]) == finish
 
 
-@pytest.mark.parametrize("replies, posts, says", cells("""
+@pytest.mark.parametrize(
+    "replies, posts, says",
+    cells("""
     200 | 1 |
     404 | 1 | make a new one
     401 | 1 | token is wrong
@@ -1781,13 +2544,16 @@ def test_what_a_run_was(told, changed, error, status, code, says, finish):
     500 | 3 | answered 500: {"retry_after"
     nothing,204 | 2 | answered nothing
     nothing | 3 | no connection
-    endless | 1 | no answer within 1 s"""))
+    endless | 1 | no answer within 1 s"""),
+)
 def test_discord_replies(webhook, night, told, caplog, monkeypatch, replies, posts, says):
     """The answers in turn, of which the last is given again and again; how many messages it gets; what is said."""
     caplog.set_level("DEBUG")
     monkeypatch.setattr(notify, "RETRY_DELAYS", (0.05, 0.1))
     url, seconds = webhook.url.replace("/204/", f"/{replies}/"), 1 if replies == "endless" else 20
-    assert notify.post_discord(told(), url, night.models / "report.png", seconds) == replies.endswith(("200", "204"))
+    assert notify.post_discord(
+        told(), url, night.models / "report.png", seconds
+    ) == replies.endswith(("200", "204"))
     assert len(webhook.got) == int(posts) and says in caplog.text and TOKEN not in caplog.text
 
 
@@ -1800,51 +2566,124 @@ def test_what_cannot_be_drawn_or_posted_is_said(webhook, told, tmp_path, caplog)
 
 def seen(result, history=()):
     """(the embed, the summary, the words of the picture)."""
-    out, figure, payload = io.StringIO(), notify.report_figure(result, history), notify.discord_payload(result)
+    out, figure, payload = (
+        io.StringIO(),
+        notify.report_figure(result, history),
+        notify.discord_payload(result),
+    )
     notify.print_summary(result, out)
     texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
     assert accepted(**payload) and len(figure.axes) == len(result["models"]) + 1
-    return payload["embeds"][0], out.getvalue(), " ".join(text.get_text().replace("\n", " ") for text in texts)
+    return (
+        payload["embeds"][0],
+        out.getvalue(),
+        " ".join(text.get_text().replace("\n", " ") for text in texts),
+    )
 
 
 def test_no_limit_is_broken_and_no_secret_leaves(told, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", DEAD)
     evil = f"🎸*_`|~[x](http://e.example) <@1> @everyone \\ \x00\u202e\n# postgresql://me:hunter22xyz@db/music {TOKEN} "
-    much = dict.fromkeys(("message", "error", "host", "table", "finish_command"), evil * 99) | {"warnings": [evil * 99] * 5}
-    embed, *others = seen(told(NONE | {f"{number}{evil}": OSError(evil * 99) for number in range(7)}, **much))
+    much = dict.fromkeys(("message", "error", "host", "table", "finish_command"), evil * 99) | {
+        "warnings": [evil * 99] * 5
+    }
+    embed, *others = seen(
+        told(NONE | {f"{number}{evil}": OSError(evil * 99) for number in range(7)}, **much)
+    )
     message = json.dumps(embed, ensure_ascii=False)
     for text in (message, *others):
         assert not any(bad in text for bad in ("hunter22xyz", TOKEN, "\x00", "\\u0000", "\u202e"))
     assert "http://" not in json.dumps(embed["fields"]) and "@everyone" not in message
 
 
-HARD_NAMES = ["A genre with a very long name indeed", "$\\m_i^2$ _x_", "東京 Jポップ", "rock 🎸", "русский", "\x00\ud800"]
-HARD = {"genre": {"plot": {"confusions": [[name, name, 60, 0.4] for name in HARD_NAMES]}},
-        "clusters": {"plot": {"points": [[i % 3, i, i] for i in range(12)], "labels": ["loud"] * 12, "sizes": [9] * 12}}}
+HARD_NAMES = [
+    "A genre with a very long name indeed",
+    "$\\m_i^2$ _x_",
+    "東京 Jポップ",
+    "rock 🎸",
+    "русский",
+    "\x00\ud800",
+]
+HARD = {
+    "genre": {"plot": {"confusions": [[name, name, 60, 0.4] for name in HARD_NAMES]}},
+    "clusters": {
+        "plot": {
+            "points": [[i % 3, i, i] for i in range(12)],
+            "labels": ["loud"] * 12,
+            "sizes": [9] * 12,
+        }
+    },
+}
 
 
-@pytest.mark.parametrize("changed, more, days, colour, says, draws", [
-    ({"genre": {"previous": 0.5}}, {}, 30, GREEN, ["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "musicbox"],
-     ["genre: accuracy", " → demo-", "last 30 runs", "by chance"]),
-    ({"genre": OSError("too few songs"), "clusters": None, "energy": HELD, "popularity": {"guessing": True}},
-     {"warnings": ["x"], "deaths": ["ended by SIGKILL"]}, 1, YELLOW,
-     ["2 of 4", "too few songs", "held back: it fell", "no better than guessing", "warning: ended by SIGKILL"],
-     ["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"]),
-    (HARD, {"host": "ホスト$"}, 0, GREEN, [], ["_i^2$", "русский →", "…"]),
-    (NONE, {"error": STOPPED}, 0, RED, ["Nothing was trained: the run was stopped by SIGTERM"], [])])
+@pytest.mark.parametrize(
+    "changed, more, days, colour, says, draws",
+    [
+        (
+            {"genre": {"previous": 0.5}},
+            {},
+            30,
+            GREEN,
+            ["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "musicbox"],
+            ["genre: accuracy", " → demo-", "last 30 runs", "by chance"],
+        ),
+        (
+            {
+                "genre": OSError("too few songs"),
+                "clusters": None,
+                "energy": HELD,
+                "popularity": {"guessing": True},
+            },
+            {"warnings": ["x"], "deaths": ["ended by SIGKILL"]},
+            1,
+            YELLOW,
+            [
+                "2 of 4",
+                "too few songs",
+                "held back: it fell",
+                "no better than guessing",
+                "warning: ended by SIGKILL",
+            ],
+            ["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"],
+        ),
+        (HARD, {"host": "ホスト$"}, 0, GREEN, [], ["_i^2$", "русский →", "…"]),
+        (
+            NONE,
+            {"error": STOPPED},
+            0,
+            RED,
+            ["Nothing was trained: the run was stopped by SIGTERM"],
+            [],
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("error")
 def test_of_every_kind_of_run(told, tmp_path, changed, more, days, colour, says, draws):
     result = told(changed, **more) | {"table": "a table"}
-    history = [{"run": f"2026-11-{day + 1:02}T03:00:00", "model": model, "status": "failed" if day % 9 == at else "trained", "value": day % 5}
-               for day in range(days) for at, model in enumerate(models.MODELS)]
+    history = [
+        {
+            "run": f"2026-11-{day + 1:02}T03:00:00",
+            "model": model,
+            "status": "failed" if day % 9 == at else "trained",
+            "value": day % 5,
+        }
+        for day in range(days)
+        for at, model in enumerate(models.MODELS)
+    ]
     embed, summary, picture = seen(result, history)
     message = json.dumps(embed, ensure_ascii=False)
     assert embed["color"] == colour and result["message"] in embed["title"]
-    assert [(words, text) for words in says for text in (message, summary, picture) if words not in text] == []
+    assert [
+        (words, text) for words in says for text in (message, summary, picture) if words not in text
+    ] == []
     assert [words for words in draws if words not in picture] == []
     command = str(result["finish_command"])
-    assert (f"`{command}`" in message) == summary.endswith(f"\nto finish the job: {command}\n") == bool(result["finish_command"])
+    assert (
+        (f"`{command}`" in message)
+        == summary.endswith(f"\nto finish the job: {command}\n")
+        == bool(result["finish_command"])
+    )
     notify.draw_report(result, history, tmp_path / "report.png")
     height, width, _ = imread(tmp_path / "report.png").shape
     assert width == 1600 and 700 <= height <= 1500
@@ -1853,7 +2692,10 @@ def test_of_every_kind_of_run(told, tmp_path, changed, more, days, colour, says,
 def test_summary(told, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     loaded = {"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}
-    result, file = told({"genre": OSError("[bold]no\x1b[31m")}, csv=loaded), io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    result, file = (
+        told({"genre": OSError("[bold]no\x1b[31m")}, csv=loaded),
+        io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+    )
     notify.print_summary(result, file)
     file.seek(0)
     text = file.read()

@@ -1,14 +1,15 @@
 """Train the five song models from a PostgreSQL table, every night, unattended.
 
-    python train.py                                   # train all five from DATABASE_URL
-    python train.py --only similar                    # one model; repeat or comma-separate for more
-    python train.py --csv-path songs.csv --table-name spotify_songs --truncate --n-clusters 2
-    python train.py --demo 50000                      # made-up songs, embedded database, no set-up at all
-    python train.py --check                           # look at everything, train nothing
-    python train.py --failed                          # only the models that the last run still owes
-    python train.py --serve --cron "0 3 * * *"        # a Prefect deployment (needs a Prefect server)
-    from train import ml_training_pipeline            # in Python: a Prefect flow like any other
+python train.py                                   # train all five from DATABASE_URL
+python train.py --only similar                    # one model; repeat or comma-separate for more
+python train.py --csv-path songs.csv --table-name spotify_songs --truncate --n-clusters 2
+python train.py --demo 50000                      # made-up songs, embedded database, no set-up at all
+python train.py --check                           # look at everything, train nothing
+python train.py --failed                          # only the models that the last run still owes
+python train.py --serve --cron "0 3 * * *"        # a Prefect deployment (needs a Prefect server)
+from train import ml_training_pipeline            # in Python: a Prefect flow like any other
 """
+
 import argparse
 import asyncio
 import hashlib
@@ -38,7 +39,8 @@ from typing import Annotated
 # were four to thirteen times slower than one on small tables, and beside other work. Only defaults: the environment wins.
 for name, value in {
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "train,models,db,notify",
     "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
@@ -49,7 +51,9 @@ for name, value in {
 
 import db
 
-if api := db.setting("PREFECT_API_URL"):  # also from .env, which Prefect reads in the current folder only
+if api := db.setting(
+    "PREFECT_API_URL"
+):  # also from .env, which Prefect reads in the current folder only
     os.environ["PREFECT_API_URL"] = api
 
 import models
@@ -57,8 +61,14 @@ import notify
 from db import DataError
 from models import Locked
 
-if __name__ == "__main__":  # the process that watches: it starts at once and is never deep in a library, so no Prefect
-    NO_CACHE, task, flow = None, lambda function, **_: function, lambda **_: lambda function: function
+if (
+    __name__ == "__main__"
+):  # the process that watches: it starts at once and is never deep in a library, so no Prefect
+    NO_CACHE, task, flow = (
+        None,
+        lambda function, **_: function,
+        lambda **_: lambda function: function,
+    )
 else:
     from prefect import flow, runtime, task
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -72,15 +82,18 @@ from annotated_types import Ge
 
 NAME = "ml-training-pipeline"
 LOCAL_PREFECT = "http://127.0.0.1:4200/api"  # where `prefect server start` listens
-START_SECONDS = 120         # Prefect's server: a first start makes its database, 15 s and more on a small machine
-STOP_SECONDS = 3            # from SIGTERM to SIGKILL: a fit in C code cannot be interrupted
-DASK_SECONDS = 30           # for a Dask cluster to answer and to have a worker
-CHECK_SECONDS = 4           # for all that --check looks at, side by side
+START_SECONDS = (
+    120  # Prefect's server: a first start makes its database, 15 s and more on a small machine
+)
+STOP_SECONDS = 3  # from SIGTERM to SIGKILL: a fit in C code cannot be interrupted
+DASK_SECONDS = 30  # for a Dask cluster to answer and to have a worker
+CHECK_SECONDS = 4  # for all that --check looks at, side by side
 
 log = logging.getLogger("train")
 
 
 # ---- The tasks: plain functions, decorated here and nowhere else ------------------------------------------------------
+
 
 def can_heal(task, task_run, state) -> bool:
     """Prefect's retry condition: False for what the same input brings back, and for want of memory; said in the log."""
@@ -88,16 +101,27 @@ def can_heal(task, task_run, state) -> bool:
     if isinstance(error, MemoryError):  # not while the others hold theirs: it is tried again alone
         return False
     if not notify.heals(error):
-        log.error("%s: %s; not tried again: the same input would bring the same", name, notify.explain(error))
+        log.error(
+            "%s: %s; not tried again: the same input would bring the same",
+            name,
+            notify.explain(error),
+        )
         return False
-    log.warning("%s: %s; retrying in %g s (%d of %d)", name, notify.explain(error),
-                task.retry_delay_seconds[task_run.run_count - 1], task_run.run_count, task.retries,
-                extra={"model": name, "phase": "retrying"})
+    log.warning(
+        "%s: %s; retrying in %g s (%d of %d)",
+        name,
+        notify.explain(error),
+        task.retry_delay_seconds[task_run.run_count - 1],
+        task_run.run_count,
+        task.retries,
+        extra={"model": name, "phase": "retrying"},
+    )
     return True
 
 
 def safely(step):
     """Return the step as [what it returns, seconds], with errors that hold no secret: Prefect writes them into states."""
+
     @wraps(step)
     def safe(*arguments, **settings):
         start = time.monotonic()
@@ -106,9 +130,12 @@ def safely(step):
         except MemoryError:
             pass  # its traceback would keep the arrays of the failed fit alive
         except Exception as error:
-            error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
+            error.args = tuple(
+                db.redact(part) if isinstance(part, str) else part for part in error.args
+            )
             raise
         raise MemoryError
+
     return safe
 
 
@@ -117,10 +144,18 @@ every = {"retry_condition_fn": can_heal, "cache_policy": NO_CACHE, "persist_resu
 PAUSE = db.setting("DATABASE_RETRY_SECONDS") or "30"
 database = {"retries": 2, "retry_delay_seconds": lambda retries: [float(PAUSE)] * retries, **every}
 training = {"retries": 3, "retry_delay_seconds": [2, 4, 8], **every}
-load_csv_task = task(safely(db.load_csv), name="load_csv_task", task_run_name="load CSV", **database)
-load_demo_task = task(safely(db.load_demo), name="load_demo_task", task_run_name="load demo songs", **database)
-load_songs_task = task(safely(db.load_songs), name="load_songs_task", task_run_name="load songs", **database)
-predict_task = task(safely(models.predict_table), name="predict_task", task_run_name="predict", **database)
+load_csv_task = task(
+    safely(db.load_csv), name="load_csv_task", task_run_name="load CSV", **database
+)
+load_demo_task = task(
+    safely(db.load_demo), name="load_demo_task", task_run_name="load demo songs", **database
+)
+load_songs_task = task(
+    safely(db.load_songs), name="load_songs_task", task_run_name="load songs", **database
+)
+predict_task = task(
+    safely(models.predict_table), name="predict_task", task_run_name="predict", **database
+)
 
 
 TASKS = {}
@@ -134,11 +169,14 @@ def training_task(model: str, name: str):
 train_genre_model_task = training_task("genre", "train_genre_model_task")
 train_clustering_model_task = training_task("clusters", "train_clustering_model_task")
 train_energy_regression_model_task = training_task("energy", "train_energy_regression_model_task")
-train_popularity_regression_model_task = training_task("popularity", "train_popularity_regression_model_task")
+train_popularity_regression_model_task = training_task(
+    "popularity", "train_popularity_regression_model_task"
+)
 train_similar_songs_model_task = training_task("similar", "train_similar_songs_model_task")
 
 
 # ---- The flow ---------------------------------------------------------------------------------------------------------
+
 
 def run_name() -> str:
     parameters = runtime.flow_run.parameters
@@ -146,10 +184,19 @@ def run_name() -> str:
 
 
 @flow(name=NAME, flow_run_name=run_name)
-def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify_songs", truncate_table: bool = False,
-                         n_clusters: Annotated[int, Ge(2)] = 2, only: list[str] | str | None = None,
-                         enable_notifications: bool = True, models_dir: str | None = None, demo: int | None = None,
-                         force: bool = False, dask: str | None = None, predict_into: str | None = None) -> dict:
+def ml_training_pipeline(
+    csv_path: str | None = None,
+    table_name: str = "spotify_songs",
+    truncate_table: bool = False,
+    n_clusters: Annotated[int, Ge(2)] = 2,
+    only: list[str] | str | None = None,
+    enable_notifications: bool = True,
+    models_dir: str | None = None,
+    demo: int | None = None,
+    force: bool = False,
+    dask: str | None = None,
+    predict_into: str | None = None,
+) -> dict:
     """Train the models `only` names (all five by default) on the songs of a table; return what happened.
 
     Args:
@@ -173,7 +220,9 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
         tell_watcher(result, flow_run_id=str(runtime.flow_run.id))
         try:
             _, error = notify.attempt(train_and_publish, result)
-        except TerminationSignal:  # Prefect's word for SIGTERM; it waits for the fits, which nothing can interrupt
+        except (
+            TerminationSignal
+        ):  # Prefect's word for SIGTERM; it waits for the fits, which nothing can interrupt
             if not WATCHED:
                 conclude(result, notify.Stopped(notify.TERMINATED))
             threading.Timer(STOP_SECONDS, os._exit, [notify.TERMINATED]).start()
@@ -181,7 +230,11 @@ def ml_training_pipeline(csv_path: str | None = None, table_name: str = "spotify
         conclude(result, error, write_artifacts)
     if result["status"] == "failed":
         return Failed(message=result["message"], data=PipelineFailed(result))
-    return Completed(name="Partial" if result["status"] == "partial" else None, message=result["message"], data=result)
+    return Completed(
+        name="Partial" if result["status"] == "partial" else None,
+        message=result["message"],
+        data=result,
+    )
 
 
 # ---- The steps of the flow --------------------------------------------------------------------------------------------
@@ -235,8 +288,13 @@ def get_songs(result: dict):
     if given["demo"]:
         load_demo_task(given["demo"], url, table)
     elif given["csv_path"] and not result["csv"]:
-        loaded, _ = load_csv_task(given["csv_path"], url, table, given["truncate_table"],
-                                  Path(result["models_dir"]) / "rejected_rows.csv")
+        loaded, _ = load_csv_task(
+            given["csv_path"],
+            url,
+            table,
+            given["truncate_table"],
+            Path(result["models_dir"]) / "rejected_rows.csv",
+        )
         tell_watcher(result, csv=loaded)
     songs, seconds = load_songs_task(url, table)
     tell_watcher(result, rows=len(songs), read_seconds=seconds)
@@ -257,23 +315,36 @@ def train_and_publish(result: dict) -> None:
     alone = bool(result["deaths"])
     log.info("training %s%s", ", ".join(owed), " one after another" * alone)
     if WATCHED:
-        with suppress(OSError):  # Linux: where memory is short, the kernel shall end this process and no database
+        with suppress(
+            OSError
+        ):  # Linux: where memory is short, the kernel shall end this process and no database
             Path("/proc/self/oom_score_adj").write_text("500")
-    runner = cluster(dask, songs, len(owed)) if dask else nullcontext((get_run_context().task_runner, songs))
+    runner = (
+        cluster(dask, songs, len(owed))
+        if dask
+        else nullcontext((get_run_context().task_runner, songs))
+    )
     with runner as (runner, sent), notify.live_status(owed):
+
         def submit(name):
             train_task = TASKS.get(name) or training_task(name, f"train_{name}_model_task")
             return runner.submit(train_task, {"songs": sent, **settings(result, name)})
+
         if not alone:
             futures = {submit(name): name for name in owed}
-            owed = [futures[future] for future in as_completed(list(futures))
-                    if isinstance(publish(result, futures[future], future, data), MemoryError)]
+            owed = [
+                futures[future]
+                for future in as_completed(list(futures))
+                if isinstance(publish(result, futures[future], future, data), MemoryError)
+            ]
         for name in owed:
             tell_watcher(result, training=name)
             publish(result, name, submit(name), data)
         tell_watcher(result, training=None)
     if into := result["parameters"]["predict_into"]:
-        predict_task(db.database_url(demo=result["demo"]), result["table"], into, result["models_dir"])
+        predict_task(
+            db.database_url(demo=result["demo"]), result["table"], into, result["models_dir"]
+        )
 
 
 def settings(result: dict, name: str) -> dict:
@@ -286,10 +357,19 @@ def publish(result: dict, name: str, future, data: dict) -> Exception | None:
     if not error:
         (estimator, metrics), seconds = trained
         trained.clear()  # Prefect keeps the result of a task to the end of the flow; a model is large
-        about = {"run": result["started_at"], "table": result["table"], "command": result["command"], "seconds": seconds,
-                 "settings": settings(result, name), "data": data, "rows": data["rows"]}
+        about = {
+            "run": result["started_at"],
+            "table": result["table"],
+            "command": result["command"],
+            "seconds": seconds,
+            "settings": settings(result, name),
+            "data": data,
+            "rows": data["rows"],
+        }
         folder = result["models_dir"]
-        report, error = notify.attempt(models.publish, name, estimator, metrics, about, folder, result["parameters"]["force"])
+        report, error = notify.attempt(
+            models.publish, name, estimator, metrics, about, folder, result["parameters"]["force"]
+        )
     if result["parameters"]["dask"]:
         future.wrapped_future.release()  # else Dask trains finished models again where their worker dies later
     note(result, name, notify.failed_entry(error) if error else notify.entry(report, folder))
@@ -303,13 +383,19 @@ def note(result: dict, name: str, model: dict) -> None:
     notify.attempt(write_history, result, [name], model["status"])
     tell_watcher(result)
     good = model["status"] == "trained"
-    log.log(logging.INFO if good else logging.WARNING, "%s", notify.in_short(name, model),
-            extra={"model": name, "phase": "done" if good else model["status"]})
+    log.log(
+        logging.INFO if good else logging.WARNING,
+        "%s",
+        notify.in_short(name, model),
+        extra={"model": name, "phase": "done" if good else model["status"]},
+    )
 
 
 def write_history(result: dict, names: list[str], status: str) -> None:
     """Append a line per model to the history: at the start, so that a killed run is known to owe them, and at the end."""
-    models.append_history(result["models_dir"], [notify.history_line(result, name, status) for name in names])
+    models.append_history(
+        result["models_dir"], [notify.history_line(result, name, status) for name in names]
+    )
 
 
 def owed_models(result: dict) -> list[str]:
@@ -322,9 +408,13 @@ def conclude(result: dict, error: BaseException | None, *steps) -> None:
         notify.decide(result, error)
         for step in steps:
             _, trouble = notify.attempt(step, result)
-            result["warnings"] += [f"{step.__name__} failed: {notify.explain(trouble)}"] * bool(trouble)
+            result["warnings"] += [f"{step.__name__} failed: {notify.explain(trouble)}"] * bool(
+                trouble
+            )
         notify.tell(result, models.read_history(result["models_dir"]))
-        notify.attempt(models.write_json, Path(result["models_dir"]) / "metrics" / "run.json", result)
+        notify.attempt(
+            models.write_json, Path(result["models_dir"]) / "metrics" / "run.json", result
+        )
         tell_watcher(result)
 
 
@@ -332,7 +422,9 @@ def write_artifacts(result: dict) -> None:
     """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose versions accumulate."""
     for name, model in result["models"].items():
         page = notify.model_page(name, model, models.read_history(result["models_dir"]))
-        create_markdown_artifact(page, key=f"model-{name}", description=notify.in_short(name, model))
+        create_markdown_artifact(
+            page, key=f"model-{name}", description=notify.in_short(name, model)
+        )
     rows = [notify.table_row(name, model) for name, model in result["models"].items()]
     create_table_artifact(rows, key="metrics", description=result["message"])
 
@@ -342,26 +434,36 @@ def cluster(address: str, songs, copies: int):
     """Give (a task runner on the Dask cluster at the address, a future of the songs, which are sent there once)."""
     from distributed.diagnostics.plugin import SchedulerUploadFile, UploadFile
     from prefect_dask import DaskTaskRunner
+
     with DaskTaskRunner(address=address) as runner:
         try:
             runner.client.wait_for_workers(1, DASK_SECONDS)
         except ValueError as error:
-            raise DataError(f"--dask {address} is not an address ({error}); write tcp://HOST:8786") from None
+            raise DataError(
+                f"--dask {address} is not an address ({error}); write tcp://HOST:8786"
+            ) from None
         except OSError as error:
-            raise ConnectionError(f"no Dask cluster with a worker answers at {address} ({error}); "
-                                  f"start one: dask scheduler; dask worker {address}") from None
+            raise ConnectionError(
+                f"no Dask cluster with a worker answers at {address} ({error}); "
+                f"start one: dask scheduler; dask worker {address}"
+            ) from None
         for path in (db.__file__, models.__file__, notify.__file__, __file__):
             for plugin in (SchedulerUploadFile(path), UploadFile(path)):
                 # Once per version of a file: one that is loaded anew amid another run spoils that run's estimators.
                 plugin.idempotent = True
-                runner.client.register_plugin(plugin, f"{plugin.filename} {hashlib.sha256(plugin.data).hexdigest()}")
+                runner.client.register_plugin(
+                    plugin, f"{plugin.filename} {hashlib.sha256(plugin.data).hexdigest()}"
+                )
         # A call, not scattered data: where the worker that holds the songs dies, Dask makes the call again.
         sent = runner.client.submit(lambda: songs, pure=False)
-        runner.client.replicate(sent, copies)  # Dask gives a task only to workers that have its data
+        runner.client.replicate(
+            sent, copies
+        )  # Dask gives a task only to workers that have its data
         yield runner, sent
 
 
 # ---- The process that trains, a child of the one that watches ---------------------------------------------------------
+
 
 def run(pipe: int, own_server: bool) -> None:
     """Run the flow on the result that comes in on standard input; news of it go out through the pipe."""
@@ -372,7 +474,9 @@ def run(pipe: int, own_server: bool) -> None:
 
 def run_flow(own_server: bool) -> None:
     for heavy in ("pandas", "sklearn.ensemble", "sklearn.pipeline", "matplotlib.figure"):
-        importlib.import_module(heavy)  # while the server boots; and of five threads that import it at once, some see half of it
+        importlib.import_module(
+            heavy
+        )  # while the server boots; and of five threads that import it at once, some see half of it
     deadline = time.monotonic() + START_SECONDS
     while own_server and time.monotonic() < deadline and not answers(os.environ["PREFECT_API_URL"]):
         time.sleep(0.05)
@@ -391,7 +495,9 @@ def tell_watcher(result: dict, **news) -> None:
 # ---- The process that watches: lock, Prefect's server, the process that trains, and what to do when that is ended -----
 
 # os._exit: what Python does after our last word, for Prefect's threads, takes a second.
-RUN = "import atexit, os; atexit.register(os._exit, 0); import train; train.run({pipe}, {own_server})"
+RUN = (
+    "import atexit, os; atexit.register(os._exit, 0); import train; train.run({pipe}, {own_server})"
+)
 # Where Prefect never ran its server makes a database, and two that do so at once spoil it for each other: one goes first.
 SERVER = """import fcntl, os, runpy, threading
 home = os.path.expanduser(os.environ.get("PREFECT_HOME") or "~/.prefect")
@@ -409,7 +515,10 @@ with get_client(sync_client=True) as client:
 
 def main(options: argparse.Namespace) -> int:
     """Train as the options say; return the exit status."""
-    logging.basicConfig(format="%(asctime)s.%(msecs)03d | %(levelname)-7s | %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    logging.basicConfig(
+        format="%(asctime)s.%(msecs)03d | %(levelname)-7s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+    )
     notify.quiet_logs()
     on_signals(stop)
     result = new_result(flow_parameters(options))
@@ -417,9 +526,14 @@ def main(options: argparse.Namespace) -> int:
         with models.one_run_at_a_time(Path(result["models_dir"])) as lock:
             begin(result, options.failed)
             if not result["asked"]:
-                print(f"nothing to do: the last run of every model in {result['models_dir']} trained it")
+                print(
+                    f"nothing to do: the last run of every model in {result['models_dir']} trained it"
+                )
                 return notify.TRAINED
-            print(f"starting {', '.join(result['asked'])}; models go to {result['models_dir']}", flush=True)
+            print(
+                f"starting {', '.join(result['asked'])}; models go to {result['models_dir']}",
+                flush=True,
+            )
             watch(result, lock)
     except Locked as error:
         print(error, file=sys.stderr)
@@ -448,7 +562,9 @@ def watch(result: dict, lock) -> None:
             process, news = start_run(result, lock, server is not None)
             with news:
                 for line in news:
-                    result |= json.loads(line) if line.endswith("\n") else {}  # it may be killed amid a word
+                    result |= (
+                        json.loads(line) if line.endswith("\n") else {}
+                    )  # it may be killed amid a word
             if process.wait() in (-signal.SIGTERM, notify.TERMINATED):
                 raise notify.Stopped(notify.TERMINATED)
             if result["exit_status"] is None:
@@ -465,7 +581,11 @@ def watch(result: dict, lock) -> None:
 def start_run(result: dict, lock, own_server: bool):
     """Start the process that trains; return it and the stream of its news, a line of JSON each time the result changes."""
     read, write = os.pipe()
-    process = start_python(RUN.format(pipe=write, own_server=own_server), stdin=subprocess.PIPE, pass_fds=(lock.fileno(), write))
+    process = start_python(
+        RUN.format(pipe=write, own_server=own_server),
+        stdin=subprocess.PIPE,
+        pass_fds=(lock.fileno(), write),
+    )
     os.close(write)
     with suppress(BrokenPipeError), process.stdin:
         process.stdin.write(json.dumps(result).encode())
@@ -477,8 +597,16 @@ def carry_on(result: dict, process) -> None:
     status = process.returncode
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     memory = " (was memory short?)" if status == -signal.SIGKILL else ""
-    error, culprit, first = RunEnded(f"the run was ended by {how}{memory}"), result["training"], not result["deaths"]
-    amid = f" while training {culprit or ', '.join(owed_models(result))}" if result["rows"] else " before training"
+    error, culprit, first = (
+        RunEnded(f"the run was ended by {how}{memory}"),
+        result["training"],
+        not result["deaths"],
+    )
+    amid = (
+        f" while training {culprit or ', '.join(owed_models(result))}"
+        if result["rows"]
+        else " before training"
+    )
     end_run(process, result, f"{error}{amid}")
     again = "; it was started again, one model at a time" * first
     result |= {"training": None, "deaths": result["deaths"] + [f"{error}{amid}{again}"]}
@@ -511,7 +639,9 @@ def end(process) -> None:
 def end_run(process, result: dict, why) -> None:
     """End the process that trains, and tell Prefect, which cannot know it from a process that is killed."""
     words = [result["flow_run_id"], str(why)]
-    marker = words[0] and start_python(CRASHED, *words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    marker = words[0] and start_python(
+        CRASHED, *words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     end(process)
     with suppress(subprocess.TimeoutExpired):
         marker and marker.communicate(timeout=2 * STOP_SECONDS)
@@ -527,14 +657,27 @@ def start_prefect_server():
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
     # It lives as long as the run and has no UI: "Beginning flow run" and "View at" help nobody.
     os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL", "CRITICAL")
-    return start_python(SERVER, "server", "start", "--host", "127.0.0.1", "--port", port, "--no-services", "--no-ui",
-                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return start_python(
+        SERVER,
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--no-services",
+        "--no-ui",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def answers(api: str) -> bool:
     """Return whether that is a Prefect API, if only to those who say who they are."""
     try:
-        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=CHECK_SECONDS + 1) as reply:
+        with urllib.request.urlopen(
+            f"{api.rstrip('/')}/health", timeout=CHECK_SECONDS + 1
+        ) as reply:
             return reply.read(5) == b"true"
     except urllib.error.HTTPError as error:
         return error.code in (401, 403)
@@ -547,11 +690,17 @@ def find_prefect() -> str:
 
     "" where there is none.
     """
-    home, url = Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect")), os.environ.get("PREFECT_API_URL")
+    home, url = (
+        Path(os.environ.get("PREFECT_HOME", Path.home() / ".prefect")),
+        os.environ.get("PREFECT_API_URL"),
+    )
     files = home / "profiles.toml", Path("prefect.toml"), Path("pyproject.toml")
     text = "\n".join(file.read_text(errors="replace") for file in files if file.is_file())
-    stated = re.search(r"""(?imx) api_url\s*=\s*["']?(https?://[^\s"']+) | ^\s*\[.*prefect.*api | ^\s*\[api\]
-                                  | ^\s*active\s*=\s*"(?!ephemeral)""", text)
+    stated = re.search(
+        r"""(?imx) api_url\s*=\s*["']?(https?://[^\s"']+) | ^\s*\[.*prefect.*api | ^\s*\[api\]
+                                  | ^\s*active\s*=\s*"(?!ephemeral)""",
+        text,
+    )
     if not url and (stated or os.environ.get("PREFECT_PROFILE")):
         return stated and stated[1] or "a profile of yours (see: prefect config view)"
     os.environ["PREFECT_API_URL"] = url or LOCAL_PREFECT * answers(LOCAL_PREFECT)
@@ -560,41 +709,119 @@ def find_prefect() -> str:
 
 # ---- The command line -------------------------------------------------------------------------------------------------
 
+
 def parse_options(arguments=None) -> argparse.Namespace:
     """Read the command line. A wrong option prints the usage and exits with 2."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv-path", metavar="FILE", help="load this CSV (.csv, .csv.gz or http(s) URL) into the table first")
-    parser.add_argument("--table-name", default="spotify_songs", metavar="TABLE",
-                        help="table or view of songs, TABLE or SCHEMA.TABLE (default: %(default)s)")
-    parser.add_argument("--truncate", dest="truncate_table", action="store_true", help="empty the table before loading the CSV")
-    parser.add_argument("--n-clusters", type=int, default=2, metavar="N", help="number of clusters (default: %(default)s)")
-    parser.add_argument("--only", action="append", metavar="MODEL",
-                        help=f"train only these; repeat or comma-separate: {', '.join(models.MODELS)}")
-    parser.add_argument("--failed", action="store_true",
-                        help="train only the models whose last run failed, was held back or was killed")
-    parser.add_argument("--force", action="store_true", help="publish a model even if it is worse than the current one")
-    parser.add_argument("--demo", nargs="?", type=int, const=10_000, metavar="N",
-                        help="train on N made-up songs in the embedded database (default: 10000)")
-    parser.add_argument("--check", action="store_true", help="look at everything a run needs, train nothing and change nothing")
-    parser.add_argument("--no-notify", dest="enable_notifications", action="store_false", help="do not post to Discord")
-    parser.add_argument("--models-dir", metavar="DIR",
-                        help="where the models go (default: models, or demo/models with --demo, beside train.py)")
-    parser.add_argument("--predict-into", metavar="TABLE", help="then put every song's predictions and neighbours into this table")
-    parser.add_argument("--dask", metavar="ADDRESS", help="train on the Dask cluster of that scheduler, tcp://HOST:8786")
-    parser.add_argument("--serve", action="store_true",
-                        help="be a Prefect deployment until stopped; the other options are what its runs do by default")
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--csv-path",
+        metavar="FILE",
+        help="load this CSV (.csv, .csv.gz or http(s) URL) into the table first",
+    )
+    parser.add_argument(
+        "--table-name",
+        default="spotify_songs",
+        metavar="TABLE",
+        help="table or view of songs, TABLE or SCHEMA.TABLE (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--truncate",
+        dest="truncate_table",
+        action="store_true",
+        help="empty the table before loading the CSV",
+    )
+    parser.add_argument(
+        "--n-clusters",
+        type=int,
+        default=2,
+        metavar="N",
+        help="number of clusters (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="MODEL",
+        help=f"train only these; repeat or comma-separate: {', '.join(models.MODELS)}",
+    )
+    parser.add_argument(
+        "--failed",
+        action="store_true",
+        help="train only the models whose last run failed, was held back or was killed",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="publish a model even if it is worse than the current one",
+    )
+    parser.add_argument(
+        "--demo",
+        nargs="?",
+        type=int,
+        const=10_000,
+        metavar="N",
+        help="train on N made-up songs in the embedded database (default: 10000)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="look at everything a run needs, train nothing and change nothing",
+    )
+    parser.add_argument(
+        "--no-notify",
+        dest="enable_notifications",
+        action="store_false",
+        help="do not post to Discord",
+    )
+    parser.add_argument(
+        "--models-dir",
+        metavar="DIR",
+        help="where the models go (default: models, or demo/models with --demo, beside train.py)",
+    )
+    parser.add_argument(
+        "--predict-into",
+        metavar="TABLE",
+        help="then put every song's predictions and neighbours into this table",
+    )
+    parser.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="train on the Dask cluster of that scheduler, tcp://HOST:8786",
+    )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="be a Prefect deployment until stopped; the other options are what its runs do by default",
+    )
     parser.add_argument("--cron", help='with --serve: when to run, in UTC, such as "0 3 * * *"')
     options = parser.parse_args(arguments)
     for wrong, sentence in (
-            (options.truncate_table and not options.csv_path, "--truncate must be accompanied by --csv-path"),
-            (options.demo and options.csv_path, "--demo makes its own songs; leave out --csv-path"),
-            (options.demo is not None and options.demo < 1, f"--demo needs at least 1 song; it is {options.demo}"),
-            (options.n_clusters < 2, f"--n-clusters must be 2 or more; it is {options.n_clusters}"),
-            (options.failed and options.only, "--failed chooses the models itself; leave out --only"),
-            (options.cron and not options.serve, "--cron must be accompanied by --serve"),
-            (not re.fullmatch(r"\d+\.?\d*", PAUSE), f"DATABASE_RETRY_SECONDS is {PAUSE!r}; write a number of seconds, such as 30"),
-            (options.serve and options.failed, "--serve trains what each run is asked for; leave out --failed"),
-            (0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < 2 << 30, "a run needs 2 GB; raise the limit (ulimit -v)")):
+        (
+            options.truncate_table and not options.csv_path,
+            "--truncate must be accompanied by --csv-path",
+        ),
+        (options.demo and options.csv_path, "--demo makes its own songs; leave out --csv-path"),
+        (
+            options.demo is not None and options.demo < 1,
+            f"--demo needs at least 1 song; it is {options.demo}",
+        ),
+        (options.n_clusters < 2, f"--n-clusters must be 2 or more; it is {options.n_clusters}"),
+        (options.failed and options.only, "--failed chooses the models itself; leave out --only"),
+        (options.cron and not options.serve, "--cron must be accompanied by --serve"),
+        (
+            not re.fullmatch(r"\d+\.?\d*", PAUSE),
+            f"DATABASE_RETRY_SECONDS is {PAUSE!r}; write a number of seconds, such as 30",
+        ),
+        (
+            options.serve and options.failed,
+            "--serve trains what each run is asked for; leave out --failed",
+        ),
+        (
+            0 <= resource.getrlimit(resource.RLIMIT_AS)[0] < 2 << 30,
+            "a run needs 2 GB; raise the limit (ulimit -v)",
+        ),
+    ):
         if wrong:
             parser.error(sentence)
     try:
@@ -606,7 +833,11 @@ def parse_options(arguments=None) -> argparse.Namespace:
 
 
 def flow_parameters(options: argparse.Namespace) -> dict:
-    return {name: value for name, value in vars(options).items() if name not in ("failed", "check", "serve", "cron")}
+    return {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("failed", "check", "serve", "cron")
+    }
 
 
 def chosen(only) -> list[str]:
@@ -615,28 +846,41 @@ def chosen(only) -> list[str]:
     names = [name.strip() for name in (text or ",".join(models.MODELS)).split(",") if name.strip()]
     for name in names:
         if name not in models.MODELS:
-            raise DataError(f"there is no model {name!r}; the models are {', '.join(models.MODELS)}")
+            raise DataError(
+                f"there is no model {name!r}; the models are {', '.join(models.MODELS)}"
+            )
     return [name for name in models.MODELS if name in names]
 
 
 def check_dask(address) -> None:
     if address and not importlib.util.find_spec("prefect_dask"):
-        raise DataError("--dask needs prefect-dask; install it: pip install -c constraints.txt prefect-dask")
+        raise DataError(
+            "--dask needs prefect-dask; install it: pip install -c constraints.txt prefect-dask"
+        )
     if address and not find_prefect():
-        raise DataError("--dask needs a Prefect server that the cluster's workers reach as well; start one: "
-                        "prefect server start --host 0.0.0.0; then: export PREFECT_API_URL=http://HOST:4200/api")
+        raise DataError(
+            "--dask needs a Prefect server that the cluster's workers reach as well; start one: "
+            "prefect server start --host 0.0.0.0; then: export PREFECT_API_URL=http://HOST:4200/api"
+        )
 
 
 def models_folder(models_dir, demo):
-    return Path(models_dir or (models.MODELS_DIR if demo is None else db.ROOT / "demo" / "models")).resolve()
+    return Path(
+        models_dir or (models.MODELS_DIR if demo is None else db.ROOT / "demo" / "models")
+    ).resolve()
 
 
 def check(options: argparse.Namespace) -> None:
     """Look at everything at once, change nothing; print a line each: what, ok or warning or problem, and the fix; exit."""
     notify.quiet_logs()
-    looks = {"database": lambda: db.check(options.csv_path, options.table_name, options.demo),
-             "models directory": lambda: models.check_folder(models_folder(options.models_dir, options.demo)),
-             "Discord": lambda: notify.check_discord(options.enable_notifications), "Prefect": check_prefect}
+    looks = {
+        "database": lambda: db.check(options.csv_path, options.table_name, options.demo),
+        "models directory": lambda: models.check_folder(
+            models_folder(options.models_dir, options.demo)
+        ),
+        "Discord": lambda: notify.check_discord(options.enable_notifications),
+        "Prefect": check_prefect,
+    }
     pool, lines = ThreadPoolExecutor(), []
     asked = {what: pool.submit(notify.attempt, look) for what, look in looks.items()}
     wait(asked.values(), CHECK_SECONDS)
@@ -647,7 +891,9 @@ def check(options: argparse.Namespace) -> None:
     for what, state, sentence in lines:
         print(f"{what:18}{state:9}{notify.plain(sentence, 1000)}")
     sys.stdout.flush()
-    os._exit(notify.WRONG_INPUT if any(state == "problem" for _, state, _ in lines) else notify.TRAINED)  # whoever is late
+    os._exit(
+        notify.WRONG_INPUT if any(state == "problem" for _, state, _ in lines) else notify.TRAINED
+    )  # whoever is late
 
 
 def check_prefect() -> list:
@@ -655,7 +901,9 @@ def check_prefect() -> list:
     if not api.startswith("http"):
         return [("Prefect", "ok", api or "a temporary server per run")]
     if not answers(api):
-        raise DataError(f"{api} does not answer as a Prefect API; correct PREFECT_API_URL or start it: prefect server start")
+        raise DataError(
+            f"{api} does not answer as a Prefect API; correct PREFECT_API_URL or start it: prefect server start"
+        )
     return [("Prefect", "ok", f"{api} answers")]
 
 
@@ -664,29 +912,41 @@ def serve() -> None:
     status, error = notify.attempt(asyncio.run, serve_until_stopped(parse_options()))
     if error:
         print(f"train.py: error: {notify.explain(error)}", file=sys.stderr)
-    os._exit(notify.WRONG_INPUT if error else status)  # what Python does after it, for Prefect's threads, takes 2 s
+    os._exit(
+        notify.WRONG_INPUT if error else status
+    )  # what Python does after it, for Prefect's threads, takes 2 s
 
 
 async def serve_until_stopped(options: argparse.Namespace) -> int:
     from prefect.runner import Runner
     from prefect.schedules import Cron
+
     if not find_prefect():
         raise DataError("--serve needs a Prefect server; start one: prefect server start")
     check_prefect()
     try:
         schedules = [Cron(options.cron)] if options.cron else []
     except ValueError:
-        raise DataError(f'--cron {options.cron!r} is no cron expression; write five fields: "0 3 * * *"') from None
+        raise DataError(
+            f'--cron {options.cron!r} is no cron expression; write five fields: "0 3 * * *"'
+        ) from None
     # limit: a run that is due while another trains waits for it instead of finding the models directory locked.
     runner, loop, stopped_by = Runner(name=NAME, limit=1), asyncio.get_running_loop(), []
-    await runner.aadd_flow(ml_training_pipeline, name=NAME, parameters=flow_parameters(options), schedules=schedules)
+    await runner.aadd_flow(
+        ml_training_pipeline, name=NAME, parameters=flow_parameters(options), schedules=schedules
+    )
 
     def end_serving(number, _):
         stopped_by.append(number)
         loop.call_soon_threadsafe(loop.create_task, runner.astop())
-    runner.handle_sigterm = end_serving  # flow.serve's own does not await this, and so waits for the run to end
+
+    runner.handle_sigterm = (
+        end_serving  # flow.serve's own does not await this, and so waits for the run to end
+    )
     signal.signal(signal.SIGINT, end_serving)
-    print(f"serving {NAME}/{NAME}; start a run with: prefect deployment run {NAME}/{NAME}", flush=True)
+    print(
+        f"serving {NAME}/{NAME}; start a run with: prefect deployment run {NAME}/{NAME}", flush=True
+    )
     await runner.start()
     return 128 + stopped_by[0] if stopped_by else 1
 
