@@ -13,6 +13,7 @@ scikit-learn and pandas are imported where they are used: they take two seconds,
 """
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -20,15 +21,25 @@ import logging
 import os
 import re
 import shutil
+import signal
+import socket
+import socketserver
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import chain, repeat
+from logging.handlers import QueueHandler
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -1556,6 +1567,310 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
     return len(songs)
 
 
+# ---- The fork server: a process for each step of a run -------------------------------------------
+#
+# A run asks for steps with take(). One process, the fork server, has imported everything and holds
+# the songs; it takes each step in a fork of itself. So a step that crashes or is killed costs that
+# step alone, and the process that asked holds nothing heavy.
+
+_songs: dict[tuple, tuple] = {}  # that this process holds: (url, table) -> (songs, describe(songs))
+
+
+def take(step: str, *arguments: Any) -> Any:
+    """Have this process's fork server take a step of STEPS; return what the step returns.
+
+    What the step logs is logged here, in the thread that asked. Raises the step's error, or Killed.
+    Where this process has no fork server, as on a worker, there is one for this step alone.
+    """
+    if _fork_server is None:
+        with fork_server():
+            return take(step, *arguments)
+    return _fork_server.take(step, arguments)
+
+
+class Killed(db.Expected):
+    """A signal that nobody sent has ended a step's process: short memory, a library's crash."""
+
+
+class NotPublished(db.Expected):
+    """A model is trained, but could not be written; training it again would not help."""
+
+
+class StepFailed(db.Expected):
+    """An error that nobody expected, as a sentence; its traceback was logged where it happened."""
+
+
+class SameInputFails(StepFailed, ValueError):
+    """The same, where the same input would bring the same error."""
+
+
+def read_songs(url: str | None, table: str, models_dir: str) -> dict:
+    """Read the songs of a table and hold them for the steps to come.
+
+    Return {"rows": their number, "warnings": a sentence for each thing that drifted}. `url` None:
+    the DATABASE_URL of this machine. Raises what db.load_songs raises.
+    """
+    songs, data = _hold_songs(url, table)
+    return {"rows": len(songs), "warnings": drift_since(data, table, models_dir)}
+
+
+def _hold_songs(url: str | None, table: str) -> tuple:
+    if (url, table) not in _songs:
+        songs = db.load_songs(url or db.database_url(), table)
+        _songs[url, table] = songs, describe(songs)
+    return _songs[url, table]
+
+
+def train(name: str, url: str | None, about: dict, models_dir: str, force: bool) -> dict:
+    """Train a model on the songs of about["table"] and publish it; return its report.
+
+    `about` is what else shall stand in the report; its "settings" are keywords of the training
+    function. Raises what that raises, or NotPublished.
+    """
+    songs, data = _hold_songs(url, about["table"])
+    start = time.monotonic()
+    estimator, metrics = MODELS[name](songs, **about["settings"])
+    seconds = time.monotonic() - start
+    about = about | {"seconds": seconds, "rows": len(songs), "data": data}
+    try:
+        return publish(name, estimator, metrics, about, models_dir, force)
+    except OSError as error:
+        import notify
+
+        raise NotPublished(notify.explain(error)) from error
+
+
+def draw(run: Any, path: Path) -> None:
+    """Draw the picture of a run; see notify.draw_report."""
+    import notify
+
+    notify.draw_report(run, read_history(run.models_dir), path)
+
+
+STEPS = {
+    "load_csv": db.load_csv,
+    "load_demo": db.load_demo,
+    "read_songs": read_songs,
+    "train": train,
+    "predict_table": predict_table,
+    "draw": draw,
+}
+
+
+@contextmanager
+def fork_server(*inherited: IO) -> Iterator[None]:
+    """Have this process's fork server run while the block does; then it and its forks are gone.
+
+    It keeps the `inherited` files open, such as that of a lock.
+    """
+    global _fork_server
+    _fork_server = ForkServerProcess([file.fileno() for file in inherited])
+    try:
+        yield
+    finally:
+        _fork_server.kill()
+        _fork_server = None
+
+
+def end_steps() -> None:
+    """End the fork server and the steps it is taking, which nothing can interrupt, at once."""
+    if _fork_server:
+        _fork_server.kill()
+
+
+class ForkServerProcess:
+    """The fork server as those see it who ask for steps. Where it was killed, a new one is started."""
+
+    def __init__(self, inherited: list[int]) -> None:
+        self.inherited = inherited
+        self.folder = tempfile.TemporaryDirectory()  # which nobody else may enter
+        self.starting = threading.RLock()
+        self.ended = False
+        self._start()
+
+    def _start(self) -> None:
+        self.address = f"{self.folder.name}/{time.monotonic_ns()}"  # 107 bytes at most
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(self.address)  # here, so that nobody has to wait until it listens
+            listening.listen(100)
+            self.process = subprocess.Popen(
+                # faulthandler: what crashes a step leaves its traceback in the log
+                [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())],
+                stdin=listening,
+                pass_fds=self.inherited,
+                start_new_session=True,  # Ctrl-C is for the process that started this one
+            )
+
+    def _connect(self) -> Connection:
+        with self.starting:
+            if self.ended:
+                raise EOFError
+            if self.process.poll() is not None:
+                self._start()
+            return Client(self.address)
+
+    def take(self, step: str, arguments: tuple) -> Any:
+        try:
+            with self._connect() as connection:
+                connection.send((step, arguments))
+                message = connection.recv()
+                while isinstance(message, logging.LogRecord):
+                    logging.getLogger(message.name).handle(message)
+                    message = connection.recv()
+        except (EOFError, ConnectionError):
+            raise Killed("it was killed (was memory short?)") from None
+        result, error = message
+        if error:
+            raise error
+        return result
+
+    def kill(self) -> None:
+        with self.starting:
+            self.ended = True
+            self.process.kill()
+            self.process.wait()
+            self.folder.cleanup()
+
+    def memory_mb(self) -> float:
+        """Return the memory of the fork server and its forks, shared pages counted once (Linux)."""
+        pid = self.process.pid
+        try:
+            forks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        except OSError:
+            forks = []
+        return sum(_memory_mb(process) for process in [str(pid), *forks])
+
+
+_fork_server: ForkServerProcess | None = None
+
+
+def memory_mb() -> float:
+    """Return the memory of this process, its fork server and the forks, in MB; 0 where unknown."""
+    forks = _fork_server.memory_mb() if _fork_server else 0
+    return _memory_mb("self") + forks
+
+
+def _memory_mb(process: str) -> float:
+    try:
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1]) / 1000
+
+
+class Asked(Connection):
+    """A connection on which a step was asked for."""
+
+    step: str
+    arguments: tuple
+
+
+# A fork is safe where libraries expect it; macOS's do not, so there a step is a thread.
+_MixIn: Any = socketserver.ForkingMixIn if sys.platform == "linux" else socketserver.ThreadingMixIn
+
+
+class ForkServer(_MixIn, socketserver.UnixStreamServer):
+    """Take the steps that are asked for on the socket at standard input, each in a fork.
+
+    This process has a single thread, as a fork copies no other. It closes its end of a connection
+    right after the fork, so a killed step is an end of file for whoever waits.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, parent: int) -> None:
+        import joblib
+
+        super().__init__("", None, bind_and_activate=False)
+        self.socket = socket.socket(fileno=0)
+        self.parent = parent
+        self.pid = os.getpid()
+        self.max_children = joblib.cpu_count()  # more at once would only hold memory
+
+    def get_request(self) -> tuple[Asked, Any]:
+        request, address = self.socket.accept()
+        return Asked(request.detach()), address
+
+    def process_request(self, request: Asked, address: Any) -> None:
+        request.step, request.arguments = request.recv()
+        if request.step == "read_songs":  # in this process, so that the forks share them
+            self.finish_request(request, address)
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, address)
+
+    def finish_request(self, request: Asked, address: Any) -> None:
+        """Take a step; send what it logs, then (its result, its error)."""
+        if os.getpid() != self.pid:
+            die_with(self.pid)
+            with suppress(OSError):  # where memory is short the kernel shall end this, no database
+                Path("/proc/self/oom_score_adj").write_text("500")
+        asking = threading.get_ident()
+        handler = _Sender(request)
+        handler.addFilter(lambda record: record.thread == asking)
+        logging.root.addHandler(handler)
+        try:
+            request.send(_attempt(STEPS[request.step], request.arguments))
+        finally:
+            logging.root.removeHandler(handler)
+
+    def shutdown_request(self, request: Asked) -> None:
+        request.close()
+
+    close_request = shutdown_request
+
+    def service_actions(self) -> None:
+        super().service_actions()
+        if os.getppid() != self.parent:  # where die_with() cannot help
+            sys.exit()
+
+
+class _Sender(QueueHandler):
+    """Sends what is logged to whoever asked for the step."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self.queue.send(record)
+
+
+def _attempt(step: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
+    """Return (what the step returns, None) or (None, its error), which can be sent: no secrets."""
+    import notify
+
+    result, error = notify.attempt(step, *arguments)
+    if error is None:
+        return result, None
+    if not isinstance(error, notify.SAY_IT_ALL):
+        kind = StepFailed if notify.heals(error) else SameInputFails
+        return None, kind(notify.explain(error))
+    error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
+    return None, error
+
+
+def serve_forks(parent: int) -> None:
+    """Be the fork server of that process until it ends."""
+    import matplotlib.figure  # noqa: F401 (once, not in each fork)
+    import sklearn.ensemble
+    import sklearn.pipeline  # noqa: F401
+
+    import notify
+
+    die_with(parent)
+    # To a whole process group too: whoever is stopped ends this process when it has told so.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    notify.quiet_logs(keep_shares=True)
+    logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
+    ForkServer(parent).serve_forever()
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended before
+        sys.exit()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1580,7 +1895,7 @@ def show(options):
         rows.append(
             (
                 name,
-                *notify.metric_and_change(report),
+                *notify.metric_and_change(report["metrics"], report.get("previous")),
                 f"{report['rows']:,}",
                 f"{notify.duration(age.total_seconds())} ago",
                 notify.size(report["bytes"]),
@@ -1745,6 +2060,9 @@ def main(arguments=None):
     command("rollback", roll_back, "put the previous version of a model back")(
         "model", choices=list(MODELS)
     )
+    serving = commands.add_parser("forkserver", help="what train.py has its steps taken by")
+    serving.add_argument("parent", type=int)
+    serving.set_defaults(run=lambda options: serve_forks(options.parent))
     options = parser.parse_args(arguments)
     if options.run is predict_songs and bool(options.csv) == bool(options.into):
         parser.error("predict needs a CSV file or --into TABLE")
@@ -1759,4 +2077,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import models  # what is pickled shall name this module, not __main__, which is another elsewhere
+
+    sys.exit(models.main())
