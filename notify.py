@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,91 @@ RETRY_DELAYS = (1, 2)  # seconds before the retries after a 5xx or a broken conn
 RATE_LIMITED = 5  # how often a 429 is waited out
 NO_CONNECTION = 0  # stands where an HTTP status would
 COPY_IT = 'copy it from Discord (channel settings, Integrations, Webhooks, "Copy Webhook URL") into DISCORD_WEBHOOK_URL'
+
+# ---- A run: all there is to tell -----------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What became of one model of a run."""
+
+    status: str  # "trained", "held_back" or "failed"
+    error: str | None = None  # why it was held back or failed
+    metrics: dict = field(default_factory=dict)  # as in its metrics file, the primary metric first
+    plot: dict = field(default_factory=dict)  # what its panel of the picture is drawn from
+    previous: float | None = None  # the primary metric of the model that was current before
+    bytes: int | None = None  # size of the model's file
+    rows: int | None = None  # songs that it was trained on
+    seconds: float | None = None  # that the training took
+    guessing: bool | None = None  # it is no better than its baseline
+    path: str | None = None  # the model's file, where it was published
+    heals: bool = False  # may trying again help?
+
+
+@dataclass
+class Run:
+    """All there is to tell about a run. `asdict(run)` is JSON from end to end."""
+
+    parameters: dict  # the flow's
+    asked: list[str]  # names of the models that were asked for, in their usual order
+    models_dir: str
+    command: str  # the command line that does the same
+    started_at: str  # ISO 8601, UTC
+    host: str
+    models: dict[str, Outcome] = field(default_factory=dict)  # of those that are done
+    warnings: list[str] = field(default_factory=list)
+    crashes: list[str] = field(default_factory=list)  # killed steps, and what was done about them
+    csv: dict | None = None  # what load_csv returned
+    rows: int | None = None  # songs that were read
+    read_seconds: float | None = None  # that reading them took
+    seconds: float = 0.0  # that the run took
+    peak_mb: float | None = None  # the largest memory of a process of it
+    status: str = "failed"  # "completed", "partial" or "failed"
+    message: str = ""  # the run in a sentence
+    error: str | None = None  # what ended it
+    exit_status: int | None = None  # None until the run is concluded
+    finish_command: str | None = None  # trains what this run has not, where a command can
+
+    @property
+    def table(self) -> str:
+        return self.parameters["table_name"]
+
+    @property
+    def demo(self) -> int | None:
+        """The number of made-up songs; None where they are real."""
+        return self.parameters["demo"]
+
+    @property
+    def enable_notifications(self) -> bool:
+        return self.parameters["enable_notifications"]
+
+
+def outcome_of(report: dict, folder: str | Path) -> Outcome:
+    """Return what became of a model, from its `report`: what stands in its metrics file.
+
+    `folder`: the models directory.
+    """
+    path = None
+    if report["status"] == "trained":
+        path = str(Path(folder) / f"{report['model']}.joblib")
+    return Outcome(
+        status=report["status"],
+        error=report.get("error"),
+        metrics=report["metrics"],
+        plot=report.get("plot") or {},
+        previous=report.get("previous"),
+        bytes=report.get("bytes"),
+        rows=report.get("rows"),
+        seconds=report.get("seconds"),
+        guessing=report.get("guessing"),
+        path=path,
+    )
+
+
+def failed(error: BaseException) -> Outcome:
+    """Return what became of a model that there is none of."""
+    return Outcome("failed", error=explain(error), heals=heals(error))
+
 
 # ---------------------------------------------------------------------------------------------------- words
 
