@@ -171,6 +171,7 @@ def redact(text, *secrets):
     """`text` without `secrets`, the password of DATABASE_URL, the webhook's token, or anything that looks like either."""
     text, url, webhook = str(text), setting("DATABASE_URL"), setting("DISCORD_WEBHOOK_URL")
     secrets = [*secrets, webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD")]
+    secrets += _heartbeat_secrets(setting("HEARTBEAT_URL"))
     with contextlib.suppress(psycopg2.Error):
         secrets.append(psycopg2.extensions.parse_dsn(url).get("password", ""))
     forms = {form for s in secrets for form in (s, unquote(s), quote(s, safe=""), repr(s)[1:-1])}
@@ -185,6 +186,12 @@ def redact(text, *secrets):
     ):
         text = re.sub(pattern, r"\1***", text)
     return text
+
+
+def _heartbeat_secrets(url: str) -> list[str]:
+    """Return `url` and what may be a key in its path, which a name like nightly-songs is not."""
+    parts = re.findall(r"[\w-]{8,}", url.partition("://")[2].partition("/")[2])
+    return [url, *[part for part in parts if not re.fullmatch("[a-z_-]+", part)]]
 
 
 def database_url(demo=False):

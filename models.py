@@ -1580,7 +1580,7 @@ def show(options):
         rows.append(
             (
                 name,
-                *notify.metric_and_change(report),
+                *notify.metric_and_change(report["metrics"], report.get("previous")),
                 f"{report['rows']:,}",
                 f"{notify.duration(age.total_seconds())} ago",
                 notify.size(report["bytes"]),

@@ -1,7 +1,8 @@
-"""What people are told about a run: the terminal (live lines, one table), report.png and one Discord message.
+"""What people are told about a run: terminal, picture, one Discord message, a heartbeat.
 
-All of it is made from the result of a run, one dict that is JSON from end to end, so that terminal, picture, message
-and exit status never disagree. Nothing here may cost a trained model.
+A `Run` is all there is to tell. Terminal (live lines, then one table), report.png, Discord's
+message and run.json are made from it alone, so that they never disagree. Nothing here may cost a
+trained model: what cannot be told is a warning.
 """
 
 import contextlib
@@ -11,9 +12,7 @@ import json
 import logging
 import math
 import re
-import resource
-import shlex
-import socket
+import signal
 import sys
 import textwrap
 import threading
@@ -21,105 +20,25 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from db import DataError, Expected, command, redact, setting, write_atomically
+from db import Expected, redact, setting, write_atomically
 
-# Exit statuses.
-TRAINED, PARTIAL, WRONG_INPUT, NOTHING_TRAINED, LOCKED, TERMINATED, INTERRUPTED = (
-    0,
-    1,
-    2,
-    3,
-    75,
-    143,
-    130,
-)
+if TYPE_CHECKING:  # for annotations only: both are slow to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-LOGGERS = "train", "models", "db", "notify"
+LOGGERS = ("train", "models", "db", "notify")
 log = logging.getLogger("notify")
 
-# Metrics as people say them, in the order of a panel's second line; what is not here goes by its own name, and only
-# where it is the primary metric.
-METRICS = {
-    "accuracy_new_artists": "new artists",
-    "r2_new_artists": "new artists",
-    "top3_accuracy": "top 3",
-    "mae": "typical error",
-    "baseline_mae": "guessing",
-    "baseline_accuracy": "guessing",
-    "same_genre_by_chance": "by chance",
-    "same_artist_at_10": "same artist",
-    "r2": "R²",
-    "same_genre_at_10": "same genre",
-}
-
-# Of each status: its word, sign, colour (legible on black and on white, also to colour-blind eyes), colour on Discord.
-GOOD, MIXED, BAD = (
-    ("✅", "#00795A", 0x2ECC71),
-    ("⚠️", "#A86400", 0xF1C40F),
-    ("❌", "#C42B00", 0xE74C3C),
-)
-STATUS = {
-    "completed": ("completed", *GOOD),
-    "trained": ("trained", *GOOD),
-    "partial": ("partial", *MIXED),
-    "held_back": ("held back", *MIXED),
-    "failed": ("failed", *BAD),
-}
-
-# Signs of the live lines; what has none is at work.
-SIGNS = {
-    "done": f"[{GOOD[1]}]✓[/]",
-    "failed": f"[{BAD[1]}]✗[/]",
-    "held_back": f"[{MIXED[1]}]![/]",
-    "retrying": f"[{MIXED[1]}]↻[/]",
-}
-
-PLAIN_WIDTH = 160  # columns of a table where there is no terminal to ask
-
-# The picture. Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
-INCHES, ROW_INCHES, HEADER_INCHES = 16, 4.2, 1.5  # at 100 dots per inch
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
-MARKERS = "os^Dvp*X"
-INK, GREY = "#222222", "#707070"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "text.parse_math": False,
-    "text.color": INK,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 15,
-    "axes.titlepad": 30,
-    "axes.labelcolor": GREY,
-    "axes.labelsize": 12,
-    "legend.frameon": False,
-    "legend.fontsize": 11,
-}
-BELOW = {
-    "loc": "upper left",
-    "bbox_to_anchor": (-0.03, -0.06),
-    "columnspacing": 1,
-    "handletextpad": 0.3,
-}  # a legend
-RUNS_SHOWN, CONFUSIONS_SHOWN, CLUSTERS_NAMED = 30, 9, 8
-
-# Discord. Breaking a limit (fields, a field's value, an embed) is a 400 and loses the message; the others share the embed.
-FIELDS, VALUE, EMBEDS = 25, 1024, 6000
-TITLE, DESCRIPTION, FOOTER, NAME = 256, 2000, 256, 64
-MENTION = "@\u200b"  # an @ that calls nobody
-USER_AGENT = "ml-training-pipeline (https://discord.com/developers/docs/resources/webhook, 1.0)"  # urllib's: 403
-TIMEOUT = 10  # seconds for one request
-POST_SECONDS = 30  # for a whole message, waits and retries included
-STOPPED_SECONDS = 5  # the same after a stop: whoever stopped the run waits
-CHECK_SECONDS = 4
-RETRY_DELAYS = (1, 2)  # seconds before the retries after a 5xx or a broken connection
-RATE_LIMITED = 5  # how often a 429 is waited out
-NO_CONNECTION = 0  # stands where an HTTP status would
-COPY_IT = 'copy it from Discord (channel settings, Integrations, Webhooks, "Copy Webhook URL") into DISCORD_WEBHOOK_URL'
+# The exit statuses of a run that was stopped: 128 and the signal's number.
+STOPPED_BY = {128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGINT: "Ctrl-C"}
 
 # ---- A run: all there is to tell -----------------------------------------------------------------
 
@@ -206,164 +125,71 @@ def failed(error: BaseException) -> Outcome:
     return Outcome("failed", error=explain(error), heals=heals(error))
 
 
-# ---------------------------------------------------------------------------------------------------- words
+def tell(run: Run, history: list[dict]) -> None:
+    """Draw the picture and post to Discord; what fails is a warning of the run.
 
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
-
-
-def plain(text, limit=10_000):
-    """One line that can be shown anywhere: no secret, no control or direction character, `limit` characters at most."""
-    text = " ".join(UNPRINTABLE.sub(" ", redact(str(text))).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def number(value):
-    """A metric as people read it: three digits that matter, thousands separated."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return "not known"
-    return (
-        f"{value:,}"
-        if isinstance(value, int)
-        else f"{value:.3f}"
-        if abs(value) < 10
-        else f"{value:,.1f}"
-    )
+    `history`: the lines of history.jsonl as dicts, oldest first.
+    """
+    stopped = run.exit_status in STOPPED_BY  # then whoever stopped the run waits
+    picture = None
+    if run.models and not stopped:
+        picture = Path(run.models_dir) / "report.png"
+        _, error = attempt(draw_report, run, history, picture)
+        if error:
+            picture = None
+            run.warnings.append(f"the picture could not be made: {explain(error)}")
+    url = setting("DISCORD_WEBHOOK_URL")
+    if url and run.enable_notifications:
+        post_discord(run, url, picture, STOPPED_SECONDS if stopped else POST_SECONDS)
 
 
-def duration(seconds):
-    """41.2 -> "41.2 s", 754 -> "12 min 34 s"; "" for none."""
-    if not seconds or seconds < 60:
-        return f"{seconds:.1f} s" if seconds else ""
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
-def size(count):
-    """Bytes as "3.1 MB"; "" for none."""
-    power = min(3, int(math.log(count, 1000))) if count else 0
-    return (
-        f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB')[power]}"
-        if count
-        else ""
-    )
-
-
-def metric_and_change(model):
-    """("accuracy 0.713", "+0.004") of one model of the result; "first" when nothing came before, "" when it failed."""
-    if not model.get("metrics"):
-        return "", ""
-    name, value = next(iter(model["metrics"].items()))
-    previous = model.get("previous")
-    change = "first" if None in (previous, value) else f"{value - previous:+.3f}"
-    return f"{METRICS.get(name, plain(name).replace('_', ' '))} {number(value)}", change
-
-
-def reason(model):
-    """ "failed: ...", "held back: ..." or "no better than guessing"; "" where there is nothing to say."""
-    if model["status"] == "trained":
-        return "no better than guessing" * bool(model.get("guessing"))
-    word, error = STATUS[model["status"]][0], plain(model["error"] or "no reason was given")
-    return f"{word}: {error.removeprefix(f'{word}: ')}"
-
-
-def outcome(model):
-    """What became of a model: "accuracy 0.713 (+0.004)", where it was trained, and the reason."""
-    metric, change = metric_and_change(model)
-    return ", ".join(
-        filter(None, [f"{metric} ({change})" * (model["status"] == "trained"), reason(model)])
-    )
-
-
-def in_short(name, model):
-    return f"{name}: {'done, ' * (model['status'] == 'trained')}{outcome(model)}"
-
-
-def table_row(name, model):
-    """A model as a row of a table: {"model", "status", "metric", "change", "time", "size"}, all text."""
-    metric, change = metric_and_change(model)
-    return {
-        "model": plain(name, 20),
-        "status": STATUS[model["status"]][0],
-        "metric": metric,
-        "change": change,
-        "time": duration(model["seconds"]),
-        "size": size(model["bytes"]),
-    }
-
-
-def facts(result):
-    """["89,740 songs of spotify_songs", "41.2 s in all", ...]: what there is to say besides the models."""
-    songs = (
-        f"{result['rows']:,} {'made-up ' * bool(result['demo'])}songs of"
-        if result["rows"]
-        else "table"
-    )
-    said = {
-        "table": f"{songs} {plain(result['table'], 80)}",
-        "read_seconds": f"{duration(result['read_seconds'])} to read",
-        "seconds": f"{duration(result['seconds'])} in all",
-        "peak_mb": f"peak memory {result['peak_mb'] or 0:,.0f} MB",
-        "host": f"on {plain(result['host'], 80)}",
-    }
-    return [words for key, words in said.items() if result[key]]
-
-
-def warnings(result):
-    """The most important first: that the run was ended and started again, then what the models' data say."""
-    return result["deaths"] + result["warnings"]
-
-
-def notes(result):
-    """What there is to say below the models: the error if the message has it not, warnings, the CSV's rows."""
-    error, csv = plain(result["error"] or ""), result["csv"]
-    said = [error] * (error not in plain(result["message"])) + [
-        f"warning: {plain(w)}" for w in warnings(result)
-    ]
-    if csv:
-        reasons = "; ".join(
-            f"{plain(reason, 80)}: {count:,}" for reason, count in csv["rejected"].items()
-        )
-        said.append(
-            f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, {csv['repeated']:,} repeated, "
-            f"{sum(csv['rejected'].values()):,} rejected" + f" ({reasons})" * bool(reasons)
-        )
-    return said
-
-
-# ------------------------------------------------------------------------------------------------------ errors
+# ---- Errors and the log --------------------------------------------------------------------------
 
 
 class Stopped(Expected):
-    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, TERMINATED or INTERRUPTED."""
+    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
 
-    def __init__(self, code):
+    def __init__(self, code: int):
         super().__init__(code)
         self.code = code
 
-    def __str__(self):
-        return f"the run was stopped by {'Ctrl-C' if self.code == INTERRUPTED else 'SIGTERM'}"
+    def __str__(self) -> str:
+        return f"the run was stopped by {STOPPED_BY[self.code]}"
 
 
-SAY_IT_ALL = Expected, OSError, MemoryError  # errors of which nobody needs a traceback
+SAY_IT_ALL = (Expected, OSError, MemoryError)  # errors of which nobody needs a traceback
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def explain(error):
-    """An error as a sentence without secrets."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+def explain(error: BaseException) -> str:
+    """Return an error as a sentence without secrets."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return redact(
-            f"there is no space left for {error.filename or 'a file'}; make room on that disk and run it again"
+            f"there is no space left for {error.filename or 'a file'}; "
+            "make room on that disk and run it again"
         )
     if isinstance(error, MemoryError):
         return (
-            "there is not enough memory; raise the limit (ulimit -v, the container's), train fewer models at a time "
-            "(--only), or name a view with a sample of the songs as --table-name"
+            "there is not enough memory; raise the limit (ulimit -v, the container's), train "
+            "fewer models at a time (--only), or name a view with a sample of the songs as "
+            "--table-name"
         )
-    return redact(
-        str(error) if isinstance(error, SAY_IT_ALL) else f"{type(error).__name__}: {error}"
-    )
+    if isinstance(error, SAY_IT_ALL):
+        return redact(str(error))
+    return redact(f"{type(error).__name__}: {error}")
 
 
-def attempt(step, *arguments):
-    """Run a step whose failure must not stop the next one; return (what it returned, None) or (None, the error)."""
+def heals(error: BaseException) -> bool:
+    """Return True unless the same input would fail in the same way."""
+    return not isinstance(error, (ValueError, TypeError, KeyError))
+
+
+def attempt(step: Callable, *arguments: Any) -> tuple[Any, Exception | None]:
+    """Run a step whose failure must not stop the next one.
+
+    Return (what it returned, None) or (None, the error). An error that nobody expects is logged
+    with its traceback.
+    """
     try:
         return step(*arguments), None
     except Exception as error:
@@ -372,260 +198,343 @@ def attempt(step, *arguments):
         return None, error
 
 
-def quiet_logs():
-    """Let our log lines through, and no secret in any line of ours or of Prefect's."""
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO)
+def quiet_logs(keep_shares: bool = False) -> None:
+    """Let our log lines through, and no secret in any line of ours or of Prefect's.
+
+    Records that carry a share of what is done move the bars of `live_status`; those of level DEBUG
+    go no further, and of the others one a quarter does. With `keep_shares` all go on: for a process
+    that sends what it logs to the one with the terminal.
+    """
+    for logger in map(logging.getLogger, LOGGERS):
+        logger.setLevel(logging.DEBUG)
+        if not keep_shares:
+            logger.addFilter(_moves_bar_or_goes_on)
     for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
         if name.startswith((*LOGGERS, "prefect")):
             logging.getLogger(name).addFilter(_without_secrets)
-    logging.getLogger("EventsWorker").setLevel(
-        logging.ERROR
-    )  # Prefect's: at the end it counts what is still to be sent
+    # Prefect's: at the end it counts what is still to be sent.
+    logging.getLogger("EventsWorker").setLevel(logging.ERROR)
 
 
-def _without_secrets(record):
-    """A logging filter: errors whose text says all there is to say lose their traceback, everything loses secrets."""
-    record.msg, record.args = redact(record.getMessage()), ()
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """A logging filter: take secrets out of a record, and the traceback where the text is enough.
+
+    A record that comes from another process has its traceback as text only.
+    """
+    record.msg = redact(record.getMessage())
+    record.args = ()
     if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
         record.exc_info = None
+        record.exc_text = None
     elif record.exc_info:
         record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    elif record.exc_text:
+        record.exc_text = redact(record.exc_text)
     return True
 
 
-# ---------------------------------------------------------------------------------------------- result of a run
+_live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
+_quarters: dict[tuple, int] = {}  # (model, phase) -> the last quarter that went into the log
 
 
-def new_result(parameters, asked, folder):
-    """The result of a run that is about to begin. `parameters`: the flow's; `asked`: names of models; `folder`: theirs."""
-    words, folder = [], Path(folder).resolve()
-    options = {
-        "table_name": "spotify_songs",
-        "n_clusters": 2,
-        "demo": None,
-        "dask": None,
-        "predict_into": None,
-    }
-    for name, default in options.items():
-        value = parameters.get(name, default)
-        words += [f"--{name.replace('_', '-')}", value] * (value != default)
-    words += ["--models-dir", folder] * bool(parameters["models_dir"]) + ["--force"] * parameters[
-        "force"
+def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
+    """A logging filter: show a record's share, let the record go on where a log wants it."""
+    share = getattr(record, "share", None)
+    if share is None:
+        return record.levelno >= logging.INFO
+    for lines in _live_lines:
+        lines.show(record)
+    if record.levelno != logging.INFO:
+        return record.levelno > logging.INFO
+    key = (getattr(record, "model", ""), getattr(record, "phase", ""))
+    quarter = int(4 * share)
+    if _quarters.get(key) == quarter:
+        return False
+    _quarters[key] = quarter
+    return True
+
+
+# ---- Words ---------------------------------------------------------------------------------------
+
+
+class Look(NamedTuple):
+    """How a status looks."""
+
+    word: str
+    sign: str
+    colour: str  # legible on black and on white, also to colour-blind eyes
+    discord_colour: int
+
+
+LOOKS = {
+    "completed": Look("completed", "✅", "#00795A", 0x2ECC71),
+    "trained": Look("trained", "✅", "#00795A", 0x2ECC71),
+    "partial": Look("partial", "⚠️", "#A86400", 0xF1C40F),
+    "held_back": Look("held back", "⚠️", "#A86400", 0xF1C40F),
+    "failed": Look("failed", "❌", "#C42B00", 0xE74C3C),
+}
+WARNING_COLOUR = LOOKS["partial"].colour
+
+# Metrics as people say them, in the order of a panel's second line; what is not here goes by its
+# own name, and only where it is the primary metric.
+METRICS = {
+    "accuracy_new_artists": "new artists",
+    "r2_new_artists": "new artists",
+    "top3_accuracy": "top 3",
+    "mae": "typical error",
+    "baseline_mae": "guessing",
+    "baseline_accuracy": "guessing",
+    "same_genre_by_chance": "by chance",
+    "same_artist_at_10": "same artist",
+    "r2": "R²",
+    "same_genre_at_10": "same genre",
+}
+# Columns of songs as people say them; what is not here goes by its own name.
+COLUMNS = {
+    "artist_name": "artist",
+    "album_name": "album",
+    "track_name": "title",
+    "duration_ms": "duration",
+    "time_signature": "time signature",
+}
+LEANS_ON = 3  # columns named
+LEAST_FALL = 0.005  # of the primary metric: less is "0.00"
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
+UNITS = ("B", "kB", "MB", "GB")
+
+
+def plain(text: object, limit: int = 10_000) -> str:
+    """Return `text` as one line that can be shown anywhere.
+
+    It holds no secret, no control or direction character, and `limit` characters at most.
+    """
+    line = " ".join(UNPRINTABLE.sub(" ", redact(str(text))).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def number(value: object) -> str:
+    """Return a metric as people read it: three digits that matter, thousands separated."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "not known"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as "41.2 s" or "12 min 34 s"; "" for none."""
+    if not seconds:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def size(count: int | None) -> str:
+    """Return bytes as "3.1 MB"; "" for none."""
+    if not count:
+        return ""
+    power = min(len(UNITS) - 1, int(math.log(count, 1000)))
+    digits = 1 if power else 0
+    return f"{count / 1000**power:.{digits}f} {UNITS[power]}"
+
+
+def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
+    """Return the primary metric and its change, such as ("accuracy 0.713", "+0.004").
+
+    The change is "first" where nothing came before; both are "" where there are no metrics.
+    """
+    if not metrics:
+        return "", ""
+    name, value = next(iter(metrics.items()))
+    said = METRICS.get(name, plain(name).replace("_", " "))
+    change = "first"
+    if value is not None and previous is not None:
+        change = f"{value - previous:+.3f}"
+    return f"{said} {number(value)}", change
+
+
+def leans_on(metrics: dict) -> str:
+    """Return "leans on artist 0.31, album 0.12, year 0.05"; "" where that is not known.
+
+    The figures: how much the primary metric falls when that column is shuffled.
+    """
+    falls = [
+        f"{COLUMNS.get(column, plain(column, 20))} {fall:.2f}"
+        for column, fall in (metrics.get("leans_on") or {}).items()
+        if fall >= LEAST_FALL
     ]
-    words += ["--no-notify"] * (not parameters["enable_notifications"])
-    unknown = dict.fromkeys(
-        (
-            "exit_status",
-            "error",
-            "read_seconds",
-            "peak_mb",
-            "rows",
-            "csv",
-            "finish_command",
-            "flow_run_id",
-            "training",
-        )
-    )
-    return unknown | {
-        "status": "failed",
-        "message": "",
-        "started_at": datetime.now(UTC).isoformat(),
-        "clock": time.monotonic(),
-        "seconds": 0.0,
-        "host": socket.gethostname(),
-        "warnings": [],
-        "table": parameters["table_name"],
-        "models_dir": str(folder),
-        "demo": parameters["demo"],
-        "asked": list(asked),
-        "models": {},
-        "command": command("train.py", *words),
-        "deaths": [],
-        "notify": parameters["enable_notifications"],
-        "parameters": parameters,
-    }
+    return f"leans on {', '.join(falls[:LEANS_ON])}" if falls else ""
 
 
-ENTRY = "status", "error", "metrics", "plot", "previous", "bytes", "rows", "seconds", "guessing"
+def reason(outcome: Outcome) -> str:
+    """Return "failed: …", "held back: …" or "no better than guessing"; "" for a good model."""
+    if outcome.status == "trained":
+        return "no better than guessing" if outcome.guessing else ""
+    word = LOOKS[outcome.status].word
+    error = plain(outcome.error or "no reason was given")
+    return f"{word}: {error.removeprefix(f'{word}: ')}"
 
 
-def entry(report, folder):
-    """What the result says of a model that has a metrics file."""
-    path = (
-        str(Path(folder) / f"{report['model']}.joblib") if report["status"] == "trained" else None
-    )
-    return {key: report.get(key) for key in ENTRY} | {"path": path, "heals": False}
+def said_of(outcome: Outcome) -> str:
+    """Return what became of a model: "accuracy 0.713 (+0.004)" if it was trained, the reason."""
+    said = []
+    if outcome.status == "trained":
+        metric, change = metric_and_change(outcome.metrics, outcome.previous)
+        said.append(f"{metric} ({change})")
+    if reason(outcome):
+        said.append(reason(outcome))
+    return ", ".join(said)
 
 
-def failed_entry(error):
-    """What the result says of a model that there is none of."""
-    return dict.fromkeys(ENTRY) | {
-        "status": "failed",
-        "error": explain(error),
-        "metrics": {},
-        "plot": {},
-        "path": None,
-        "heals": heals(error),
-    }
+def in_short(name: str, outcome: Outcome) -> str:
+    """Return what became of the model of that name, in a line for the log."""
+    done = "done, " if outcome.status == "trained" else ""
+    return f"{name}: {done}{said_of(outcome)}"
 
 
-def heals(error):
-    """Whether trying again may help: the same input brings these back."""
-    return not isinstance(error, (ValueError, TypeError, KeyError))
-
-
-def peak_mb(so_far=0):
-    """The largest memory of this process and of those it waited for, in MB."""
-    peak = max(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return max(so_far or 0, peak // (1024 if sys.platform == "linux" else 1024**2))
-
-
-def history_line(result, name, status):
-    """The line of history.jsonl on a model of a run."""
-    model = result["models"].get(name) or dict.fromkeys(ENTRY)
-    metric, value = next(iter((model["metrics"] or {}).items()), (None, None))
+def table_row(name: str, outcome: Outcome) -> dict[str, str]:
+    """Return a model as a row of a table; the columns are its keys."""
+    metric, change = metric_and_change(outcome.metrics, outcome.previous)
     return {
-        "run": result["started_at"],
-        "model": name,
-        "status": status,
+        "model": plain(name, 20),
+        "status": LOOKS[outcome.status].word,
         "metric": metric,
-        "value": value,
-        "seconds": model["seconds"],
-        "rows": result["rows"],
-        "read_seconds": result["read_seconds"],
-        "run_seconds": round(time.monotonic() - result["clock"], 2),
-        "peak_mb": peak_mb(),
-        "error": model["error"],
+        "change": change,
+        "time": duration(outcome.seconds),
+        "size": size(outcome.bytes),
     }
 
 
-def model_page(name, model, history):
-    """Markdown about a model: its figures, and its last runs, the latest first."""
+def facts(run: Run) -> list[str]:
+    """Return what there is to say besides the models: songs, times, memory, machine."""
+    table = plain(run.table, 80)
+    said = [f"table {table}"]
+    if run.rows:
+        said = [f"{run.rows:,} {'made-up songs' if run.demo else 'songs'} of {table}"]
+    if run.read_seconds:
+        said.append(f"{duration(run.read_seconds)} to read")
+    if run.seconds:
+        said.append(f"{duration(run.seconds)} in all")
+    if run.peak_mb:
+        said.append(f"peak memory {run.peak_mb:,.0f} MB")
+    if run.host:
+        said.append(f"on {plain(run.host, 80)}")
+    return said
+
+
+def warnings_of(run: Run) -> list[str]:
+    """Return the warnings, the most important first: what was killed, then what the data say."""
+    return run.crashes + run.warnings
+
+
+def notes(run: Run) -> list[str]:
+    """Return what there is to say below the models.
+
+    The error if the message has it not, warnings, the rows of the CSV.
+    """
+    said = []
+    error = plain(run.error or "")
+    if error not in plain(run.message):
+        said.append(error)
+    said += [f"warning: {plain(warning)}" for warning in warnings_of(run)]
+    if run.csv:
+        said.append(_rows_of_csv(run.csv))
+    return said
+
+
+def _rows_of_csv(csv: dict) -> str:
+    rejected = csv["rejected"]
+    said = (
+        f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, "
+        f"{csv['repeated']:,} repeated, {sum(rejected.values()):,} rejected"
+    )
+    if rejected:
+        reasons = [f"{plain(reason, 80)}: {count:,}" for reason, count in rejected.items()]
+        said += f" ({'; '.join(reasons)})"
+    return said
+
+
+def model_page(name: str, outcome: Outcome, history: list[dict]) -> str:
+    """Return Markdown about a model: its figures, and its last runs, the latest first."""
     lines = ["|metric|value|", "|---|---|"]
-    lines += [
-        f"|{key}|{number(value)}|"
-        for key, value in model["metrics"].items()
-        if not isinstance(value, (list, dict))
-    ]
+    for key, value in outcome.metrics.items():
+        if not isinstance(value, (list, dict)):
+            lines.append(f"|{key}|{number(value)}|")
+    if leans_on(outcome.metrics):
+        lines += ["", escape(leans_on(outcome.metrics))]
     lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
-    lines += [
-        f"|{line['run'][:16]}|{escape(line.get('error') or line['status'])}|{number(line.get('value'))}|"
-        for line in history[::-1]
-        if line["model"] == name and line["status"] != "started"
-    ][:RUNS_SHOWN]
+    runs = [line for line in history[::-1] if line["model"] == name and line["status"] != "started"]
+    for line in runs[:RUNS_SHOWN]:
+        status = escape(line.get("error") or line["status"])
+        lines.append(f"|{line['run'][:16]}|{status}|{number(line.get('value'))}|")
     return "\n".join(lines)
 
 
-def decide(result, error=None):
-    """What the run was: status, exit status, message, and the command that finishes it where one can help."""
-    if result["exit_status"] is not None:
-        return
-    asked, models = result["asked"], result["models"]
-    trained, held_back, failed = (
-        [name for name in asked if name in models and models[name]["status"] == status]
-        for status in ("trained", "held_back", "failed")
-    )
-    if error:
-        result["error"] = explain(error)
-    if len(failed) == len(models):
-        status, code = "failed", WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
-    elif error or len(trained) < len(asked):
-        status, code = "partial", PARTIAL
-    else:
-        status, code = "completed", TRAINED
-    result |= {"status": status, "exit_status": error.code if isinstance(error, Stopped) else code}
-    said = [f"{len(trained)} of {len(asked)} models trained"] + [
-        "held back: " + ", ".join(held_back)
-    ] * bool(held_back)
-    said += ["failed: " + ", ".join(failed)] * bool(failed) + [result["error"]] * bool(
-        result["error"]
-    )
-    result["message"] = (
-        "; ".join(said)
-        if models
-        else f"Nothing was trained: {result['error'] or 'no reason was given'}"
-    )
-    if (not error or heals(error)) and any(
-        name not in models or models[name]["heals"] for name in asked
-    ):
-        result["finish_command"] = _finish_command(result)
-    result |= {"seconds": time.monotonic() - result["clock"], "peak_mb": peak_mb(result["peak_mb"])}
+# ---- Terminal ------------------------------------------------------------------------------------
+
+PLAIN_WIDTH = 160  # columns of a table where there is no terminal to ask
+BAR_WIDTH = 16
+NAME_WIDTH = 12
+# Signs of the live lines, by phase; what has none is at work.
+SIGNS = {
+    "done": f"[{LOOKS['trained'].colour}]✓[/]",
+    "failed": f"[{LOOKS['failed'].colour}]✗[/]",
+    "held_back": f"[{LOOKS['held_back'].colour}]![/]",
+    "retrying": f"[{LOOKS['partial'].colour}]↻[/]",
+}
+AT_WORK = "▶"
+ENDED = ("done", "failed", "held_back")
+
+Cell = Any  # text, a number, or (text, rich style)
 
 
-def _finish_command(result):
-    """The command that trains what this run has not trained, also where it has not loaded its CSV."""
-    words, parameters = ["--failed"], result["parameters"]
-    if not result["csv"] and (csv := parameters["csv_path"]):
-        words += ["--csv-path", csv if re.match("https?://", csv) else str(Path(csv).resolve())]
-        words += ["--truncate"] * parameters["truncate_table"]
-    return f"{result['command']} {shlex.join(words)}"
-
-
-def tell(result, history):
-    """Draw the picture and post to Discord; what fails is a warning. `history`: the lines of history.jsonl as dicts."""
-    stopped, picture = (
-        result["exit_status"] in (TERMINATED, INTERRUPTED),
-        Path(result["models_dir"]) / "report.png",
-    )
-    trouble = stopped or not result["models"]
-    if not trouble:
-        _, trouble = attempt(draw_report, result, history, picture)
-        if trouble:
-            result["warnings"].append(f"the picture could not be made: {explain(trouble)}")
-    if result["notify"] and (url := setting("DISCORD_WEBHOOK_URL")):
-        post_discord(
-            result, url, None if trouble else picture, STOPPED_SECONDS if stopped else POST_SECONDS
-        )
-
-
-# ------------------------------------------------------------------------------------------------- terminal
-
-
-def print_summary(result, file=None):
+def print_summary(run: Run, file: IO[str] | None = None) -> None:
     """Print the table of a run and what there is to say below it."""
-    rows, lines = [], [(result["message"], f"bold {STATUS[result['status']][2]}")]
-    for name, model in result["models"].items():
-        model_name, status, *others = table_row(name, model).values()
-        colour = STATUS[model["status"]][2]
-        rows.append([(model_name, "bold"), (status, colour), *others])
-        if reason(model):
-            lines.append((f"{name} {reason(model)}", MIXED[1] if status == "trained" else colour))
-    lines += [(note, MIXED[1] if note.startswith("warning") else "") for note in notes(result)]
-    lines.append(", ".join(facts(result)))
-    if any(model["path"] for model in result["models"].values()):
-        lines.append(f"models in {result['models_dir']}")
-    if result["finish_command"]:
-        lines.append((f"to finish the job: {result['finish_command']}", "bold"))
-    print_table(
-        ("model", "status", "metric", "change>", "time>", "size>"), rows, below=lines, file=file
-    )
+    rows: list[list[Cell]] = []
+    lines: list[Cell] = [(run.message, f"bold {LOOKS[run.status].colour}")]
+    for name, outcome in run.models.items():
+        model, status, *others = table_row(name, outcome).values()
+        colour = LOOKS[outcome.status].colour
+        rows.append([(model, "bold"), (status, colour), *others])
+        if reason(outcome):
+            trained = outcome.status == "trained"
+            lines.append((f"{name} {reason(outcome)}", WARNING_COLOUR if trained else colour))
+    for note in notes(run):
+        lines.append((note, WARNING_COLOUR if note.startswith("warning") else ""))
+    lines.append(", ".join(facts(run)))
+    if any(outcome.path for outcome in run.models.values()):
+        lines.append(f"models in {run.models_dir}")
+    if run.finish_command:
+        lines.append((f"to finish the job: {run.finish_command}", "bold"))
+    columns = ("model", "status", "metric", "change>", "time>", "size>")
+    print_table(columns, rows, below=lines, file=file)
 
 
-def print_table(columns, rows, above=(), below=(), file=None):
-    """Print lines, a table, lines: in colour on a terminal, plain text without escape codes anywhere else.
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Cell]],
+    above: Iterable[Cell] = (),
+    below: Iterable[Cell] = (),
+    file: IO[str] | None = None,
+) -> None:
+    """Print lines, a table, lines: in colour on a terminal, plain text anywhere else.
 
-    `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles and artists may be
-    folded. Cells and lines are text or (text, rich style).
+    `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles
+    and artists may be folded. Cells and lines are text or (text, rich style).
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    def text(said):
-        said, style = said if isinstance(said, tuple) else (said, "")
-        return Text(plain(said), style)
-
-    file = file or sys.stdout
-    tty = file.isatty()
-    if hasattr(file, "reconfigure"):
-        file.reconfigure(errors="backslashreplace")  # where a terminal or a log knows only ASCII
-    out = Console(file=file, width=None if tty else PLAIN_WIDTH, force_terminal=tty)
-    table = Table(box=box.SIMPLE_HEAD if tty else None, pad_edge=False, padding=(0, 2, 0, 0))
+    out = file or sys.stdout
+    on_terminal = out.isatty()
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(errors="backslashreplace")  # where a terminal or a log knows only ASCII
+    width = None if on_terminal else PLAIN_WIDTH
+    console = Console(file=out, width=width, force_terminal=on_terminal)
+    style = box.SIMPLE_HEAD if on_terminal else None
+    table = Table(box=style, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(
             column.rstrip(">"),
@@ -634,161 +543,282 @@ def print_table(columns, rows, above=(), below=(), file=None):
             no_wrap=column not in ("title", "artist"),
         )
     for row in rows:
-        table.add_row(*map(text, row))
-    for part in (*map(text, above), *[table] * bool(rows), *map(text, below)):
-        out.print(part, soft_wrap=part is not table)
+        table.add_row(*map(_styled, row))
+    for line in above:
+        console.print(_styled(line), soft_wrap=True)
+    if table.rows:
+        console.print(table)
+    for line in below:
+        console.print(_styled(line), soft_wrap=True)
 
 
-def _log_handler():
-    """The handler whose rich console writes the log to a terminal, as Prefect's does: what is live goes below it."""
-    for handler in logging.getLogger().handlers:
-        console = getattr(handler, "console", None)
-        if (
-            console
-            and console.file.isatty()
-            and not console.is_dumb_terminal
-            and "utf" in console.encoding
-        ):
-            return handler
+def _styled(cell: Cell) -> Any:
+    """Return a cell or line as rich's Text."""
+    from rich.text import Text
+
+    text, style = cell if isinstance(cell, tuple) else (cell, "")
+    return Text(plain(text), style)
 
 
 @contextlib.contextmanager
-def live_status(models):
-    """A line per model below the log on a terminal while the block runs; nothing elsewhere.
+def live_status(models: Iterable[str]) -> Iterator[None]:
+    """Show a line per model below the log on a terminal while the block runs; nothing elsewhere.
 
-    It shows the last record logged with extra={"model": "genre", "phase": "fitting"}, without its "genre: ". Up to
-    level INFO such a record goes no further; a warning (a retry and its reason) is in the log as well.
+    A line shows the last record logged with extra={"model": "genre", "phase": "fitting"}, without
+    its "genre: ", and a bar where the record carries "share", 0 to 1, of what is done. A model that
+    is not among `models` ("CSV", "predict") gets a line with its first record. Up to level INFO
+    such records go no further; a warning (a retry and its reason) is in the log as well.
     """
     handler = _log_handler()
     if not handler:
         yield
         return
-    from rich.markup import escape
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
     from rich.theme import Theme
 
-    columns = TimeElapsedColumn(), TextColumn("{task.description}")
-    with (
-        handler.console.use_theme(Theme()),
-        Progress(*columns, console=handler.console, transient=True) as progress,
-    ):
-        lines = {name: progress.add_task(f"· {name:12}waiting") for name in models}
-
-        def show(record):
-            name, phase = getattr(record, "model", None), getattr(record, "phase", "")
-            if name in lines:
-                said = escape(plain(record.getMessage()).removeprefix(f"{name}: "))
-                progress.update(lines[name], description=f"{SIGNS.get(phase, '▶')} {name:12}{said}")
-                if phase in ("done", "failed", "held_back"):
-                    progress.stop_task(lines[name])
-            return record.levelno >= logging.WARNING or name not in lines
-
-        handler.addFilter(show)
+    with handler.console.use_theme(Theme()), _progress(handler.console) as progress:
+        lines = _LiveLines(progress, models)
+        handler.addFilter(lines.show)
+        _live_lines.append(lines)
         try:
             yield
         finally:
-            handler.removeFilter(show)
+            _live_lines.remove(lines)
+            handler.removeFilter(lines.show)
 
 
-# -------------------------------------------------------------------------------------------------- picture
+class _LiveLines:
+    """The lines of a rich Progress, by model; `show` takes log records and is a logging filter."""
+
+    def __init__(self, progress: Any, models: Iterable[str]):
+        self.progress = progress
+        self.lines: dict[str, Any] = {}
+        for model in models:
+            self._add(model, "·", "waiting")
+
+    def show(self, record: logging.LogRecord) -> bool:
+        """Show a record that is about a model; return whether it goes into the log as well."""
+        model = getattr(record, "model", None)
+        if model is None:
+            return True
+        is_new = model not in self.lines
+        if is_new and record.levelno >= logging.WARNING:
+            return True
+        phase = getattr(record, "phase", "")
+        share = getattr(record, "share", None)
+        said = plain(record.getMessage()).removeprefix(f"{model}: ")
+        sign = SIGNS.get(phase, AT_WORK)
+        if is_new:
+            self._add(model, sign, said)
+        self.progress.update(
+            self.lines[model],
+            description=self._description(model, sign, said),
+            # At 1 rich would stop the line's clock, and there may be a next phase.
+            completed=min(max(share or 0, 0), 0.999),
+            has_share=share is not None,
+        )
+        if phase in ENDED:
+            self.progress.stop_task(self.lines[model])
+        return record.levelno >= logging.WARNING
+
+    def _add(self, model: str, sign: str, said: str) -> None:
+        description = self._description(model, sign, said)
+        self.lines[model] = self.progress.add_task(description, total=1, has_share=False)
+
+    @staticmethod
+    def _description(model: str, sign: str, said: str) -> str:
+        from rich.markup import escape
+
+        return f"{sign} {escape(model):{NAME_WIDTH}}{escape(said)}"
 
 
-def draw_report(result, history, path):
-    """Write the picture of a run, a PNG 1600 pixels wide, to `path`; the old one stays until the new is whole.
+def _progress(console: Any) -> Any:
+    """Return rich's Progress: a clock, what is said, and a bar where the share is known."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+    from rich.text import Text
 
-    `history`: the lines of history.jsonl as dicts, oldest first. Raises OSError when `path` cannot be written.
+    class Bar(BarColumn):
+        def render(self, task: Any) -> Any:
+            return super().render(task) if task.fields["has_share"] else Text()
+
+    class Percent(TaskProgressColumn):
+        def render(self, task: Any) -> Text:
+            return super().render(task) if task.fields["has_share"] else Text()
+
+    def fixed(width: int) -> Column:
+        return Column(width=width, no_wrap=True)
+
+    return Progress(
+        TimeElapsedColumn(table_column=fixed(len("0:00:00"))),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        Bar(BAR_WIDTH, table_column=fixed(BAR_WIDTH)),
+        Percent(table_column=fixed(len("100%"))),
+        console=console,
+        transient=True,
+    )
+
+
+def _log_handler() -> Any:
+    """Return the handler whose rich console writes the log to a terminal, as Prefect's does.
+
+    What is live goes below its lines. None where there is no terminal, or a poor one.
+    """
+    for handler in logging.getLogger().handlers:
+        console = getattr(handler, "console", None)
+        if not console or not console.file.isatty() or console.is_dumb_terminal:
+            continue
+        if "utf" in console.encoding:
+            return handler
+    return None
+
+
+# ---- Picture -------------------------------------------------------------------------------------
+
+INCHES = 16  # the width, at 100 dots per inch
+ROW_INCHES = 4.2
+HEADER_INCHES = 1.5
+# Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+MARKERS = "os^Dvp*X"
+INK = "#222222"
+GREY = "#707070"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 15,
+    "axes.labelcolor": GREY,
+    "axes.labelsize": 12,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+}
+LEGEND_BELOW: dict[str, Any] = {
+    "loc": "upper left",
+    "bbox_to_anchor": (-0.03, -0.06),
+    "columnspacing": 1,
+    "handletextpad": 0.3,
+}
+DETAIL_POINTS = 10  # the size of the lines between a panel's headline and its frame
+DETAIL_WIDTH = 62  # characters
+DETAIL_LINES = 2  # of further figures or the reason; one on what the model leans on may follow
+RUNS_SHOWN = 30
+CONFUSIONS_SHOWN = 9
+ENOUGH_SONGS = 20  # of a genre: with fewer, a share moves by 5 % with every song
+CLUSTERS_NAMED = 8
+
+
+def draw_report(run: Run, history: list[dict], path: Path) -> None:
+    """Write the picture of a run, a PNG 1600 pixels wide; the old one stays until it is whole.
+
+    `history`: the lines of history.jsonl as dicts, oldest first. Raises OSError when `path` cannot
+    be written.
     """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        write_atomically(path, partial(report_figure(result, history).savefig, format="png"))
+        write_atomically(path, partial(report_figure(run, history).savefig, format="png"))
 
 
-def report_figure(result, history):
-    """The matplotlib Figure behind draw_report: a headline, a panel per model of this run, the metric history."""
+def report_figure(run: Run, history: list[dict]) -> "Figure":
+    """Return the figure behind draw_report: a headline, a panel per model, the history."""
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    models, warned = result["models"], warnings(result)
-    columns = 3 if len(models) > 3 else 2
-    cells = [*models, *["history"] * (columns - len(models) % columns)]
-    height = max(7.2, HEADER_INCHES + ROW_INCHES * len(cells) // columns)
-    figure = Figure(figsize=(INCHES, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.98, 1 - HEADER_INCHES / height), wspace=0.06)
-    panels = figure.subplot_mosaic(
-        [cells[at : at + columns] for at in range(0, len(cells), columns)]
-    )
-    for name, model in models.items():
-        _draw_model(panels[name], name, model)
+    columns = 3 if len(run.models) > 3 else 2
+    cells: list[Any] = [*run.models, "history"]
+    while len(cells) % columns:
+        cells.append("history")
+    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
+    height = max(7.2, HEADER_INCHES + ROW_INCHES * len(rows))
+    below_header = (0.01, 0.01, 0.98, 1 - HEADER_INCHES / height)
+    layout = ConstrainedLayoutEngine(rect=below_header, wspace=0.06)
+    figure = Figure(figsize=(INCHES, height), layout=layout)
+    panels = figure.subplot_mosaic(rows)
+    for name, outcome in run.models.items():
+        _draw_model(panels[name], name, outcome)
     _draw_history(panels["history"], history)
-    when = f"{datetime.fromisoformat(result['started_at']).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-    more = f" (and {len(warned) - 1} more)" if len(warned) > 1 else ""
-    lines = [
-        (0.62, result["message"], 95, 25, STATUS[result["status"]][2]),
-        (0.95, " · ".join([when, *facts(result)]), 145, 14, INK),
-    ]
-    lines += [
-        (1.25, f"warning: {plain(warning, 130)}{more}", 160, 13.5, MIXED[1])
-        for warning in warned[:1]
-    ]
-    for inches, text, width, size, color in lines:
-        _write(figure, 0.015, 1 - inches / height, text, width, size=size, color=color)
+    _write_headline(figure, run)
     return figure
 
 
-def _drawable(text, limit=1000):
-    """`text` with "…" for what matplotlib's own font cannot draw: no empty boxes, no warnings."""
-    from matplotlib import font_manager
+def _write_headline(figure: "Figure", run: Run) -> None:
+    """Write what the run was, when, on what, and the first warning above the panels."""
+    started = datetime.fromisoformat(run.started_at).astimezone(UTC)
+    about = " · ".join([f"{started:%Y-%m-%d %H:%M} UTC", *facts(run)])
 
-    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    return re.sub("…+", "…", "".join(c if ord(c) in known else "…" for c in plain(text, limit)))
+    def write(inches, text, width, **style):
+        _write(figure, 0.015, 1 - inches / figure.get_figheight(), text, width, **style)
+
+    write(0.62, run.message, 95, size=25, color=LOOKS[run.status].colour)
+    write(0.95, about, 145, size=14, color=INK)
+    warnings = warnings_of(run)
+    if warnings:
+        more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+        first = f"warning: {plain(warnings[0], 130)}{more}"
+        write(1.25, first, 160, size=13.5, color=WARNING_COLOUR)
 
 
-def _write(place, x, y, text, width, lines=1, **style):
-    """Text at x, y, wrapped to `lines` lines of `width`."""
-    wrapped = textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …")
-    return place.text(x, y, "\n".join(wrapped), in_layout=False, **style)
-
-
-def _draw_model(axes, name, model):
-    """One panel: a headline with metric and change, a line of further figures, the drawing."""
-    (metric, change), metrics = metric_and_change(model), model["metrics"]
-    words, _, color, _ = STATUS[model["status"]]
-    if words == "trained":
-        words, color = f"{metric} ({change})", INK
+def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
+    """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
+    draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
+    lines = _details(outcome) if draw else []
+    for at, (text, colour) in enumerate(reversed(lines)):
+        height = (0.6 + 1.25 * at) * DETAIL_POINTS  # above the frame, whatever the panel's size
+        axes.annotate(
+            text,
+            xy=(0, 1),
+            xycoords="axes fraction",
+            xytext=(0, height),
+            textcoords="offset points",
+            size=DETAIL_POINTS,
+            color=colour,
+            in_layout=False,
+        )
+    metric, change = metric_and_change(outcome.metrics, outcome.previous)
+    look = LOOKS[outcome.status]
+    headline = look.word
+    if outcome.status == "trained":
+        headline = f"{metric} ({change})"
     elif metric:
-        words += f" at {metric}"
-    axes.set_title(_drawable(f"{plain(name, 20)}: {words}"), color=color)
-    detail = ", ".join(
-        f"{METRICS[key]} {number(metrics[key])}" for key in METRICS if key in list(metrics)[1:]
+        headline = f"{look.word} at {metric}"
+    axes.set_title(
+        _drawable(f"{plain(name, 20)}: {headline}"),
+        color=INK if outcome.status == "trained" else look.colour,
+        pad=(1 + 1.25 * len(lines)) * DETAIL_POINTS,
     )
-    for key, draw in {
-        "confusions": _draw_confusions,
-        "points": _draw_clusters,
-        "density": _draw_density,
-        "same_genre_at": _draw_similar,
-    }.items():
-        if model["plot"].get(key):
-            _write(
-                axes,
-                0,
-                1.015,
-                reason(model) or detail,
-                62,
-                2,
-                size=10,
-                color=MIXED[1] if reason(model) else GREY,
-                transform=axes.transAxes,
-            )
-            return draw(axes, model["plot"])
-    axes.set_axis_off()
-    _write(
-        axes, 0, 0.98, model["error"] or "nothing to draw", 40, 10, size=14, va="top", color=color
-    )
+    if draw:
+        draw(axes, outcome.plot)
+    else:
+        axes.set_axis_off()
+        error = outcome.error or "nothing to draw"
+        _write(axes, 0, 0.98, error, 40, lines=10, size=14, va="top", color=look.colour)
 
 
-def _draw_confusions(axes, plot):
-    """Which genres are most often taken for which, as bars with their names on them."""
-    shown = plot["confusions"][:CONFUSIONS_SHOWN]
+def _details(outcome: Outcome) -> list[tuple[str, str]]:
+    """Return the lines below a panel's headline, each with its colour.
+
+    They say the further figures or the reason, and what the model leans on.
+    """
+    text = reason(outcome)
+    colour = WARNING_COLOUR if text else GREY
+    if not text:
+        further = list(outcome.metrics)[1:]
+        text = ", ".join(
+            f"{said} {number(outcome.metrics[key])}"
+            for key, said in METRICS.items()
+            if key in further
+        )
+    wrapped = _wrapped(text, DETAIL_WIDTH, DETAIL_LINES)
+    if leans_on(outcome.metrics):
+        wrapped += _wrapped(leans_on(outcome.metrics), DETAIL_WIDTH, 1)
+    return [(line, colour) for line in wrapped]
+
+
+def _draw_confusions(axes: "Axes", plot: dict) -> None:
+    """Draw which genres are most often taken for which, as bars with their names on them."""
+    shown = confusions_to_draw(plot["confusions"])
     axes.barh(range(len(shown)), [share for *_, share in shown], color="#A9CCE3")
     for at, (actual, predicted, count, share) in enumerate(shown):
         said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
@@ -798,27 +828,41 @@ def _draw_confusions(axes, plot):
     axes.set_frame_on(False)
 
 
-def _draw_clusters(axes, plot):
-    """The songs on their first two principal components, coloured by cluster."""
-    for i, (label, size) in enumerate(zip(plot["labels"], plot["sizes"])):
-        x, y = ([point[axis] for point in plot["points"] if point[2] == i] for axis in (0, 1))
-        name = f"{_drawable(f'{i} {label}', 20)} {size / sum(plot['sizes']):.0%}"
+def confusions_to_draw(confusions: list) -> list:
+    """Return the confusions with the largest shares, of genres with enough songs where there are.
+
+    `confusions`: [actual genre, predicted genre, songs, their share of the actual ones], the most
+    songs first.
+    """
+    enough = [pair for pair in confusions if round(pair[2] / pair[3]) >= ENOUGH_SONGS]
+    by_share = sorted(enough or confusions, key=lambda pair: pair[3], reverse=True)
+    return by_share[:CONFUSIONS_SHOWN]
+
+
+def _draw_clusters(axes: "Axes", plot: dict) -> None:
+    """Draw the songs on their first two principal components, coloured by cluster."""
+    for cluster, (label, songs) in enumerate(zip(plot["labels"], plot["sizes"])):
+        points = [(x, y) for x, y, of_cluster in plot["points"] if of_cluster == cluster]
+        name = f"{_drawable(f'{cluster} {label}', 20)} {songs / sum(plot['sizes']):.0%}"
         axes.scatter(
-            x,
-            y,
+            [x for x, _ in points],
+            [y for _, y in points],
             s=9,
             alpha=0.6,
             linewidths=0,
-            color=PALETTE[i % len(PALETTE)],
-            marker=MARKERS[i % len(MARKERS)],
-            label=name if i < CLUSTERS_NAMED else None,
+            color=PALETTE[cluster % len(PALETTE)],
+            marker=MARKERS[cluster % len(MARKERS)],
+            label=name if cluster < CLUSTERS_NAMED else None,
         )
     axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
-    axes.legend(ncols=2, markerscale=2.5, **BELOW)
+    axes.legend(ncols=2, markerscale=2.5, **LEGEND_BELOW)
 
 
-def _draw_density(axes, plot):
-    """Predicted against actual: how many songs, on a logarithmic colour scale; the dashed line is a right guess."""
+def _draw_density(axes: "Axes", plot: dict) -> None:
+    """Draw predicted against actual values: how many songs, on a logarithmic colour scale.
+
+    The dashed line is a right guess.
+    """
     from matplotlib.colors import LogNorm
 
     low, high, _ = plot["edges"]
@@ -826,7 +870,7 @@ def _draw_density(axes, plot):
     axes.imshow(
         plot["density"],
         origin="lower",
-        extent=(low, high) * 2,
+        extent=(low, high, low, high),
         cmap="cividis",
         aspect="auto",
         norm=LogNorm(1, most),
@@ -835,9 +879,10 @@ def _draw_density(axes, plot):
     axes.set(xlabel=f"predicted (yellow: {most:,} songs)", ylabel="actual")
 
 
-def _draw_similar(axes, plot):
-    """How many of the neighbours at each rank share the song's genre, against chance."""
-    shares, chance = plot["same_genre_at"], plot["by_chance"]
+def _draw_similar(axes: "Axes", plot: dict) -> None:
+    """Draw how many of the neighbours at each rank share the song's genre, against chance."""
+    shares = plot["same_genre_at"]
+    chance = plot["by_chance"]
     ranks = range(1, len(shares) + 1)
     axes.plot(ranks, shares, color=PALETTE[0], marker="o", markersize=8)
     axes.axhline(chance, color=PALETTE[3], linestyle="--")
@@ -850,209 +895,439 @@ def _draw_similar(axes, plot):
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
-def _draw_history(axes, history):
-    """The primary metric of every model over the last runs; a line breaks where a run failed or was held back."""
-    import pandas
+# What is drawn of a model, by the key of its `plot`.
+DRAWINGS: dict[str, Callable] = {
+    "confusions": _draw_confusions,
+    "points": _draw_clusters,
+    "density": _draw_density,
+    "same_genre_at": _draw_similar,
+}
 
-    points = {
-        (line["run"], line["model"]): line.get("value") if line["status"] == "trained" else None
-        for line in history
-    }
-    runs = sorted({run for run, _ in points})[-RUNS_SHOWN:]
-    for name, color, marker in zip(dict.fromkeys(name for _, name in points), PALETTE, MARKERS):
-        values = pandas.Series(
-            {at: points[run, name] for at, run in enumerate(runs) if (run, name) in points},
-            dtype=float,
-        )
-        axes.plot(values, color=color, marker=marker, label=_drawable(name, 14))
-        lost = values.ffill().bfill()[
-            values.isna()
-        ]  # a cross stands at the height of the last good value
-        axes.plot(lost, "x", color=color, markersize=10, markeredgewidth=2.5)
+
+def _draw_history(axes: "Axes", history: list[dict]) -> None:
+    """Draw the primary metric of every model over the last runs.
+
+    A line breaks where a run failed or was held back. Where lines lie on each other the later ones
+    are narrower, so that all are seen.
+    """
+    runs = sorted({line["run"] for line in history})[-RUNS_SHOWN:]
+    names = list(dict.fromkeys(line["model"] for line in history if line["run"] in runs))
+    for at, name in enumerate(names[: len(PALETTE)]):
+        width = 1.5 + 1.6 * (min(len(names), len(PALETTE)) - 1 - at)
+        _draw_line_of_history(axes, name, _values(history, runs, name), at, width)
     axes.set_title(
-        (f"last {len(runs)} runs" if len(runs) > 1 else "first run") + " (× failed or held back)"
+        f"{f'last {len(runs)} runs' if len(runs) > 1 else 'first run'} (× failed or held back)",
+        pad=DETAIL_POINTS,
     )
     if runs:
-        axes.legend(ncols=3, **BELOW)
+        axes.legend(ncols=3, **LEGEND_BELOW)
         ticks = range(0, len(runs), len(runs) // 4 + 1)
-        axes.set_xticks(ticks, [runs[at][5:16].replace("T", " ") for at in ticks])
+        axes.set_xticks(ticks, [runs[tick][5:16].replace("T", " ") for tick in ticks])
 
 
-# -------------------------------------------------------------------------------------------------- Discord
+def _values(history: list[dict], runs: list[str], name: str) -> dict[int, float]:
+    """Return {number of the run: value of the metric} of a model; NaN where it was not trained."""
+    values = {}
+    for line in history:
+        if line["model"] == name and line["run"] in runs:
+            value = line.get("value") if line["status"] == "trained" else None
+            values[runs.index(line["run"])] = math.nan if value is None else value
+    return dict(sorted(values.items()))
 
 
-def fit(text, limit):
-    """`text` cut to `limit` UTF-16 code units, as Discord counts, never within a character or an escape."""
-    cut = text.encode("utf-16-le")
-    if len(cut) <= 2 * limit:
-        return text
-    return cut[: 2 * limit - 2].decode("utf-16-le", "ignore").rstrip("\\") + "…"
-
-
-def escape(text):
-    """`text` as Discord shows it literally: no markdown, no mention, no link."""
-    text = (
-        re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text))
-        .replace("@", MENTION)
-        .replace("://", ":\u200b//")
+def _draw_line_of_history(
+    axes: "Axes", name: str, values: dict[int, float], at: int, width: float
+) -> None:
+    axes.plot(
+        list(values),
+        list(values.values()),
+        color=PALETTE[at],
+        linewidth=width,
+        marker=MARKERS[at],
+        markersize=width + 5,
+        label=_drawable(name, 14),
     )
-    return re.sub(r"^([#>+-]|\d+(?=\.))", "\u200b\\1", text)
+    good = [value for value in values.values() if not math.isnan(value)]
+    if not good:
+        return
+    height = good[0]  # a cross stands at the height of the last good value
+    crosses = {}
+    for run, value in values.items():
+        if math.isnan(value):
+            crosses[run] = height
+        else:
+            height = value
+    axes.plot(
+        list(crosses),
+        list(crosses.values()),
+        "x",
+        color=PALETTE[at],
+        markersize=10,
+        markeredgewidth=2.5,
+    )
 
 
-def discord_payload(result):
-    """The JSON of the message: one embed, green, yellow or red, a field per model, within all limits of Discord."""
-    models, status = list(result["models"].items())[:FIELDS], result["status"]
-    status = "partial" if status == "completed" and warnings(result) else status
-    lines = [escape(note) for note in notes(result)]
-    if result["finish_command"]:
-        command = plain(result["finish_command"]).replace("`", "'").replace("@", MENTION)
+def _drawable(text: object, limit: int = 1000) -> str:
+    """Return `text` with "…" for what matplotlib's own font cannot draw: no boxes, no warnings."""
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    drawn = "".join(letter if ord(letter) in known else "…" for letter in plain(text, limit))
+    return re.sub("…+", "…", drawn)
+
+
+def _wrapped(text: str, width: int, lines: int) -> list[str]:
+    return textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …")
+
+
+def _write(
+    place: Any, x: float, y: float, text: str, width: int, lines: int = 1, **style: Any
+) -> None:
+    """Write text at x, y of a figure or axes, wrapped to `lines` lines of `width` characters."""
+    place.text(x, y, "\n".join(_wrapped(text, width, lines)), in_layout=False, **style)
+
+
+# ---- Discord -------------------------------------------------------------------------------------
+
+# Breaking one of these limits is a 400 and loses the message; what is below shares the embed's.
+FIELDS = 25
+VALUE = 1024
+EMBED = 6000
+TITLE = 256
+DESCRIPTION = 2000
+FOOTER = 256
+NAME = 64
+MENTION = "@\u200b"  # an @ that calls nobody
+TIMEOUT = 10  # seconds for one request
+POST_SECONDS = 30  # for a whole message, waits and retries included
+STOPPED_SECONDS = 5  # the same after a stop: whoever stopped the run waits
+CHECK_SECONDS = 4
+RETRY_DELAYS = (1, 2)  # seconds before the retries after a 5xx or a broken connection
+RATE_LIMITED = 5  # how often a 429 is waited out
+COPY_WEBHOOK = (
+    'copy it from Discord (channel settings, Integrations, Webhooks, "Copy Webhook URL") '
+    "into DISCORD_WEBHOOK_URL"
+)
+NO_WEBHOOK = (
+    "DISCORD_WEBHOOK_URL is not a web address (https://discord.com/api/webhooks/...): "
+    f"{COPY_WEBHOOK}"
+)
+DISCORD_SAYS = {
+    401: f"the webhook's token is wrong; {COPY_WEBHOOK}",
+    404: f"the webhook is gone (404); make a new one and {COPY_WEBHOOK}",
+    429: "too many messages (429)",
+}
+
+
+def post_discord(
+    run: Run, url: str, picture: str | Path | None = None, seconds: float = POST_SECONDS
+) -> bool:
+    """Post one message about the run, with the picture (a PNG) if given.
+
+    Return True when Discord took it. Never raises and never takes longer than `seconds`, whatever
+    the network does: a message must not cost a model.
+    """
+    trouble = _trouble(url, seconds, _post, url, run, picture, time.monotonic() + seconds)
+    if trouble:
+        log.warning("Discord was not told: %s", trouble)
+    return trouble is None
+
+
+def check_discord(enabled: bool) -> list[tuple[str, str, str]]:
+    """Return the lines of --check after a GET of the webhook, which posts nothing.
+
+    A line is (what, "ok" or "problem", sentence).
+    """
+    url = setting("DISCORD_WEBHOOK_URL")
+    if not enabled:
+        return [("Discord", "ok", "--no-notify: nothing is posted")]
+    if not url:
+        return [("Discord", "ok", "DISCORD_WEBHOOK_URL is not set: nothing is posted")]
+    trouble = _trouble(url, CHECK_SECONDS, _get_webhook, url)
+    if trouble:
+        return [("Discord", "problem", trouble)]
+    return [("Discord", "ok", "the Discord webhook answers")]
+
+
+def discord_payload(run: Run) -> dict:
+    """Return the JSON of the message: one embed, a field per model, within Discord's limits."""
+    status = run.status
+    if status == "completed" and warnings_of(run):
+        status = "partial"
+    lines = [escape(note) for note in notes(run)]
+    if run.finish_command:
+        command = plain(run.finish_command).replace("`", "'").replace("@", MENTION)
         lines.append(f"to finish the job: `{command}`")
-    room = min(VALUE, (EMBEDS - TITLE - FOOTER - DESCRIPTION) // max(1, len(models)) - NAME)
-    fields = [
-        {
-            "name": fit(f"{STATUS[model['status']][1]} {escape(name)}", NAME),
-            "value": fit(f"{escape(outcome(model))}\n{duration(model['seconds'])}", room),
-            "inline": model["status"] == "trained",
-        }
-        for name, model in models
-    ]
     embed = {
-        "title": fit(f"{STATUS[status][1]} {escape(result['message'])}", TITLE),
-        "color": STATUS[status][3],
+        "title": fit(f"{LOOKS[status].sign} {escape(run.message)}", TITLE),
+        "color": LOOKS[status].discord_colour,
         "description": fit("\n".join(lines), DESCRIPTION),
-        "timestamp": result["started_at"],
-        "fields": fields,
-        "footer": {"text": fit(", ".join(facts(result)).replace("@", MENTION), FOOTER)},
+        "timestamp": run.started_at,
+        "fields": _discord_fields(run),
+        "footer": {"text": fit(", ".join(facts(run)).replace("@", MENTION), FOOTER)},
     }
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
-def post_discord(result, url, picture=None, seconds=POST_SECONDS):
-    """Post one message about the run, with `picture` (path of a PNG) if given; True when Discord took it.
+def _discord_fields(run: Run) -> list[dict]:
+    models = list(run.models.items())[:FIELDS]
+    for_fields = EMBED - TITLE - FOOTER - DESCRIPTION
+    room = min(VALUE, for_fields // max(1, len(models)) - NAME)
+    return [
+        {
+            "name": fit(f"{LOOKS[outcome.status].sign} {escape(name)}", NAME),
+            "value": fit(f"{escape(said_of(outcome))}\n{duration(outcome.seconds)}", room),
+            "inline": outcome.status == "trained",
+        }
+        for name, outcome in models
+    ]
 
-    Never raises and never takes longer than `seconds`, whatever the network does: a message must not cost a model.
+
+def fit(text: str, limit: int) -> str:
+    """Return `text` cut to `limit` UTF-16 code units, as Discord counts.
+
+    It is never cut within a character or an escape.
     """
-    trouble = _trouble(url, seconds, _post, result, picture, time.monotonic() + seconds)
-    if trouble:
-        log.warning("Discord was not told: %s", trouble)
-    return not trouble
+    units = text.encode("utf-16-le")
+    if len(units) <= 2 * limit:
+        return text
+    return units[: 2 * limit - 2].decode("utf-16-le", "ignore").rstrip("\\") + "…"
 
 
-def check_discord(enabled):
-    """The lines of --check after a GET of the webhook, which posts nothing: (what, "ok" or "problem", sentence)."""
-    url = setting("DISCORD_WEBHOOK_URL")
-    if not enabled or not url:
-        return [
-            (
-                "Discord",
-                "ok",
-                f"{'DISCORD_WEBHOOK_URL is not set' if enabled else '--no-notify'}: nothing is posted",
-            )
-        ]
-    trouble = _trouble(url, CHECK_SECONDS, lambda url: _succeed(*_request(url, CHECK_SECONDS)))
-    return [("Discord", "problem" if trouble else "ok", trouble or "the Discord webhook answers")]
+def escape(text: object) -> str:
+    """Return `text` as Discord shows it literally: no markdown, no mention, no link."""
+    literal = re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text))
+    literal = literal.replace("@", MENTION).replace("://", ":\u200b//")
+    return re.sub(r"^([#>+-]|\d+(?=\.))", "\u200b\\1", literal)
 
 
-def _trouble(url, seconds, step, *arguments):
-    """Why a step with the webhook failed, without its secret; None where it did not.
+def _post(url: str, run: Run, picture: str | Path | None, deadline: float) -> None:
+    """Send the message, without the picture where Discord does not take it.
 
-    It is given up after `seconds`: looking up a name knows no timeout of its own.
+    Raises Expected where it takes neither, or where `url` is no web address.
     """
-    errors = [TimeoutError(f"no answer within {seconds:.0f} s")]
-    thread = threading.Thread(
-        target=lambda: errors.append(attempt(step, url, *arguments)[1]), daemon=True
-    )
-    thread.start()
-    thread.join(seconds)
-    return errors[-1] and re.sub(
-        "|".join(re.findall(r"[\w-]{12,}", url)) or "$^", "***", plain(explain(errors[-1]), 600)
-    )
-
-
-def _post(url, result, picture, deadline):
-    """Send the message, without the picture where Discord does not take it; raise Expected if it takes neither."""
-    payload = discord_payload(result)
+    if not ADDRESS.fullmatch(url):
+        raise Expected(NO_WEBHOOK)
+    payload = discord_payload(run)
     if picture:
-        status, body = _send(url, deadline, *_with_picture(payload, Path(picture).read_bytes()))
-        if status not in (400, 413):
-            return _succeed(status, body)
-        log.warning("Discord refused the picture (%d), trying without", status)
-    _succeed(*_send(url, deadline, json.dumps(payload).encode(), "application/json"))
+        form, kind = _with_picture(payload, Path(picture).read_bytes())
+        reply = _send(url, deadline, form, kind)
+        if reply.status not in (400, 413):
+            return _succeed(reply, DISCORD_SAYS)
+        log.warning("Discord refused the picture (%d), trying without", reply.status)
+    body = json.dumps(payload).encode()
+    return _succeed(_send(url, deadline, body, "application/json"), DISCORD_SAYS)
 
 
-def _with_picture(payload, image):
-    """(body, content type) of a form with the picture, to which the embed refers."""
-    told = json.dumps(
-        payload | {"embeds": [payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}]}
-    )
-    edge, part = uuid.uuid4().hex, "Content-Disposition: form-data; name="
-    text = (
-        f'--{edge}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n{told}\r\n'
+def _with_picture(payload: dict, image: bytes) -> tuple[bytes, str]:
+    """Return (body, content type) of a form with the picture, to which the embed refers."""
+    embed = payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}
+    message = json.dumps(payload | {"embeds": [embed]})
+    edge = uuid.uuid4().hex
+    part = "Content-Disposition: form-data; name="
+    head = (
+        f'--{edge}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n{message}\r\n'
         f'--{edge}\r\n{part}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n'
     )
-    return (
-        text.encode() + image + f"\r\n--{edge}--\r\n".encode(),
-        f"multipart/form-data; boundary={edge}",
-    )
+    body = head.encode() + image + f"\r\n--{edge}--\r\n".encode()
+    return body, f"multipart/form-data; boundary={edge}"
 
 
-def _send(url, deadline, body, kind):
-    """(status, reply) of a POST, after obeying 429 and retrying what may heal as long as `deadline` allows."""
-    failures = limited = 0
+def _send(url: str, deadline: float, body: bytes, kind: str) -> "Reply":
+    """Return the reply to a POST.
+
+    A 429 is obeyed and what may heal is tried again, as long as `deadline` allows.
+    """
+    failures = 0
+    limited = 0
     while True:
-        status, reply, wait = _request(
-            url, max(0.1, min(TIMEOUT, deadline - time.monotonic())), body, kind
-        )
-        if status == 429 and limited < RATE_LIMITED:
+        timeout = max(0.1, min(TIMEOUT, deadline - time.monotonic()))
+        reply = _request(url, timeout, body, kind)
+        if reply.status == TOO_MANY and limited < RATE_LIMITED:
             limited += 1
-        elif (status == NO_CONNECTION or status >= 500) and failures < len(RETRY_DELAYS):
-            failures, wait = failures + 1, RETRY_DELAYS[failures]
+            wait = reply.wait
+        elif reply.may_heal and failures < len(RETRY_DELAYS):
+            wait = RETRY_DELAYS[failures]
+            failures += 1
         else:
-            return status, reply
+            return reply
         if time.monotonic() + wait >= deadline:
-            return status, reply
-        log.info("Discord answered %s; next try in %.1f s", status or "nothing", wait)
+            return reply
+        log.info("Discord answered %s; next try in %.1f s", reply.status or "nothing", wait)
         time.sleep(wait)
 
 
+def _get_webhook(url: str) -> None:
+    if not ADDRESS.fullmatch(url):
+        raise Expected(NO_WEBHOOK)
+    _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
+
+
+# ---- Heartbeat -----------------------------------------------------------------------------------
+# A machine that is down at night tells nobody: a service that waits for a sign of life does.
+
+HEARTBEAT_SECONDS = 5  # for a heartbeat, both tries
+HEARTBEAT_TRY = 2  # seconds for the first
+HEARTBEAT_PAUSE = 1
+NO_HEARTBEAT = (
+    "HEARTBEAT_URL is not a web address (https://hc-ping.com/...): copy the check's ping URL, "
+    "or the push monitor's, into HEARTBEAT_URL"
+)
+
+
+def heartbeat(kind: str) -> None:
+    """Call HEARTBEAT_URL, if it is set: `kind` is "start", "" (all is well) or "fail".
+
+    Never raises and never takes longer than HEARTBEAT_SECONDS, whatever the network does; what goes
+    wrong is a line of the log. May be called in a thread.
+    """
+    url = setting("HEARTBEAT_URL")
+    if not url:
+        return
+    trouble = _trouble(url, HEARTBEAT_SECONDS, _beat, url, kind)
+    if trouble:
+        log.warning("the heartbeat was not sent: %s", trouble)
+
+
+def heartbeat_address(url: str, kind: str) -> str | None:
+    """Return the address to call, in the way of the service that `url` belongs to.
+
+    healthchecks.io and its like: URL/start, URL, URL/fail. Cronitor: ?state=run, complete, fail.
+    Uptime Kuma's push monitors: ?status=up, down; None for a start, which they would take for a
+    good end.
+    """
+    parts = urlsplit(url)
+    is_uptime_kuma = "/api/push/" in parts.path
+    is_cronitor = parts.hostname == "cronitor.link" or "state=" in parts.query
+    if is_uptime_kuma and kind == "start":
+        return None
+    if is_uptime_kuma or is_cronitor:
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        query |= UPTIME_KUMA[kind] if is_uptime_kuma else CRONITOR[kind]
+        return urlunsplit(parts._replace(query=urlencode(query)))
+    if kind:
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{kind}"))
+    return url
+
+
+UPTIME_KUMA = {
+    "": {"status": "up", "msg": "OK"},
+    "fail": {"status": "down", "msg": "not every model was trained"},
+}
+CRONITOR = {"start": {"state": "run"}, "": {"state": "complete"}, "fail": {"state": "fail"}}
+
+
+def check_heartbeat(enabled: bool) -> list[tuple[str, str, str]]:
+    """Return the line of --check on HEARTBEAT_URL, which is not called: (what, state, sentence)."""
+    url = setting("HEARTBEAT_URL")
+    if not enabled:
+        return [("heartbeat", "ok", "--no-notify: none is sent")]
+    if not url:
+        said = "HEARTBEAT_URL is not set: nobody is told when no run begins"
+        return [("heartbeat", "ok", said)]
+    if not ADDRESS.fullmatch(url):
+        return [("heartbeat", "problem", NO_HEARTBEAT)]
+    return [("heartbeat", "ok", "HEARTBEAT_URL is set and well formed; only a run calls it")]
+
+
+def _beat(url: str, kind: str) -> None:
+    """Call the address, a second time where that may help; raise Expected where neither does."""
+    deadline = time.monotonic() + HEARTBEAT_SECONDS
+    if not ADDRESS.fullmatch(url):
+        raise Expected(NO_HEARTBEAT)
+    address = heartbeat_address(url, kind)
+    if not address:
+        return
+    reply = _request(address, HEARTBEAT_TRY)
+    if reply.may_heal or reply.status in (TIMED_OUT, TOO_MANY):
+        time.sleep(HEARTBEAT_PAUSE)
+        reply = _request(address, max(0.1, deadline - time.monotonic()))
+    _succeed(reply, {})
+
+
+# ---- Requests ------------------------------------------------------------------------------------
+
+ADDRESS = re.compile(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[!-~]+", re.ASCII)
+# With urllib's own Discord answers 403.
+USER_AGENT = "ml-training-pipeline (https://discord.com/developers/docs/resources/webhook, 1.0)"
+TOO_MANY = 429
+NO_CONNECTION = 0  # these two stand where an HTTP status would
+TIMED_OUT = -1
+
+
+class Reply(NamedTuple):
+    """An answer to a request."""
+
+    status: int  # of HTTP, or NO_CONNECTION or TIMED_OUT
+    text: str
+    wait: float = 0.0  # seconds, where there were too many requests
+
+    @property
+    def may_heal(self) -> bool:
+        return self.status == NO_CONNECTION or self.status >= 500
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        """None: urllib would turn the POST into a GET, lose the message and call it a success."""
+    def redirect_request(self, *_: Any) -> None:
+        """Return None: urllib would turn a POST into a GET, lose the message, call it a success."""
 
 
-def _request(url, timeout, body=None, kind="text/plain"):
-    """(status, reply, seconds to wait if limited) of a POST of the body, or of a GET."""
-    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[!-~]+", url, re.ASCII):
-        raise Expected(
-            f"DISCORD_WEBHOOK_URL is not a web address (https://discord.com/api/webhooks/...): {COPY_IT}"
-        )
+def _request(
+    url: str, timeout: float, body: bytes | None = None, kind: str = "text/plain"
+) -> Reply:
+    """Return the reply to a POST of the body, or to a GET."""
     request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, "Content-Type": kind})
+    answer: Any
     try:
         try:
-            reply = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
+            answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
         except urllib.error.HTTPError as error:
-            reply = error
-        text = reply.read(2000).decode("utf-8", "replace")
-    except TimeoutError:  # the message may have arrived, so it is not sent twice
-        raise Expected("no answer in time") from None
+            answer = error
+        with answer:
+            text = answer.read(2000).decode("utf-8", "replace")
+    except TimeoutError:
+        return Reply(TIMED_OUT, "")
     except (OSError, http.client.HTTPException) as error:
-        return NO_CONNECTION, str(error), 0
-    wait = re.search(r'"retry_after": ?(\d+\.?\d*)|$', text)[1] or reply.headers.get(
-        "Retry-After", ""
-    )
-    return reply.status, text, float(wait) if re.fullmatch(r"[\d.]+", wait) else 1.0
+        return Reply(NO_CONNECTION, str(error))
+    return Reply(answer.status, text, _seconds_to_wait(text, answer.headers))
 
 
-def _succeed(status, body, _=None):
-    """Raise Expected, with the sentence for it, where a reply is not a success."""
-    known = {
-        NO_CONNECTION: "no connection",
-        401: f"the webhook's token is wrong; {COPY_IT}",
-        404: f"the webhook is gone (404); make a new one and {COPY_IT}",
-        429: "too many messages (429)",
-    }
-    if not 200 <= status < 300:
-        raise Expected(
-            known.get(status, f"the server answered {status}")
-            + f": {body}" * bool(body and status != 404)
-        )
+def _seconds_to_wait(text: str, headers: Any) -> float:
+    """Return how long a 429 asks to wait: Discord says it in the body, others in a header."""
+    match = re.search(r'"retry_after": ?(\d+\.?\d*)', text)
+    wait = match[1] if match else headers.get("Retry-After", "")
+    return float(wait) if re.fullmatch(r"\d+\.?\d*", wait) else 1.0
+
+
+def _succeed(reply: Reply, sentences: dict[int, str]) -> None:
+    """Raise Expected, with the sentence for its status, where a reply is not a success."""
+    if 200 <= reply.status < 300:
+        return
+    known = {TIMED_OUT: "no answer in time", NO_CONNECTION: "no connection"} | sentences
+    said = known.get(reply.status, f"the server answered {reply.status}")
+    if reply.text and reply.status != 404:
+        said += f": {reply.text}"
+    raise Expected(said)
+
+
+def _trouble(url: str, seconds: float, step: Callable, *arguments: Any) -> str | None:
+    """Return why a step with a secret address failed, without the secret; None where it did not.
+
+    It is given up after `seconds`: looking up a name knows no timeout of its own.
+    """
+    errors: list[Exception | None] = []  # what became of the step, once it has ended
+
+    def take_step() -> None:
+        _, error = attempt(step, *arguments)
+        errors.append(error)
+
+    thread = threading.Thread(target=take_step, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    error = errors[0] if errors else TimeoutError(f"no answer within {seconds:.0f} s")
+    if error is None:
+        return None
+    said = plain(explain(error), 600)
+    for secret in re.findall(r"[\w-]{12,}", url):
+        said = said.replace(secret, "***")
+    return said

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,7 +31,8 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import datetime
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +62,7 @@ import models
 import notify
 from db import DataError
 from models import Locked
+from notify import Outcome
 
 if (
     __name__ == "__main__"
@@ -81,6 +84,15 @@ else:
 from annotated_types import Ge
 
 NAME = "ml-training-pipeline"
+# Exit statuses.
+TRAINED = 0
+PARTIAL = 1
+WRONG_INPUT = 2
+NOTHING_TRAINED = 3
+LOCKED = 75
+TERMINATED = 143
+INTERRUPTED = 130
+
 LOCAL_PREFECT = "http://127.0.0.1:4200/api"  # where `prefect server start` listens
 START_SECONDS = (
     120  # Prefect's server: a first start makes its database, 15 s and more on a small machine
@@ -224,16 +236,16 @@ def ml_training_pipeline(
             TerminationSignal
         ):  # Prefect's word for SIGTERM; it waits for the fits, which nothing can interrupt
             if not WATCHED:
-                conclude(result, notify.Stopped(notify.TERMINATED))
-            threading.Timer(STOP_SECONDS, os._exit, [notify.TERMINATED]).start()
+                conclude(result, notify.Stopped(TERMINATED))
+            threading.Timer(STOP_SECONDS, os._exit, [TERMINATED]).start()
             raise
         conclude(result, error, write_artifacts)
-    if result["status"] == "failed":
-        return Failed(message=result["message"], data=PipelineFailed(result))
+    if result.status == "failed":
+        return Failed(message=result.message, data=PipelineFailed(asdict(result)))
     return Completed(
-        name="Partial" if result["status"] == "partial" else None,
-        message=result["message"],
-        data=result,
+        name="Partial" if result.status == "partial" else None,
+        message=result.message,
+        data=asdict(result),
     )
 
 
@@ -262,38 +274,38 @@ def the_run(parameters: dict):
         yield WATCHED["result"]
         return
     result = new_result(parameters)
-    with models.one_run_at_a_time(Path(result["models_dir"])):
+    with models.one_run_at_a_time(Path(result.models_dir)):
         begin(result)
         yield result
 
 
-def new_result(parameters: dict) -> dict:
+def new_result(parameters: dict) -> notify.Run:
     check_dask(parameters["dask"])
     folder = models_folder(parameters["models_dir"], parameters["demo"])
-    return notify.new_result(parameters, chosen(parameters["only"]), folder)
+    return new_run(parameters, chosen(parameters["only"]), folder)
 
 
-def begin(result: dict, failed: bool = False) -> None:
+def begin(result: notify.Run, failed: bool = False) -> None:
     """Clean up after a killed run, find out what `--failed` means, write down what is about to be trained."""
-    models.clean_up(result["models_dir"])
+    models.clean_up(result.models_dir)
     if failed:
-        result["asked"] = models.owed(result["models_dir"])
-    write_history(result, result["asked"], "started")
+        result.asked = models.owed(result.models_dir)
+    write_history(result, result.asked, "started")
 
 
-def get_songs(result: dict):
+def get_songs(result: notify.Run):
     """Check the database, load the CSV if there is one, read the songs: once, for all models."""
-    given, table = result["parameters"], result["table"]
+    given, table = result.parameters, result.table
     url = db.database_url(demo=given["demo"])
     if given["demo"]:
         load_demo_task(given["demo"], url, table)
-    elif given["csv_path"] and not result["csv"]:
+    elif given["csv_path"] and not result.csv:
         loaded, _ = load_csv_task(
             given["csv_path"],
             url,
             table,
             given["truncate_table"],
-            Path(result["models_dir"]) / "rejected_rows.csv",
+            Path(result.models_dir) / "rejected_rows.csv",
         )
         tell_watcher(result, csv=loaded)
     songs, seconds = load_songs_task(url, table)
@@ -302,17 +314,17 @@ def get_songs(result: dict):
     return songs
 
 
-def train_and_publish(result: dict) -> None:
+def train_and_publish(result: notify.Run) -> None:
     """Read the songs, train the models side by side, publish each as soon as it is ready, note what became of it.
 
     One after another where the run was ended once; and what did not get enough memory beside the others, again alone.
     """
-    songs, dask, owed = get_songs(result), result["parameters"]["dask"], owed_models(result)
+    songs, dask, owed = get_songs(result), result.parameters["dask"], owed_models(result)
     data = models.describe(songs)
-    for moved in models.drift_since(data, result["table"], result["models_dir"]):
+    for moved in models.drift_since(data, result.table, result.models_dir):
         log.warning("the songs are not those of the last training: %s", moved)
-        result["warnings"].append(moved)
-    alone = bool(result["deaths"])
+        result.warnings.append(moved)
+    alone = bool(result.crashes)
     log.info("training %s%s", ", ".join(owed), " one after another" * alone)
     if WATCHED:
         with suppress(
@@ -341,92 +353,238 @@ def train_and_publish(result: dict) -> None:
             tell_watcher(result, training=name)
             publish(result, name, submit(name), data)
         tell_watcher(result, training=None)
-    if into := result["parameters"]["predict_into"]:
-        predict_task(
-            db.database_url(demo=result["demo"]), result["table"], into, result["models_dir"]
-        )
+    if into := result.parameters["predict_into"]:
+        predict_task(db.database_url(demo=result.demo), result.table, into, result.models_dir)
 
 
-def settings(result: dict, name: str) -> dict:
-    return {"n_clusters": result["parameters"]["n_clusters"]} if name == "clusters" else {}
+def settings(result: notify.Run, name: str) -> dict:
+    return {"n_clusters": result.parameters["n_clusters"]} if name == "clusters" else {}
 
 
-def publish(result: dict, name: str, future, data: dict) -> Exception | None:
+def publish(result: notify.Run, name: str, future, data: dict) -> Exception | None:
     """Publish a model that is ready, or note why there is none; return the error, if there was one."""
     trained, error = notify.attempt(future.result)
     if not error:
         (estimator, metrics), seconds = trained
         trained.clear()  # Prefect keeps the result of a task to the end of the flow; a model is large
         about = {
-            "run": result["started_at"],
-            "table": result["table"],
-            "command": result["command"],
+            "run": result.started_at,
+            "table": result.table,
+            "command": result.command,
             "seconds": seconds,
             "settings": settings(result, name),
             "data": data,
             "rows": data["rows"],
         }
-        folder = result["models_dir"]
+        folder = result.models_dir
         report, error = notify.attempt(
-            models.publish, name, estimator, metrics, about, folder, result["parameters"]["force"]
+            models.publish, name, estimator, metrics, about, folder, result.parameters["force"]
         )
-    if result["parameters"]["dask"]:
+    if result.parameters["dask"]:
         future.wrapped_future.release()  # else Dask trains finished models again where their worker dies later
-    note(result, name, notify.failed_entry(error) if error else notify.entry(report, folder))
+    note(result, name, notify.failed(error) if error else notify.outcome_of(report, folder))
     return error
 
 
-def note(result: dict, name: str, model: dict) -> None:
+def note(result: notify.Run, name: str, model: Outcome) -> None:
     """Write down what became of a model: in the result, the history and the log."""
-    done = result["models"] | {name: model}
-    result["models"] = {other: done[other] for other in result["asked"] if other in done}
-    notify.attempt(write_history, result, [name], model["status"])
+    done = result.models | {name: model}
+    result.models = {other: done[other] for other in result.asked if other in done}
+    notify.attempt(write_history, result, [name], model.status)
     tell_watcher(result)
-    good = model["status"] == "trained"
+    good = model.status == "trained"
     log.log(
         logging.INFO if good else logging.WARNING,
         "%s",
         notify.in_short(name, model),
-        extra={"model": name, "phase": "done" if good else model["status"]},
+        extra={"model": name, "phase": "done" if good else model.status},
     )
 
 
-def write_history(result: dict, names: list[str], status: str) -> None:
+def write_history(result: notify.Run, names: list[str], status: str) -> None:
     """Append a line per model to the history: at the start, so that a killed run is known to owe them, and at the end."""
-    models.append_history(
-        result["models_dir"], [notify.history_line(result, name, status) for name in names]
-    )
+    models.append_history(result.models_dir, [history_line(result, name, status) for name in names])
 
 
-def owed_models(result: dict) -> list[str]:
-    return [name for name in result["asked"] if name not in result["models"]]
+def owed_models(result: notify.Run) -> list[str]:
+    return [name for name in result.asked if name not in result.models]
 
 
-def conclude(result: dict, error: BaseException | None, *steps) -> None:
+def conclude(result: notify.Run, error: BaseException | None, *steps) -> None:
     """Decide what the run was, take the steps, tell everybody: once. What fails in a step is a warning, no more."""
-    if result["exit_status"] is None:
-        notify.decide(result, error)
+    if result.exit_status is None:
+        decide(result, error)
         for step in steps:
             _, trouble = notify.attempt(step, result)
-            result["warnings"] += [f"{step.__name__} failed: {notify.explain(trouble)}"] * bool(
+            result.warnings += [f"{step.__name__} failed: {notify.explain(trouble)}"] * bool(
                 trouble
             )
-        notify.tell(result, models.read_history(result["models_dir"]))
+        notify.tell(result, models.read_history(result.models_dir))
         notify.attempt(
-            models.write_json, Path(result["models_dir"]) / "metrics" / "run.json", result
+            models.write_json, Path(result.models_dir) / "metrics" / "run.json", asdict(result)
         )
         tell_watcher(result)
 
 
-def write_artifacts(result: dict) -> None:
+def write_artifacts(result: notify.Run) -> None:
     """Put the metrics where Prefect's UI shows them: a table for the run, a page per model whose versions accumulate."""
-    for name, model in result["models"].items():
-        page = notify.model_page(name, model, models.read_history(result["models_dir"]))
+    for name, model in result.models.items():
+        page = notify.model_page(name, model, models.read_history(result.models_dir))
         create_markdown_artifact(
             page, key=f"model-{name}", description=notify.in_short(name, model)
         )
-    rows = [notify.table_row(name, model) for name, model in result["models"].items()]
-    create_table_artifact(rows, key="metrics", description=result["message"])
+    rows = [notify.table_row(name, model) for name, model in result.models.items()]
+    create_table_artifact(rows, key="metrics", description=result.message)
+
+
+# ---- The end of a run ----------------------------------------------------------------------------
+
+
+@dataclass
+class Run(notify.Run):
+    """A run as the process that watches knows it."""
+
+    flow_run_id: str | None = None
+    training: str | None = None  # the model that is being trained alone
+
+
+def run_from(content: dict) -> Run:
+    """Return the run that `asdict` made this of."""
+    models_done = {name: Outcome(**outcome) for name, outcome in content["models"].items()}
+    return Run(**content | {"models": models_done})
+
+
+def new_run(parameters: dict, asked: list[str], folder: Path) -> Run:
+    """Return a run that is about to begin.
+
+    `parameters`: the flow's; `asked`: names of models; `folder`: the models directory.
+    """
+    return Run(
+        parameters=parameters,
+        asked=list(asked),
+        models_dir=str(folder.resolve()),
+        command=db.command("train.py", *command_line(parameters, folder)),
+        started_at=datetime.now(UTC).isoformat(),
+        host=socket.gethostname(),
+    )
+
+
+def command_line(parameters: dict, folder: Path) -> list:
+    """Return the arguments of train.py that do the same, without the CSV and the models."""
+    defaults = {
+        "table_name": "spotify_songs",
+        "n_clusters": 2,
+        "demo": None,
+        "dask": None,
+        "predict_into": None,
+    }
+    arguments: list = []
+    for name, default in defaults.items():
+        value = parameters.get(name, default)
+        if value != default:
+            arguments += [f"--{name.replace('_', '-')}", value]
+    if parameters["models_dir"]:
+        arguments += ["--models-dir", folder.resolve()]
+    if parameters["force"]:
+        arguments.append("--force")
+    if not parameters["enable_notifications"]:
+        arguments.append("--no-notify")
+    return arguments
+
+
+def decide(run: notify.Run, error: BaseException | None = None) -> None:
+    """Decide what the run was: status, exit status, message, and the command that finishes it.
+
+    `error`: what ended it early, if anything did. What was decided once stays.
+    """
+    if run.exit_status is not None:
+        return
+    if error:
+        run.error = notify.explain(error)
+    trained = with_status(run, "trained")
+    if len(with_status(run, "failed")) == len(run.models):
+        run.status = "failed"
+        run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
+    elif error or len(trained) < len(run.asked):
+        run.status = "partial"
+        run.exit_status = PARTIAL
+    else:
+        run.status = "completed"
+        run.exit_status = TRAINED
+    if isinstance(error, notify.Stopped):
+        run.exit_status = error.code
+    run.message = message_of(run)
+    missing = [name for name in run.asked if name not in run.models]
+    heals = [name for name, outcome in run.models.items() if outcome.heals]
+    if (missing or heals) and (error is None or notify.heals(error)):
+        run.finish_command = finish_command(run)
+    run.seconds = seconds_since_start(run)
+    run.peak_mb = peak_mb(run.peak_mb)
+
+
+def with_status(run: notify.Run, status: str) -> list[str]:
+    """Return the names of the models with that status, in their usual order."""
+    return [name for name in run.asked if name in run.models and run.models[name].status == status]
+
+
+def message_of(run: notify.Run) -> str:
+    """Return the run in a sentence."""
+    if not run.models:
+        return f"Nothing was trained: {run.error or 'no reason was given'}"
+    said = [f"{len(with_status(run, 'trained'))} of {len(run.asked)} models trained"]
+    for status, word in (("held_back", "held back"), ("failed", "failed")):
+        names = with_status(run, status)
+        if names:
+            said.append(f"{word}: {', '.join(names)}")
+    if run.error:
+        said.append(run.error)
+    return "; ".join(said)
+
+
+def finish_command(run: notify.Run) -> str:
+    """Return the command that trains what this run has not, also where the CSV is not loaded."""
+    arguments = ["--failed"]
+    csv_path = run.parameters["csv_path"]
+    if csv_path and not run.csv:
+        if not re.match("https?://", csv_path):
+            csv_path = str(Path(csv_path).resolve())
+        arguments += ["--csv-path", csv_path]
+        if run.parameters["truncate_table"]:
+            arguments.append("--truncate")
+    return f"{run.command} {shlex.join(arguments)}"
+
+
+def history_line(run: notify.Run, name: str, status: str) -> dict:
+    """Return the line of history.jsonl on a model of a run."""
+    outcome = run.models.get(name) or Outcome(status)
+    metric, value = next(iter(outcome.metrics.items()), (None, None))
+    return {
+        "run": run.started_at,
+        "model": name,
+        "status": status,
+        "metric": metric,
+        "value": value,
+        "seconds": outcome.seconds,
+        "rows": run.rows,
+        "read_seconds": run.read_seconds,
+        "run_seconds": round(seconds_since_start(run), 2),
+        "peak_mb": peak_mb(),
+        "error": outcome.error,
+    }
+
+
+def seconds_since_start(run: notify.Run) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
+
+
+def peak_mb(so_far: float | None = None) -> float:
+    """Return the largest memory of this process and of those it waited for, in MB."""
+    peak = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    unit = 1024 if sys.platform == "linux" else 1024**2  # macOS counts bytes
+    return max(so_far or 0, peak // unit)
 
 
 @contextmanager
@@ -467,7 +625,7 @@ def cluster(address: str, songs, copies: int):
 
 def run(pipe: int, own_server: bool) -> None:
     """Run the flow on the result that comes in on standard input; news of it go out through the pipe."""
-    WATCHED.update(result=json.load(sys.stdin), pipe=pipe)
+    WATCHED.update(result=run_from(json.load(sys.stdin)), pipe=pipe)
     _, error = notify.attempt(run_flow, own_server)
     conclude(WATCHED["result"], error)  # where Prefect failed before the flow could say anything
 
@@ -482,14 +640,15 @@ def run_flow(own_server: bool) -> None:
         time.sleep(0.05)
     # Our own server needs no heartbeat to know of a crash, and Prefect waits up to a second for its thread to end.
     with temporary_settings({"flows.heartbeat_frequency": None} if own_server else None):
-        ml_training_pipeline(**WATCHED["result"]["parameters"])
+        ml_training_pipeline(**WATCHED["result"].parameters)
 
 
-def tell_watcher(result: dict, **news) -> None:
-    result |= news
+def tell_watcher(result: notify.Run, **news) -> None:
+    for key, value in news.items():
+        setattr(result, key, value)
     if WATCHED:
         with open(WATCHED["pipe"], "w", closefd=False) as pipe:
-            pipe.write(json.dumps(result) + "\n")
+            pipe.write(json.dumps(asdict(result)) + "\n")
 
 
 # ---- The process that watches: lock, Prefect's server, the process that trains, and what to do when that is ended -----
@@ -523,25 +682,25 @@ def main(options: argparse.Namespace) -> int:
     on_signals(stop)
     result = new_result(flow_parameters(options))
     try:
-        with models.one_run_at_a_time(Path(result["models_dir"])) as lock:
+        with models.one_run_at_a_time(Path(result.models_dir)) as lock:
             begin(result, options.failed)
-            if not result["asked"]:
+            if not result.asked:
                 print(
-                    f"nothing to do: the last run of every model in {result['models_dir']} trained it"
+                    f"nothing to do: the last run of every model in {result.models_dir} trained it"
                 )
-                return notify.TRAINED
+                return TRAINED
             print(
-                f"starting {', '.join(result['asked'])}; models go to {result['models_dir']}",
+                f"starting {', '.join(result.asked)}; models go to {result.models_dir}",
                 flush=True,
             )
             watch(result, lock)
     except Locked as error:
         print(error, file=sys.stderr)
-        return notify.LOCKED
+        return LOCKED
     except (notify.Stopped, DataError, OSError) as error:
         conclude(result, error)
     notify.print_summary(result)
-    return result["exit_status"]
+    return result.exit_status
 
 
 def on_signals(handler) -> None:
@@ -554,20 +713,19 @@ def stop(number, _):
     raise notify.Stopped(128 + number)
 
 
-def watch(result: dict, lock) -> None:
+def watch(result: notify.Run, lock) -> None:
     """Have the flow run in a process of its own, and again where a signal that nobody sent has ended it."""
     server, process = None if find_prefect() else start_prefect_server(), None
     try:
-        while result["exit_status"] is None:
+        while result.exit_status is None:
             process, news = start_run(result, lock, server is not None)
             with news:
                 for line in news:
-                    result |= (
-                        json.loads(line) if line.endswith("\n") else {}
-                    )  # it may be killed amid a word
-            if process.wait() in (-signal.SIGTERM, notify.TERMINATED):
-                raise notify.Stopped(notify.TERMINATED)
-            if result["exit_status"] is None:
+                    if line.endswith("\n"):  # it may be killed amid a word
+                        vars(result).update(vars(run_from(json.loads(line))))
+            if process.wait() in (-signal.SIGTERM, TERMINATED):
+                raise notify.Stopped(TERMINATED)
+            if result.exit_status is None:
                 carry_on(result, process)
     except notify.Stopped as why:
         end_run(process, result, why)
@@ -578,7 +736,7 @@ def watch(result: dict, lock) -> None:
         sys.stderr.write("\x1b[?25h" * sys.stderr.isatty())  # the cursor, which live lines hide
 
 
-def start_run(result: dict, lock, own_server: bool):
+def start_run(result: notify.Run, lock, own_server: bool):
     """Start the process that trains; return it and the stream of its news, a line of JSON each time the result changes."""
     read, write = os.pipe()
     process = start_python(
@@ -588,30 +746,31 @@ def start_run(result: dict, lock, own_server: bool):
     )
     os.close(write)
     with suppress(BrokenPipeError), process.stdin:
-        process.stdin.write(json.dumps(result).encode())
+        process.stdin.write(json.dumps(asdict(result)).encode())
     return process, open(read)
 
 
-def carry_on(result: dict, process) -> None:
+def carry_on(result: notify.Run, process) -> None:
     """Note that the run was ended, and by which model; conclude where nothing is left that a new one could train."""
     status = process.returncode
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     memory = " (was memory short?)" if status == -signal.SIGKILL else ""
     error, culprit, first = (
         RunEnded(f"the run was ended by {how}{memory}"),
-        result["training"],
-        not result["deaths"],
+        result.training,
+        not result.crashes,
     )
     amid = (
         f" while training {culprit or ', '.join(owed_models(result))}"
-        if result["rows"]
+        if result.rows
         else " before training"
     )
     end_run(process, result, f"{error}{amid}")
     again = "; it was started again, one model at a time" * first
-    result |= {"training": None, "deaths": result["deaths"] + [f"{error}{amid}{again}"]}
+    result.training = None
+    result.crashes.append(f"{error}{amid}{again}")
     if culprit and not first:
-        note(result, culprit, notify.failed_entry(error))
+        note(result, culprit, notify.failed(error))
     if not owed_models(result) or not (first or culprit):
         conclude(result, error)
 
@@ -636,9 +795,9 @@ def end(process) -> None:
             process.wait()
 
 
-def end_run(process, result: dict, why) -> None:
+def end_run(process, result: notify.Run, why) -> None:
     """End the process that trains, and tell Prefect, which cannot know it from a process that is killed."""
-    words = [result["flow_run_id"], str(why)]
+    words = [result.flow_run_id, str(why)]
     marker = words[0] and start_python(
         CRASHED, *words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -892,7 +1051,7 @@ def check(options: argparse.Namespace) -> None:
         print(f"{what:18}{state:9}{notify.plain(sentence, 1000)}")
     sys.stdout.flush()
     os._exit(
-        notify.WRONG_INPUT if any(state == "problem" for _, state, _ in lines) else notify.TRAINED
+        WRONG_INPUT if any(state == "problem" for _, state, _ in lines) else TRAINED
     )  # whoever is late
 
 
@@ -913,7 +1072,7 @@ def serve() -> None:
     if error:
         print(f"train.py: error: {notify.explain(error)}", file=sys.stderr)
     os._exit(
-        notify.WRONG_INPUT if error else status
+        WRONG_INPUT if error else status
     )  # what Python does after it, for Prefect's threads, takes 2 s
 
 
