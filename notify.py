@@ -698,11 +698,12 @@ LEGEND_BELOW: dict[str, Any] = {
     "loc": "upper left",
     "bbox_to_anchor": (-0.03, -0.06),
     "columnspacing": 1,
-    "handletextpad": 0.3,
+    "handletextpad": 0.6,
 }
 DETAIL_POINTS = 10  # the size of the lines between a panel's headline and its frame
 DETAIL_WIDTH = 62  # characters
-DETAIL_LINES = 2  # of further figures or the reason; one on what the model leans on may follow
+DETAIL_LINES = 2  # of further figures or the reason; one more says what the model leans on
+HEADLINE_GAP = 3  # points
 RUNS_SHOWN = 30
 CONFUSIONS_SHOWN = 9
 ENOUGH_SONGS = 20  # of a genre: with fewer, a share moves by 5 % with every song
@@ -764,13 +765,13 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
     draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
     lines = _details(outcome) if draw else []
-    for at, (text, colour) in enumerate(reversed(lines)):
-        height = (0.6 + 1.25 * at) * DETAIL_POINTS  # above the frame, whatever the panel's size
+    room = max(DETAIL_LINES, len(lines))
+    for at, (text, colour) in enumerate(lines):
         axes.annotate(
             text,
             xy=(0, 1),
             xycoords="axes fraction",
-            xytext=(0, height),
+            xytext=(0, _points_above_frame(room - 1 - at)),
             textcoords="offset points",
             size=DETAIL_POINTS,
             color=colour,
@@ -786,14 +787,19 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     axes.set_title(
         _drawable(f"{plain(name, 20)}: {headline}"),
         color=INK if outcome.status == "trained" else look.colour,
-        pad=(1 + 1.25 * len(lines)) * DETAIL_POINTS,
+        pad=_points_above_frame(room) + HEADLINE_GAP,
     )
     if draw:
         draw(axes, outcome.plot)
     else:
         axes.set_axis_off()
         error = outcome.error or "nothing to draw"
-        _write(axes, 0, 0.98, error, 40, lines=10, size=14, va="top", color=look.colour)
+        _write(axes, 0, 1.06, error, 40, lines=10, size=14, va="top", color=look.colour)
+
+
+def _points_above_frame(lines: int) -> float:
+    """Return how far above a panel's frame a line stands that has so many lines below it."""
+    return (0.6 + 1.25 * lines) * DETAIL_POINTS
 
 
 def _details(outcome: Outcome) -> list[tuple[str, str]]:
@@ -810,10 +816,9 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
             for key, said in METRICS.items()
             if key in further
         )
-    wrapped = _wrapped(text, DETAIL_WIDTH, DETAIL_LINES)
-    if leans_on(outcome.metrics):
-        wrapped += _wrapped(leans_on(outcome.metrics), DETAIL_WIDTH, 1)
-    return [(line, colour) for line in wrapped]
+    lines = [(line, colour) for line in _wrapped(text, DETAIL_WIDTH, DETAIL_LINES)]
+    lines += [(line, GREY) for line in _wrapped(leans_on(outcome.metrics), DETAIL_WIDTH, 1)]
+    return lines
 
 
 def _draw_confusions(axes: "Axes", plot: dict) -> None:
@@ -913,11 +918,11 @@ def _draw_history(axes: "Axes", history: list[dict]) -> None:
     runs = sorted({line["run"] for line in history})[-RUNS_SHOWN:]
     names = list(dict.fromkeys(line["model"] for line in history if line["run"] in runs))
     for at, name in enumerate(names[: len(PALETTE)]):
-        width = 1.5 + 1.6 * (min(len(names), len(PALETTE)) - 1 - at)
-        _draw_line_of_history(axes, name, _values(history, runs, name), at, width)
+        upon = min(len(names), len(PALETTE)) - 1 - at  # lines that are drawn upon this one
+        _draw_line_of_history(axes, name, _values(history, runs, name), at, upon)
     axes.set_title(
         f"{f'last {len(runs)} runs' if len(runs) > 1 else 'first run'} (× failed or held back)",
-        pad=DETAIL_POINTS,
+        pad=_points_above_frame(DETAIL_LINES) + HEADLINE_GAP,
     )
     if runs:
         axes.legend(ncols=3, **LEGEND_BELOW)
@@ -936,15 +941,15 @@ def _values(history: list[dict], runs: list[str], name: str) -> dict[int, float]
 
 
 def _draw_line_of_history(
-    axes: "Axes", name: str, values: dict[int, float], at: int, width: float
+    axes: "Axes", name: str, values: dict[int, float], at: int, upon: int
 ) -> None:
     axes.plot(
         list(values),
         list(values.values()),
         color=PALETTE[at],
-        linewidth=width,
+        linewidth=1.2 + 0.9 * upon,
         marker=MARKERS[at],
-        markersize=width + 5,
+        markersize=3.5 + 1.3 * upon,
         label=_drawable(name, 14),
     )
     good = [value for value in values.values() if not math.isnan(value)]
@@ -964,6 +969,7 @@ def _draw_line_of_history(
         color=PALETTE[at],
         markersize=10,
         markeredgewidth=2.5,
+        zorder=3,  # above the lines
     )
 
 
