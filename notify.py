@@ -645,14 +645,14 @@ def _progress(console: Any) -> Any:
         def render(self, task: Any) -> Text:
             return super().render(task) if task.fields["has_share"] else Text()
 
-    def fixed(width: int) -> Column:
-        return Column(width=width, no_wrap=True)
-
+    # A line that is too long would narrow all columns alike, clock and percent as well.
+    others = len("0:00:00 ") + len(" 100%") + 1 + BAR_WIDTH
+    said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - others))
     return Progress(
-        TimeElapsedColumn(table_column=fixed(len("0:00:00"))),
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        Bar(BAR_WIDTH, table_column=fixed(BAR_WIDTH)),
-        Percent(table_column=fixed(len("100%"))),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", table_column=said),
+        Bar(BAR_WIDTH),
+        Percent(),
         console=console,
         transient=True,
     )
