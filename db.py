@@ -972,7 +972,9 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None):
             aside.name,
             "; ".join(found["examples"]),
         )
-    return {**found, "loaded": loaded, "repeated": repeated}
+    # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
+    counts = {"rejected": dict(found["rejected"]), "unread": dict(found["unread"])}
+    return {**found, **counts, "loaded": loaded, "repeated": repeated}
 
 
 def read_csv(path):
