@@ -34,11 +34,7 @@ if TYPE_CHECKING:  # for annotations only: both are slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOGGERS = ("train", "models", "db", "notify")
 log = logging.getLogger("notify")
-
-# The exit statuses of a run that was stopped: 128 and the signal's number.
-STOPPED_BY = {128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGINT: "Ctrl-C"}
 
 # ---- A run: all there is to tell -----------------------------------------------------------------
 
@@ -86,6 +82,7 @@ class Run:
 
     @property
     def table(self) -> str:
+        """The table or view of songs."""
         return self.parameters["table_name"]
 
     @property
@@ -95,6 +92,7 @@ class Run:
 
     @property
     def enable_notifications(self) -> bool:
+        """Whether Discord and the heartbeat's service are told."""
         return self.parameters["enable_notifications"]
 
 
@@ -141,117 +139,6 @@ def tell(run: Run, history: list[dict]) -> None:
     url = setting("DISCORD_WEBHOOK_URL")
     if url and run.enable_notifications:
         post_discord(run, url, picture, STOPPED_SECONDS if stopped else POST_SECONDS)
-
-
-# ---- Errors and the log --------------------------------------------------------------------------
-
-
-class Stopped(Expected):
-    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return f"the run was stopped by {STOPPED_BY[self.code]}"
-
-
-SAY_IT_ALL = (Expected, OSError, MemoryError)  # errors of which nobody needs a traceback
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def explain(error: BaseException) -> str:
-    """Return an error as a sentence without secrets."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return redact(
-            f"there is no space left for {error.filename or 'a file'}; "
-            "make room on that disk and run it again"
-        )
-    if isinstance(error, MemoryError):
-        return (
-            "there is not enough memory; raise the limit (ulimit -v, the container's), train "
-            "fewer models at a time (--only), or name a view with a sample of the songs as "
-            "--table-name"
-        )
-    if isinstance(error, SAY_IT_ALL):
-        return redact(str(error))
-    return redact(f"{type(error).__name__}: {error}")
-
-
-def heals(error: BaseException) -> bool:
-    """Return True unless the same input would fail in the same way."""
-    return not isinstance(error, (ValueError, TypeError, KeyError))
-
-
-def attempt(step: Callable, *arguments: Any) -> tuple[Any, Exception | None]:
-    """Run a step whose failure must not stop the next one.
-
-    Return (what it returned, None) or (None, the error). An error that nobody expects is logged
-    with its traceback.
-    """
-    try:
-        return step(*arguments), None
-    except Exception as error:
-        if not isinstance(error, SAY_IT_ALL):
-            log.error("%s failed", getattr(step, "__name__", "a step"), exc_info=error)
-        return None, error
-
-
-def quiet_logs(keep_shares: bool = False) -> None:
-    """Let our log lines through, and no secret in any line of ours or of Prefect's.
-
-    Records that carry a share of what is done move the bars of `live_status`; those of level DEBUG
-    go no further, and of the others one a quarter does. With `keep_shares` all go on: for a process
-    that sends what it logs to the one with the terminal.
-    """
-    for logger in map(logging.getLogger, LOGGERS):
-        logger.setLevel(logging.DEBUG)
-        if not keep_shares:
-            logger.addFilter(_moves_bar_or_goes_on)
-    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
-        if name.startswith((*LOGGERS, "prefect")):
-            logging.getLogger(name).addFilter(_without_secrets)
-    # Prefect's: at the end it counts what is still to be sent.
-    logging.getLogger("EventsWorker").setLevel(logging.ERROR)
-
-
-def _without_secrets(record: logging.LogRecord) -> bool:
-    """A logging filter: take secrets out of a record, and the traceback where the text is enough.
-
-    A record that comes from another process has its traceback as text only.
-    """
-    record.msg = redact(record.getMessage())
-    record.args = ()
-    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
-        record.exc_info = None
-        record.exc_text = None
-    elif record.exc_info:
-        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
-    elif record.exc_text:
-        record.exc_text = redact(record.exc_text)
-    return True
-
-
-_live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
-_quarters: dict[tuple, int] = {}  # (model, phase) -> the last quarter that went into the log
-
-
-def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
-    """A logging filter: show a record's share, let the record go on where a log wants it."""
-    share = getattr(record, "share", None)
-    if share is None:
-        return record.levelno >= logging.INFO
-    for lines in _live_lines:
-        lines.show(record)
-    if record.levelno != logging.INFO:
-        return record.levelno > logging.INFO
-    key = (getattr(record, "model", ""), getattr(record, "phase", ""))
-    quarter = int(4 * share)
-    if _quarters.get(key) == quarter:
-        return False
-    _quarters[key] = quarter
-    return True
 
 
 # ---- Words ---------------------------------------------------------------------------------------
@@ -469,6 +356,119 @@ def model_page(name: str, outcome: Outcome, history: list[dict]) -> str:
         status = escape(line.get("error") or line["status"])
         lines.append(f"|{line['run'][:16]}|{status}|{number(line.get('value'))}|")
     return "\n".join(lines)
+
+
+# ---- Errors and the log --------------------------------------------------------------------------
+
+LOGGERS = ("train", "models", "db", "notify")
+# The exit statuses of a run that was stopped: 128 and the signal's number.
+STOPPED_BY = {128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGINT: "Ctrl-C"}
+SAY_IT_ALL = (Expected, OSError, MemoryError)  # errors of which nobody needs a traceback
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Stopped(Expected):
+    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"the run was stopped by {STOPPED_BY[self.code]}"
+
+
+def explain(error: BaseException) -> str:
+    """Return an error as a sentence without secrets."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return redact(
+            f"there is no space left for {error.filename or 'a file'}; "
+            "make room on that disk and run it again"
+        )
+    if isinstance(error, MemoryError):
+        return (
+            "there is not enough memory; raise the limit (ulimit -v, the container's), train "
+            "fewer models at a time (--only), or name a view with a sample of the songs as "
+            "--table-name"
+        )
+    if isinstance(error, SAY_IT_ALL):
+        return redact(str(error))
+    return redact(f"{type(error).__name__}: {error}")
+
+
+def heals(error: BaseException) -> bool:
+    """Return True unless the same input would fail in the same way."""
+    return not isinstance(error, (ValueError, TypeError, KeyError))
+
+
+def attempt(step: Callable, *arguments: Any) -> tuple[Any, Exception | None]:
+    """Run a step whose failure must not stop the next one.
+
+    Return (what it returned, None) or (None, the error). An error that nobody expects is logged
+    with its traceback.
+    """
+    try:
+        return step(*arguments), None
+    except Exception as error:
+        if not isinstance(error, SAY_IT_ALL):
+            log.error("%s failed", getattr(step, "__name__", "a step"), exc_info=error)
+        return None, error
+
+
+def quiet_logs(keep_shares: bool = False) -> None:
+    """Let our log lines through, and no secret in any line of ours or of Prefect's.
+
+    Records that carry a share of what is done move the bars of `live_status`; those of level DEBUG
+    go no further, and of the others one a quarter does. With `keep_shares` all go on: for a process
+    that sends what it logs to the one with the terminal.
+    """
+    for logger in map(logging.getLogger, LOGGERS):
+        logger.setLevel(logging.DEBUG)
+        if not keep_shares:
+            logger.addFilter(_moves_bar_or_goes_on)
+    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
+        if name.startswith((*LOGGERS, "prefect")):
+            logging.getLogger(name).addFilter(_without_secrets)
+    # Prefect's: at the end it counts what is still to be sent.
+    logging.getLogger("EventsWorker").setLevel(logging.ERROR)
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """A logging filter: take secrets out of a record, and the traceback where the text is enough.
+
+    A record that comes from another process has its traceback as text only.
+    """
+    record.msg = redact(record.getMessage())
+    record.args = ()
+    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
+        record.exc_info = None
+        record.exc_text = None
+    elif record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    elif record.exc_text:
+        record.exc_text = redact(record.exc_text)
+    return True
+
+
+_live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
+_quarters: dict[tuple, int] = {}  # (model, phase) -> the last quarter that went into the log
+
+
+def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
+    """A logging filter: show a record's share, let the record go on where a log wants it."""
+    share = getattr(record, "share", None)
+    if share is None:
+        return record.levelno >= logging.INFO
+    for lines in _live_lines:
+        lines.show(record)
+    if record.levelno != logging.INFO:
+        return record.levelno > logging.INFO
+    key = (getattr(record, "model", ""), getattr(record, "phase", ""))
+    quarter = int(4 * share)
+    if _quarters.get(key) == quarter:
+        return False
+    _quarters[key] = quarter
+    return True
 
 
 # ---- Terminal ------------------------------------------------------------------------------------
@@ -1270,6 +1270,7 @@ class Reply(NamedTuple):
 
     @property
     def may_heal(self) -> bool:
+        """Whether the same request may succeed a little later."""
         return self.status == NO_CONNECTION or self.status >= 500
 
 
