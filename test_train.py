@@ -2582,7 +2582,7 @@ def test_what_a_run_was_is_json_from_end_to_end(told):
     endless | 1 | no answer within 1 s"""),
 )
 def test_discord_replies(webhook, night, told, caplog, monkeypatch, replies, posts, says):
-    """The answers in turn, of which the last is given again and again; how many messages it gets; what is said."""
+    """The answers in turn, the last again and again; how many messages it gets; what is said."""
     caplog.set_level("DEBUG")
     monkeypatch.setattr(notify, "RETRY_DELAYS", (0.05, 0.1))
     url = webhook.url.replace("/204/", f"/{replies}/")
@@ -2713,24 +2713,23 @@ STOPPED_RUN = SimpleNamespace(
 
 
 def nights(count, **same):
-    """The history of so many nights; in every ninth a model failed. `same`: values of all nights."""
-    return [
-        {
-            "run": f"2026-11-{night + 1:02}T03:00:00",
-            "model": model,
-            "status": "failed" if night % 9 == at else "trained",
-            "value": same.get(model, night % 5),
-        }
-        for night in range(count)
-        for at, model in enumerate(models.MODELS)
-    ]
+    """The history of so many nights; in each ninth a model failed. `same`: values of all nights."""
+    lines = []
+    for night in range(count):
+        for at, model in enumerate(models.MODELS):
+            line = {"run": f"2026-11-{night + 1:02}T03:00:00", "model": model}
+            line["status"] = "failed" if night % 9 == at else "trained"
+            line["value"] = same.get(model, night % 5)
+            lines.append(line)
+    return lines
 
 
-@pytest.fixture(
-    params=[GOOD_RUN, MIXED_RUN, HARD_RUN, STOPPED_RUN], ids="good mixed hard stopped".split()
-)
+KINDS = {"good": GOOD_RUN, "mixed": MIXED_RUN, "hard": HARD_RUN, "stopped": STOPPED_RUN}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
 def kind(request, told):
-    """A kind of run: `run`, `history`, and the `colour`, what all three say and what is drawn of it."""
+    """A kind of run: `run`, `history`, the `colour`, what all three say and what is drawn of it."""
     case = request.param
     error = case.more.get("error")
     more = {name: value for name, value in case.more.items() if name != "error"}
@@ -2796,7 +2795,8 @@ def test_the_picture_shows_both_lines_where_two_models_are_equally_good(told):
     history = nights(30, genre=0.91, energy=0.91)
     axes = notify.report_figure(told(), history).axes[-1]
     lines = {line.get_label(): line for line in axes.get_lines()}
-    below, above = lines["genre"], lines["energy"]
+    below = lines["genre"]
+    above = lines["energy"]
     assert below.get_zorder() <= above.get_zorder(), "energy is drawn later"
     assert below.get_linewidth() > above.get_linewidth() + 1
     assert below.get_markersize() > above.get_markersize() + 1
@@ -2814,7 +2814,6 @@ def test_the_picture_writes_details_clear_of_headline_and_frame(told, changed):
     details = 0
     for axes in figure.axes:
         frame = axes.get_window_extent()
-        headline = axes.title.get_window_extent() if axes.title.get_text() else None
         headline = axes._left_title.get_window_extent()
         for text in axes.texts:
             box = text.get_window_extent()
@@ -2875,7 +2874,7 @@ class Screen:
         self.written = b""
         self.reading, writing = pty.openpty()
         fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.file = open(writing, "w", encoding="utf-8")
+        self.file = os.fdopen(writing, "w", encoding="utf-8")
         self.handler = logging.Handler()
         self.handler.console = Console(file=self.file, _environ={"TERM": "xterm"})
         self.handler.emit = lambda record: self.handler.console.print(record.getMessage())
@@ -2884,8 +2883,8 @@ class Screen:
 
     def read(self):
         with contextlib.suppress(OSError):  # so a terminal ends
-            while data := os.read(self.reading, 1000):
-                self.written += data
+            while True:
+                self.written += os.read(self.reading, 1000)
 
     def lines(self):
         """What was written, line by line, without colours; ends the terminal."""
@@ -2960,17 +2959,12 @@ def test_a_log_without_a_terminal_gets_a_line_a_quarter(our_logs):
 
 
 def test_a_log_gets_the_quarters_of_every_phase_and_every_run(our_logs):
-    for run in range(2):
-        for phase in ("judging", "fitting"):
-            for share in (0.0, 0.1, 0.5, 0.6, 1.0):
-                say(f"{run} {phase} {share}", model="genre", phase=phase, share=share)
-    expected = [
-        f"{run} {phase} {share}"
-        for run in range(2)
-        for phase in ("judging", "fitting")
-        for share in (0.0, 0.5, 1.0)
-    ]
-    assert our_logs.messages == expected
+    for phase in ("judging", "fitting", "judging"):
+        for share in (0.0, 0.1, 0.5, 0.6, 1.0):
+            say(f"{phase} {share}", model="genre", phase=phase, share=share)
+    said = " ".join(our_logs.messages)
+    judging = "judging 0.0 judging 0.5 judging 1.0"
+    assert said == f"{judging} fitting 0.0 fitting 0.5 fitting 1.0 {judging}"
 
 
 def test_a_log_tells_no_secret_of_a_traceback_from_another_process(our_logs, monkeypatch):
@@ -3015,8 +3009,8 @@ def pulse(monkeypatch):
         server.end = threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}/REPLIES/{TOKEN}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(notify, "HEARTBEAT_SECONDS", 1)
-        monkeypatch.setattr(notify, "HEARTBEAT_TRY", 0.4)
+        monkeypatch.setattr(notify, "HEARTBEAT_SECONDS", 3)
+        monkeypatch.setattr(notify, "HEARTBEAT_TRY", 1)
         monkeypatch.setattr(notify, "HEARTBEAT_PAUSE", 0.1)
         yield server
         server.end.set()
@@ -3026,10 +3020,10 @@ def pulse(monkeypatch):
 @pytest.mark.parametrize(
     "more, start, good, bad",
     cells("""
-                              | /start          | -                  | /fail
-    /                         | /start          | /                  | /fail
-    ?create=1                 | /start?create=1 | ?create=1          | /fail?create=1
-    ?state=complete&env=a%20b | ?state=run&env=a+b | ?state=complete&env=a+b | ?state=fail&env=a+b"""),
+                     | /start             | -                    | /fail
+    /                | /start             | /                    | /fail
+    ?create=1        | /start?create=1    | ?create=1            | /fail?create=1
+    ?state=run&env=a | ?state=run&env=a   | ?state=complete&env=a | ?state=fail&env=a"""),
 )
 def test_heartbeat_of_every_end_in_the_way_of_its_service(
     pulse, monkeypatch, caplog, more, start, good, bad
@@ -3081,8 +3075,9 @@ def test_heartbeat_is_tried_twice_where_that_may_help(
     monkeypatch.setenv("HEARTBEAT_URL", pulse.url.replace("REPLIES", replies))
     start = time.monotonic()
     notify.heartbeat("fail")
-    assert time.monotonic() - start < 1.5, "no run waits for it"
-    assert pulse.got == ["/fail"] * int(calls)
+    assert time.monotonic() - start < 4, "no run waits for it"
+    assert set(pulse.got) == {"/fail"}
+    assert len(pulse.got) == int(calls)
     assert says in caplog.text and TOKEN not in caplog.text
     assert bool(caplog.text) == bool(says)
 
@@ -3102,7 +3097,7 @@ def test_heartbeat_that_reaches_nobody_is_a_line_of_the_log(monkeypatch, pulse, 
     monkeypatch.setenv("HEARTBEAT_URL", url)
     start = time.monotonic()
     notify.heartbeat("")
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 4
     assert says in caplog.text and TOKEN not in caplog.text
     assert "Traceback" not in caplog.text
 
