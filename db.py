@@ -189,8 +189,8 @@ def redact(text, *secrets):
 
 
 def _heartbeat_secrets(url: str) -> list[str]:
-    """Return `url` and the parts of its path that are a key, not a monitor's name such as nightly-songs."""
-    parts = re.findall(r"[\w-]{8,}", url.partition("?")[0])
+    """Return `url` and what may be a key in its path, which a name like nightly-songs is not."""
+    parts = re.findall(r"[\w-]{8,}", url.partition("://")[2].partition("/")[2])
     return [url, *[part for part in parts if not re.fullmatch("[a-z_-]+", part)]]
 
 
@@ -972,10 +972,9 @@ def load_csv(csv_path, url, table, truncate=False, rejected_path=None):
             aside.name,
             "; ".join(found["examples"]),
         )
-    plain = {
-        name: {why: int(n) for why, n in found[name].items()} for name in ("rejected", "unread")
-    }
-    return {**found, **plain, "loaded": loaded, "repeated": repeated}
+    # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
+    counts = {"rejected": dict(found["rejected"]), "unread": dict(found["unread"])}
+    return {**found, **counts, "loaded": loaded, "repeated": repeated}
 
 
 def read_csv(path):

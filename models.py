@@ -1647,7 +1647,7 @@ def draw(run: Any, path: Path) -> None:
     notify.draw_report(run, read_history(run.models_dir), path)
 
 
-STEPS = {
+STEPS: dict[str, Callable] = {
     "load_csv": db.load_csv,
     "load_demo": db.load_demo,
     "read_songs": read_songs,
@@ -1696,7 +1696,7 @@ class ForkServerProcess:
             self.process = subprocess.Popen(
                 # faulthandler: what crashes a step leaves its traceback in the log
                 [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())],
-                stdin=listening,
+                stdin=listening.fileno(),
                 pass_fds=self.inherited,
                 start_new_session=True,  # Ctrl-C is for the process that started this one
             )
@@ -1755,7 +1755,7 @@ def _memory_mb(process: str) -> float:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1]) / 1000
+    return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
 
 
 class Asked(Connection):
@@ -1781,17 +1781,17 @@ class ForkServer(_MixIn, socketserver.UnixStreamServer):
     def __init__(self, parent: int) -> None:
         import joblib
 
-        super().__init__("", None, bind_and_activate=False)
+        super().__init__("", socketserver.BaseRequestHandler, bind_and_activate=False)
         self.socket = socket.socket(fileno=0)
         self.parent = parent
         self.pid = os.getpid()
         self.max_children = joblib.cpu_count()  # more at once would only hold memory
 
-    def get_request(self) -> tuple[Asked, Any]:
+    def get_request(self) -> tuple[Any, Any]:
         request, address = self.socket.accept()
         return Asked(request.detach()), address
 
-    def process_request(self, request: Asked, address: Any) -> None:
+    def process_request(self, request: Any, address: Any) -> None:
         request.step, request.arguments = request.recv()
         if request.step == "read_songs":  # in this process, so that the forks share them
             self.finish_request(request, address)
@@ -1799,14 +1799,14 @@ class ForkServer(_MixIn, socketserver.UnixStreamServer):
         else:
             super().process_request(request, address)
 
-    def finish_request(self, request: Asked, address: Any) -> None:
+    def finish_request(self, request: Any, address: Any) -> None:
         """Take a step; send what it logs, then (its result, its error)."""
         if os.getpid() != self.pid:
             die_with(self.pid)
             with suppress(OSError):  # where memory is short the kernel shall end this, no database
                 Path("/proc/self/oom_score_adj").write_text("500")
         asking = threading.get_ident()
-        handler = _Sender(request)
+        handler = _Sender(request)  # type: ignore[arg-type]
         handler.addFilter(lambda record: record.thread == asking)
         logging.root.addHandler(handler)
         try:
@@ -1814,10 +1814,11 @@ class ForkServer(_MixIn, socketserver.UnixStreamServer):
         finally:
             logging.root.removeHandler(handler)
 
-    def shutdown_request(self, request: Asked) -> None:
+    def shutdown_request(self, request: Any) -> None:
         request.close()
 
-    close_request = shutdown_request
+    def close_request(self, request: Any) -> None:
+        request.close()
 
     def service_actions(self) -> None:
         super().service_actions()
@@ -1827,6 +1828,8 @@ class ForkServer(_MixIn, socketserver.UnixStreamServer):
 
 class _Sender(QueueHandler):
     """Sends what is logged to whoever asked for the step."""
+
+    queue: Any
 
     def enqueue(self, record: logging.LogRecord) -> None:
         self.queue.send(record)

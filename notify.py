@@ -34,11 +34,7 @@ if TYPE_CHECKING:  # for annotations only: both are slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOGGERS = ("train", "models", "db", "notify")
 log = logging.getLogger("notify")
-
-# The exit statuses of a run that was stopped: 128 and the signal's number.
-STOPPED_BY = {128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGINT: "Ctrl-C"}
 
 # ---- A run: all there is to tell -----------------------------------------------------------------
 
@@ -86,6 +82,7 @@ class Run:
 
     @property
     def table(self) -> str:
+        """The table or view of songs."""
         return self.parameters["table_name"]
 
     @property
@@ -95,6 +92,7 @@ class Run:
 
     @property
     def enable_notifications(self) -> bool:
+        """Whether Discord and the heartbeat's service are told."""
         return self.parameters["enable_notifications"]
 
 
@@ -123,135 +121,6 @@ def outcome_of(report: dict, folder: str | Path) -> Outcome:
 def failed(error: BaseException) -> Outcome:
     """Return what became of a model that there is none of."""
     return Outcome("failed", error=explain(error), heals=heals(error))
-
-
-def tell(run: Run, history: list[dict]) -> None:
-    """Draw the picture and post to Discord; what fails is a warning of the run.
-
-    `history`: the lines of history.jsonl as dicts, oldest first.
-    """
-    stopped = run.exit_status in STOPPED_BY  # then whoever stopped the run waits
-    picture = None
-    if run.models and not stopped:
-        picture = Path(run.models_dir) / "report.png"
-        _, error = attempt(draw_report, run, history, picture)
-        if error:
-            picture = None
-            run.warnings.append(f"the picture could not be made: {explain(error)}")
-    url = setting("DISCORD_WEBHOOK_URL")
-    if url and run.enable_notifications:
-        post_discord(run, url, picture, STOPPED_SECONDS if stopped else POST_SECONDS)
-
-
-# ---- Errors and the log --------------------------------------------------------------------------
-
-
-class Stopped(Expected):
-    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
-
-    def __init__(self, code: int):
-        super().__init__(code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return f"the run was stopped by {STOPPED_BY[self.code]}"
-
-
-SAY_IT_ALL = (Expected, OSError, MemoryError)  # errors of which nobody needs a traceback
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def explain(error: BaseException) -> str:
-    """Return an error as a sentence without secrets."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return redact(
-            f"there is no space left for {error.filename or 'a file'}; "
-            "make room on that disk and run it again"
-        )
-    if isinstance(error, MemoryError):
-        return (
-            "there is not enough memory; raise the limit (ulimit -v, the container's), train "
-            "fewer models at a time (--only), or name a view with a sample of the songs as "
-            "--table-name"
-        )
-    if isinstance(error, SAY_IT_ALL):
-        return redact(str(error))
-    return redact(f"{type(error).__name__}: {error}")
-
-
-def heals(error: BaseException) -> bool:
-    """Return True unless the same input would fail in the same way."""
-    return not isinstance(error, (ValueError, TypeError, KeyError))
-
-
-def attempt(step: Callable, *arguments: Any) -> tuple[Any, Exception | None]:
-    """Run a step whose failure must not stop the next one.
-
-    Return (what it returned, None) or (None, the error). An error that nobody expects is logged
-    with its traceback.
-    """
-    try:
-        return step(*arguments), None
-    except Exception as error:
-        if not isinstance(error, SAY_IT_ALL):
-            log.error("%s failed", getattr(step, "__name__", "a step"), exc_info=error)
-        return None, error
-
-
-def quiet_logs(keep_shares: bool = False) -> None:
-    """Let our log lines through, and no secret in any line of ours or of Prefect's.
-
-    Records that carry a share of what is done move the bars of `live_status`; those of level DEBUG
-    go no further, and of the others one a quarter does. With `keep_shares` all go on: for a process
-    that sends what it logs to the one with the terminal.
-    """
-    for logger in map(logging.getLogger, LOGGERS):
-        logger.setLevel(logging.DEBUG)
-        if not keep_shares:
-            logger.addFilter(_moves_bar_or_goes_on)
-    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
-        if name.startswith((*LOGGERS, "prefect")):
-            logging.getLogger(name).addFilter(_without_secrets)
-    # Prefect's: at the end it counts what is still to be sent.
-    logging.getLogger("EventsWorker").setLevel(logging.ERROR)
-
-
-def _without_secrets(record: logging.LogRecord) -> bool:
-    """A logging filter: take secrets out of a record, and the traceback where the text is enough.
-
-    A record that comes from another process has its traceback as text only.
-    """
-    record.msg = redact(record.getMessage())
-    record.args = ()
-    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
-        record.exc_info = None
-        record.exc_text = None
-    elif record.exc_info:
-        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
-    elif record.exc_text:
-        record.exc_text = redact(record.exc_text)
-    return True
-
-
-_live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
-_quarters: dict[tuple, int] = {}  # (model, phase) -> the last quarter that went into the log
-
-
-def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
-    """A logging filter: show a record's share, let the record go on where a log wants it."""
-    share = getattr(record, "share", None)
-    if share is None:
-        return record.levelno >= logging.INFO
-    for lines in _live_lines:
-        lines.show(record)
-    if record.levelno != logging.INFO:
-        return record.levelno > logging.INFO
-    key = (getattr(record, "model", ""), getattr(record, "phase", ""))
-    quarter = int(4 * share)
-    if _quarters.get(key) == quarter:
-        return False
-    _quarters[key] = quarter
-    return True
 
 
 # ---- Words ---------------------------------------------------------------------------------------
@@ -471,6 +340,119 @@ def model_page(name: str, outcome: Outcome, history: list[dict]) -> str:
     return "\n".join(lines)
 
 
+# ---- Errors and the log --------------------------------------------------------------------------
+
+LOGGERS = ("train", "models", "db", "notify")
+# The exit statuses of a run that was stopped: 128 and the signal's number.
+STOPPED_BY = {128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGINT: "Ctrl-C"}
+SAY_IT_ALL = (Expected, OSError, MemoryError)  # errors of which nobody needs a traceback
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Stopped(Expected):
+    """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"the run was stopped by {STOPPED_BY[self.code]}"
+
+
+def explain(error: BaseException) -> str:
+    """Return an error as a sentence without secrets."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return redact(
+            f"there is no space left for {error.filename or 'a file'}; "
+            "make room on that disk and run it again"
+        )
+    if isinstance(error, MemoryError):
+        return (
+            "there is not enough memory; raise the limit (ulimit -v, the container's), train "
+            "fewer models at a time (--only), or name a view with a sample of the songs as "
+            "--table-name"
+        )
+    if isinstance(error, SAY_IT_ALL):
+        return redact(str(error))
+    return redact(f"{type(error).__name__}: {error}")
+
+
+def heals(error: BaseException) -> bool:
+    """Return True unless the same input would fail in the same way."""
+    return not isinstance(error, (ValueError, TypeError, KeyError))
+
+
+def attempt(step: Callable, *arguments: Any) -> tuple[Any, Exception | None]:
+    """Run a step whose failure must not stop the next one.
+
+    Return (what it returned, None) or (None, the error). An error that nobody expects is logged
+    with its traceback.
+    """
+    try:
+        return step(*arguments), None
+    except Exception as error:
+        if not isinstance(error, SAY_IT_ALL):
+            log.error("%s failed", getattr(step, "__name__", "a step"), exc_info=error)
+        return None, error
+
+
+def quiet_logs(keep_shares: bool = False) -> None:
+    """Let our log lines through, and no secret in any line of ours or of Prefect's.
+
+    Records that carry a share of what is done move the bars of `live_status`; those of level DEBUG
+    go no further, and of the others one a quarter does. With `keep_shares` all go on: for a process
+    that sends what it logs to the one with the terminal.
+    """
+    for logger in map(logging.getLogger, LOGGERS):
+        logger.setLevel(logging.DEBUG)
+        if not keep_shares:
+            logger.addFilter(_moves_bar_or_goes_on)
+    for name in [*logging.root.manager.loggerDict, "prefect.flow_runs", "prefect.task_runs"]:
+        if name.startswith((*LOGGERS, "prefect")):
+            logging.getLogger(name).addFilter(_without_secrets)
+    # Prefect's: at the end it counts what is still to be sent.
+    logging.getLogger("EventsWorker").setLevel(logging.ERROR)
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    """A logging filter: take secrets out of a record, and the traceback where the text is enough.
+
+    A record that comes from another process has its traceback as text only.
+    """
+    record.msg = redact(record.getMessage())
+    record.args = ()
+    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
+        record.exc_info = None
+        record.exc_text = None
+    elif record.exc_info:
+        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
+    elif record.exc_text:
+        record.exc_text = redact(record.exc_text)
+    return True
+
+
+_live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
+_quarters: dict[tuple, int] = {}  # (model, phase) -> the last quarter that went into the log
+
+
+def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
+    """A logging filter: show a record's share, let the record go on where a log wants it."""
+    share = getattr(record, "share", None)
+    if share is None:
+        return record.levelno >= logging.INFO
+    for lines in _live_lines:
+        lines.show(record)
+    if record.levelno != logging.INFO:
+        return record.levelno > logging.INFO
+    key = (getattr(record, "model", ""), getattr(record, "phase", ""))
+    quarter = int(4 * share)
+    if _quarters.get(key) == quarter:
+        return False
+    _quarters[key] = quarter
+    return True
+
+
 # ---- Terminal ------------------------------------------------------------------------------------
 
 PLAIN_WIDTH = 160  # columns of a table where there is no terminal to ask
@@ -645,14 +627,14 @@ def _progress(console: Any) -> Any:
         def render(self, task: Any) -> Text:
             return super().render(task) if task.fields["has_share"] else Text()
 
-    def fixed(width: int) -> Column:
-        return Column(width=width, no_wrap=True)
-
+    # A line that is too long would narrow all columns alike, clock and percent as well.
+    others = len("0:00:00 ") + len(" 100%") + 1 + BAR_WIDTH
+    said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - others))
     return Progress(
-        TimeElapsedColumn(table_column=fixed(len("0:00:00"))),
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        Bar(BAR_WIDTH, table_column=fixed(BAR_WIDTH)),
-        Percent(table_column=fixed(len("100%"))),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", table_column=said),
+        Bar(BAR_WIDTH),
+        Percent(),
         console=console,
         transient=True,
     )
@@ -698,11 +680,12 @@ LEGEND_BELOW: dict[str, Any] = {
     "loc": "upper left",
     "bbox_to_anchor": (-0.03, -0.06),
     "columnspacing": 1,
-    "handletextpad": 0.3,
+    "handletextpad": 0.6,
 }
 DETAIL_POINTS = 10  # the size of the lines between a panel's headline and its frame
 DETAIL_WIDTH = 62  # characters
-DETAIL_LINES = 2  # of further figures or the reason; one on what the model leans on may follow
+DETAIL_LINES = 2  # of further figures or the reason; one more says what the model leans on
+HEADLINE_GAP = 3  # points
 RUNS_SHOWN = 30
 CONFUSIONS_SHOWN = 9
 ENOUGH_SONGS = 20  # of a genre: with fewer, a share moves by 5 % with every song
@@ -764,13 +747,13 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
     draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
     lines = _details(outcome) if draw else []
-    for at, (text, colour) in enumerate(reversed(lines)):
-        height = (0.6 + 1.25 * at) * DETAIL_POINTS  # above the frame, whatever the panel's size
+    room = max(DETAIL_LINES, len(lines))
+    for at, (text, colour) in enumerate(lines):
         axes.annotate(
             text,
             xy=(0, 1),
             xycoords="axes fraction",
-            xytext=(0, height),
+            xytext=(0, _points_above_frame(room - 1 - at)),
             textcoords="offset points",
             size=DETAIL_POINTS,
             color=colour,
@@ -786,14 +769,19 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     axes.set_title(
         _drawable(f"{plain(name, 20)}: {headline}"),
         color=INK if outcome.status == "trained" else look.colour,
-        pad=(1 + 1.25 * len(lines)) * DETAIL_POINTS,
+        pad=_points_above_frame(room) + HEADLINE_GAP,
     )
     if draw:
         draw(axes, outcome.plot)
     else:
         axes.set_axis_off()
         error = outcome.error or "nothing to draw"
-        _write(axes, 0, 0.98, error, 40, lines=10, size=14, va="top", color=look.colour)
+        _write(axes, 0, 1.06, error, 40, lines=10, size=14, va="top", color=look.colour)
+
+
+def _points_above_frame(lines: int) -> float:
+    """Return how far above a panel's frame a line stands that has so many lines below it."""
+    return (0.6 + 1.25 * lines) * DETAIL_POINTS
 
 
 def _details(outcome: Outcome) -> list[tuple[str, str]]:
@@ -810,10 +798,9 @@ def _details(outcome: Outcome) -> list[tuple[str, str]]:
             for key, said in METRICS.items()
             if key in further
         )
-    wrapped = _wrapped(text, DETAIL_WIDTH, DETAIL_LINES)
-    if leans_on(outcome.metrics):
-        wrapped += _wrapped(leans_on(outcome.metrics), DETAIL_WIDTH, 1)
-    return [(line, colour) for line in wrapped]
+    lines = [(line, colour) for line in _wrapped(text, DETAIL_WIDTH, DETAIL_LINES)]
+    lines += [(line, GREY) for line in _wrapped(leans_on(outcome.metrics), DETAIL_WIDTH, 1)]
+    return lines
 
 
 def _draw_confusions(axes: "Axes", plot: dict) -> None:
@@ -913,11 +900,11 @@ def _draw_history(axes: "Axes", history: list[dict]) -> None:
     runs = sorted({line["run"] for line in history})[-RUNS_SHOWN:]
     names = list(dict.fromkeys(line["model"] for line in history if line["run"] in runs))
     for at, name in enumerate(names[: len(PALETTE)]):
-        width = 1.5 + 1.6 * (min(len(names), len(PALETTE)) - 1 - at)
-        _draw_line_of_history(axes, name, _values(history, runs, name), at, width)
+        upon = min(len(names), len(PALETTE)) - 1 - at  # lines that are drawn upon this one
+        _draw_line_of_history(axes, name, _values(history, runs, name), at, upon)
     axes.set_title(
         f"{f'last {len(runs)} runs' if len(runs) > 1 else 'first run'} (× failed or held back)",
-        pad=DETAIL_POINTS,
+        pad=_points_above_frame(DETAIL_LINES) + HEADLINE_GAP,
     )
     if runs:
         axes.legend(ncols=3, **LEGEND_BELOW)
@@ -936,15 +923,15 @@ def _values(history: list[dict], runs: list[str], name: str) -> dict[int, float]
 
 
 def _draw_line_of_history(
-    axes: "Axes", name: str, values: dict[int, float], at: int, width: float
+    axes: "Axes", name: str, values: dict[int, float], at: int, upon: int
 ) -> None:
     axes.plot(
         list(values),
         list(values.values()),
         color=PALETTE[at],
-        linewidth=width,
+        linewidth=1.2 + 0.9 * upon,
         marker=MARKERS[at],
-        markersize=width + 5,
+        markersize=3.5 + 1.3 * upon,
         label=_drawable(name, 14),
     )
     good = [value for value in values.values() if not math.isnan(value)]
@@ -964,6 +951,7 @@ def _draw_line_of_history(
         color=PALETTE[at],
         markersize=10,
         markeredgewidth=2.5,
+        zorder=3,  # above the lines
     )
 
 
@@ -1264,6 +1252,7 @@ class Reply(NamedTuple):
 
     @property
     def may_heal(self) -> bool:
+        """Whether the same request may succeed a little later."""
         return self.status == NO_CONNECTION or self.status >= 500
 
 

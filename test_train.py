@@ -6,26 +6,33 @@ python -m pytest -q -m slow      # the long fault runs
 
 import contextlib
 import csv
+import dataclasses
 import email
+import fcntl
 import gzip
 import hashlib
 import http.server
 import io
 import json
+import logging
 import os
+import pty
 import random
 import re
 import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -37,6 +44,7 @@ import pandas as pd
 import psycopg2
 import pytest
 from matplotlib.image import imread
+from rich.cells import cell_len
 from sklearn import metrics as oracle
 
 import db
@@ -2552,32 +2560,45 @@ def test_show_and_rollback(models_dir, tmp_path, ask):
     assert not (tmp_path / "nowhere").exists()
 
 
-# ---- what people are told, made from the result of the good night -----------------------------------------------------
-STOPPED, HELD = (
-    notify.Stopped(143),
-    {"status": "held_back", "error": "held back: it fell; --only genre --force"},
-)
+# ---- what people are told, made from the result of the good night ------------------------------
+STOPPED = notify.Stopped(128 + signal.SIGTERM)
+HELD = {"status": "held_back", "error": "held back: it fell; --only genre --force"}
 NONE = dict.fromkeys(models.MODELS)
+A_TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nOSError: at '
+
+
+def run_of(folder):
+    """The run that is described in the models directory."""
+    content = json.loads((folder / "metrics" / "run.json").read_text())
+    known = {field.name for field in dataclasses.fields(notify.Run)}
+    run = notify.Run(**{name: content[name] for name in known})
+    run.models = {name: notify.Outcome(**outcome) for name, outcome in run.models.items()}
+    return run
 
 
 @pytest.fixture
 def told(night):
-    """told({"genre": OSError("no")}, error) is that result where genre failed (None: was not asked for) and with that error."""
+    """told({"genre": OSError("no")}, error) is the night's run where genre failed, with that error.
 
-    def told(changed=(), error=None, **more):
-        result = json.loads((night.models / "metrics" / "run.json").read_text())
+    {"genre": {"status": ...}} changes its outcome, {"genre": None}: it was not asked for. Names are
+    fields of the run, or `table`.
+    """
+    import train
+
+    def told(changed=(), error=None, table=None, **more):
+        run = run_of(night.models)
         for name, change in dict(changed).items():
-            if isinstance(change, Exception):
-                change = notify.failed_entry(change)
-            result["models"][name] = change and result["models"].get(name, {}) | change
-        result["models"] = {name: model for name, model in result["models"].items() if model}
-        result |= {
-            "asked": list(result["models"] or NONE),
-            "exit_status": None,
-            "host": "musicbox",
-        } | more
-        notify.decide(result, error)
-        return result | more
+            if change is None:
+                del run.models[name]
+            elif isinstance(change, Exception):
+                run.models[name] = notify.failed(change)
+            else:
+                run.models[name] = dataclasses.replace(run.models[name], **change)
+        run = dataclasses.replace(run, asked=list(run.models or NONE), exit_status=None, **more)
+        run.host = more.get("host", "musicbox")
+        run.parameters["table_name"] = table or run.table
+        train.decide(run, error)
+        return dataclasses.replace(run, **more)
 
     return told
 
@@ -2607,12 +2628,26 @@ def told(night):
     ],
 )
 def test_what_a_run_was(told, changed, error, status, code, says, finish):
-    result = told(changed, error)
-    notify.decide(result, OSError("later"))
-    assert (result["status"], result["exit_status"], result["message"]) == (status, code, says)
-    assert bool(result["finish_command"]) == finish
+    run = told(changed, error)
+    assert (run.status, run.exit_status, run.message) == (status, code, says)
+    assert bool(run.finish_command) == finish
 
 
+def test_a_run_is_concluded_once(told, webhook):
+    import train
+
+    run = told({"genre": OSError("x")})
+    before = dataclasses.asdict(run)
+    train.conclude(run, OSError("later"))
+    assert dataclasses.asdict(run) == before and webhook.got == []
+
+
+def test_what_a_run_was_is_json_from_end_to_end(told):
+    run = told({"genre": OSError("x")})
+    assert json.loads(json.dumps(dataclasses.asdict(run))) == dataclasses.asdict(run)
+
+
+# ---- Discord
 @pytest.mark.parametrize(
     "replies, posts, says",
     cells("""
@@ -2633,56 +2668,75 @@ def test_what_a_run_was(told, changed, error, status, code, says, finish):
     endless | 1 | no answer within 1 s"""),
 )
 def test_discord_replies(webhook, night, told, caplog, monkeypatch, replies, posts, says):
-    """The answers in turn, of which the last is given again and again; how many messages it gets; what is said."""
+    """The answers in turn, the last again and again; how many messages it gets; what is said."""
     caplog.set_level("DEBUG")
     monkeypatch.setattr(notify, "RETRY_DELAYS", (0.05, 0.1))
-    url, seconds = webhook.url.replace("/204/", f"/{replies}/"), 1 if replies == "endless" else 20
-    assert notify.post_discord(
-        told(), url, night.models / "report.png", seconds
-    ) == replies.endswith(("200", "204"))
-    assert len(webhook.got) == int(posts) and says in caplog.text and TOKEN not in caplog.text
+    url = webhook.url.replace("/204/", f"/{replies}/")
+    seconds = 1 if replies == "endless" else 20
+    taken = notify.post_discord(told(), url, night.models / "report.png", seconds)
+    assert taken == replies.endswith(("200", "204"))
+    assert len(webhook.got) == int(posts)
+    assert says in caplog.text and TOKEN not in caplog.text
 
 
-def test_what_cannot_be_drawn_or_posted_is_said(webhook, told, tmp_path, caplog):
-    notify.tell(result := told(models_dir=str(tmp_path / "absent")), [])
-    assert webhook.got[0][1] is None and "the picture could not be made" in result["warnings"][0]
-    assert not notify.post_discord({}, webhook.url) and "was not told: KeyError" in caplog.text
-    assert not notify.post_discord(result, "no URL") and "Copy Webhook URL" in caplog.text
+def test_discord_is_told_without_a_picture_that_cannot_be_drawn(webhook, told, tmp_path):
+    import train
+
+    run = told(models_dir=str(tmp_path / "absent"))
+    train.tell(run, stopped=False)
+    ((_, picture),) = webhook.got
+    assert picture is None
+    assert "the picture could not be made" in run.warnings[0]
 
 
-def seen(result, history=()):
-    """(the embed, the summary, the words of the picture)."""
-    out, figure, payload = (
-        io.StringIO(),
-        notify.report_figure(result, history),
-        notify.discord_payload(result),
+def test_discord_that_cannot_be_told_is_said(webhook, told, caplog):
+    assert not notify.post_discord(None, webhook.url)
+    assert "was not told: AttributeError" in caplog.text
+    assert not notify.post_discord(told(), "no URL")
+    assert "Copy Webhook URL" in caplog.text
+
+
+def in_discord(run):
+    """The embed of the run's message, which Discord takes."""
+    payload = notify.discord_payload(run)
+    assert accepted(**payload)
+    return payload["embeds"][0]
+
+
+def in_summary(run):
+    out = io.StringIO()
+    notify.print_summary(run, out)
+    return out.getvalue()
+
+
+def in_picture(run, history=()):
+    """The words of the picture."""
+    texts = notify.report_figure(run, list(history)).findobj(
+        lambda artist: hasattr(artist, "get_text")
     )
-    notify.print_summary(result, out)
-    texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
-    assert accepted(**payload) and len(figure.axes) == len(result["models"]) + 1
-    return (
-        payload["embeds"][0],
-        out.getvalue(),
-        " ".join(text.get_text().replace("\n", " ") for text in texts),
-    )
+    return " ".join(text.get_text().replace("\n", " ") for text in texts)
 
 
-def test_no_limit_is_broken_and_no_secret_leaves(told, monkeypatch):
+def test_discord_terminal_and_picture_break_no_limit_and_tell_no_secret(told, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:hunter22xyz@db/music")
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", DEAD)
-    evil = f"🎸*_`|~[x](http://e.example) <@1> @everyone \\ \x00\u202e\n# postgresql://me:hunter22xyz@db/music {TOKEN} "
-    much = dict.fromkeys(("message", "error", "host", "table", "finish_command"), evil * 99) | {
-        "warnings": [evil * 99] * 5
-    }
-    embed, *others = seen(
-        told(NONE | {f"{number}{evil}": OSError(evil * 99) for number in range(7)}, **much)
+    evil = (
+        "🎸*_`|~[x](http://e.example) <@1> @everyone \\ \x00\u202e\n"
+        f"# postgresql://me:hunter22xyz@db/music {TOKEN} "
     )
+    much = dict.fromkeys(("message", "error", "host", "table", "finish_command"), evil * 99)
+    run = told(NONE, warnings=[evil * 99] * 5, **much)
+    run.models = {f"{at}{evil}": notify.failed(OSError(evil * 99)) for at in range(7)}
+    embed = in_discord(run)
     message = json.dumps(embed, ensure_ascii=False)
-    for text in (message, *others):
-        assert not any(bad in text for bad in ("hunter22xyz", TOKEN, "\x00", "\\u0000", "\u202e"))
-    assert "http://" not in json.dumps(embed["fields"]) and "@everyone" not in message
+    for text in (message, in_summary(run), in_picture(run)):
+        for bad in ("hunter22xyz", TOKEN, "\x00", "\\u0000", "\u202e"):
+            assert bad not in text
+    assert "http://" not in json.dumps(embed["fields"]), "a link"
+    assert "@everyone" not in message
 
 
+# ---- every kind of run
 HARD_NAMES = [
     "A genre with a very long name indeed",
     "$\\m_i^2$ _x_",
@@ -2701,91 +2755,483 @@ HARD = {
         }
     },
 }
+GOOD_RUN = SimpleNamespace(
+    changed={"genre": {"previous": 0.5}},
+    more={},
+    nights=30,
+    colour=GREEN,
+    says=["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "musicbox"],
+    draws=["genre: accuracy", " → demo-", "last 30 runs", "by chance"],
+)
+MIXED_RUN = SimpleNamespace(
+    changed={
+        "genre": OSError("too few songs"),
+        "clusters": None,
+        "energy": HELD,
+        "popularity": {"guessing": True},
+    },
+    more={"warnings": ["x"], "crashes": ["ended by SIGKILL"]},
+    nights=1,
+    colour=YELLOW,
+    says=[
+        "2 of 4",
+        "too few songs",
+        "held back: it fell",
+        "no better than guessing",
+        "warning: ended by SIGKILL",
+    ],
+    draws=["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"],
+)
+HARD_RUN = SimpleNamespace(
+    changed=HARD,
+    more={"host": "ホスト$"},
+    nights=0,
+    colour=GREEN,
+    says=[],
+    draws=["_i^2$", "русский →", "…"],
+)
+STOPPED_RUN = SimpleNamespace(
+    changed=NONE,
+    more={"error": STOPPED},
+    nights=0,
+    colour=RED,
+    says=["Nothing was trained: the run was stopped by SIGTERM"],
+    draws=[],
+)
+
+
+def nights(count, **same):
+    """The history of so many nights; in each ninth a model failed. `same`: values of all nights."""
+    lines = []
+    for night in range(count):
+        for at, model in enumerate(models.MODELS):
+            line = {"run": f"2026-11-{night + 1:02}T03:00:00", "model": model}
+            line["status"] = "failed" if night % 9 == at else "trained"
+            line["value"] = same.get(model, night % 5)
+            lines.append(line)
+    return lines
+
+
+KINDS = {"good": GOOD_RUN, "mixed": MIXED_RUN, "hard": HARD_RUN, "stopped": STOPPED_RUN}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request, told):
+    """A kind of run: `run`, `history`, the `colour`, what all three say and what is drawn of it."""
+    case = request.param
+    error = case.more.get("error")
+    more = {name: value for name, value in case.more.items() if name != "error"}
+    run = told(case.changed, error, table="a table", **more)
+    return SimpleNamespace(run=run, history=nights(case.nights), **vars(case))
+
+
+def test_every_kind_of_run_has_its_colour_and_title_on_discord(kind):
+    embed = in_discord(kind.run)
+    assert embed["color"] == kind.colour
+    assert kind.run.message in embed["title"]
+
+
+def test_every_kind_of_run_is_said_in_message_summary_and_picture(kind):
+    message = json.dumps(in_discord(kind.run), ensure_ascii=False)
+    texts = (message, in_summary(kind.run), in_picture(kind.run, kind.history))
+    for text in texts:
+        assert [words for words in kind.says if words not in text] == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_kind_of_run_is_drawn_a_panel_a_model_and_the_history(kind, tmp_path):
+    assert len(notify.report_figure(kind.run, kind.history).axes) == len(kind.run.models) + 1
+    drawn = in_picture(kind.run, kind.history)
+    assert [words for words in kind.draws if words not in drawn] == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_picture_of_every_kind_of_run_is_1600_pixels_wide(kind, tmp_path):
+    notify.draw_report(kind.run, kind.history, tmp_path / "report.png")
+    height, width, _ = imread(tmp_path / "report.png").shape
+    assert width == 1600
+    assert 700 <= height <= 1500
+
+
+def test_every_kind_of_run_ends_with_the_command_that_finishes_it(kind):
+    command = kind.run.finish_command
+    if command:
+        assert f"`{command}`" in in_discord(kind.run)["description"]
+        assert in_summary(kind.run).endswith(f"\nto finish the job: {command}\n")
+    else:
+        assert "to finish" not in in_discord(kind.run)["description"] + in_summary(kind.run)
+
+
+# ---- the picture
+def test_the_picture_sorts_confusions_by_share_of_genres_with_enough_songs():
+    confusions = [
+        ["a", "b", 40, 0.10],
+        ["c", "d", 30, 0.50],
+        ["e", "f", 9, 0.90],
+        ["g", "h", 8, 0.2],
+    ]
+    drawn = [actual for actual, *_ in notify.confusions_to_draw(confusions)]
+    assert drawn == ["c", "g", "a"], "e has 10 songs"
+
+
+def test_the_picture_shows_confusions_of_small_genres_where_there_are_no_others():
+    drawn = notify.confusions_to_draw([["a", "b", 2, 0.2], ["c", "d", 1, 0.5]])
+    assert [actual for actual, *_ in drawn] == ["c", "a"]
+
+
+def test_the_picture_shows_both_lines_where_two_models_are_equally_good(told):
+    history = nights(30, genre=0.91, energy=0.91)
+    axes = notify.report_figure(told(), history).axes[-1]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    below = lines["genre"]
+    above = lines["energy"]
+    assert below.get_zorder() <= above.get_zorder(), "energy is drawn later"
+    assert below.get_linewidth() > above.get_linewidth() + 1
+    assert below.get_markersize() > above.get_markersize() + 1
 
 
 @pytest.mark.parametrize(
-    "changed, more, days, colour, says, draws",
-    [
-        (
-            {"genre": {"previous": 0.5}},
-            {},
-            30,
-            GREEN,
-            ["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "musicbox"],
-            ["genre: accuracy", " → demo-", "last 30 runs", "by chance"],
-        ),
-        (
-            {
-                "genre": OSError("too few songs"),
-                "clusters": None,
-                "energy": HELD,
-                "popularity": {"guessing": True},
-            },
-            {"warnings": ["x"], "deaths": ["ended by SIGKILL"]},
-            1,
-            YELLOW,
-            [
-                "2 of 4",
-                "too few songs",
-                "held back: it fell",
-                "no better than guessing",
-                "warning: ended by SIGKILL",
-            ],
-            ["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"],
-        ),
-        (HARD, {"host": "ホスト$"}, 0, GREEN, [], ["_i^2$", "русский →", "…"]),
-        (
-            NONE,
-            {"error": STOPPED},
-            0,
-            RED,
-            ["Nothing was trained: the run was stopped by SIGTERM"],
-            [],
-        ),
-    ],
+    "changed", [{}, {"energy": HELD | {"error": "held back: " + "it fell " * 99}}]
 )
-@pytest.mark.filterwarnings("error")
-def test_of_every_kind_of_run(told, tmp_path, changed, more, days, colour, says, draws):
-    result = told(changed, **more) | {"table": "a table"}
-    history = [
-        {
-            "run": f"2026-11-{day + 1:02}T03:00:00",
-            "model": model,
-            "status": "failed" if day % 9 == at else "trained",
-            "value": day % 5,
-        }
-        for day in range(days)
-        for at, model in enumerate(models.MODELS)
-    ]
-    embed, summary, picture = seen(result, history)
-    message = json.dumps(embed, ensure_ascii=False)
-    assert embed["color"] == colour and result["message"] in embed["title"]
-    assert [
-        (words, text) for words in says for text in (message, summary, picture) if words not in text
-    ] == []
-    assert [words for words in draws if words not in picture] == []
-    command = str(result["finish_command"])
-    assert (
-        (f"`{command}`" in message)
-        == summary.endswith(f"\nto finish the job: {command}\n")
-        == bool(result["finish_command"])
+def test_the_picture_writes_details_clear_of_headline_and_frame(told, changed):
+    run = told(changed)
+    for name in ("genre", "energy", "popularity"):
+        run.models[name].metrics["leans_on"] = {"artist_name": 0.31}
+    figure = notify.report_figure(run, [])
+    figure.draw_without_rendering()
+    details = 0
+    for axes in figure.axes:
+        frame = axes.get_window_extent()
+        headline = axes._left_title.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            if box.y0 > frame.y1 - 1:
+                details += 1
+                assert box.y0 >= frame.y1 + 2, text.get_text()
+                assert box.y1 <= headline.y0 + 1, text.get_text()
+    assert details >= 7
+
+
+def test_the_picture_and_prefects_page_say_what_a_model_leans_on(told):
+    run = told()
+    falls = {"artist_name": 0.31, "album_name": 0.12, "year": 0.051, "key": 0.02}
+    run.models["genre"].metrics["leans_on"] = falls
+    said = "leans on artist 0.31, album 0.12, year 0.05"
+    assert said in in_picture(run)
+    assert said in notify.model_page("genre", run.models["genre"], [])
+    assert "leans on" not in notify.model_page(
+        "energy", dataclasses.replace(run.models["energy"], metrics={"r2": 0.5}), []
     )
-    notify.draw_report(result, history, tmp_path / "report.png")
-    height, width, _ = imread(tmp_path / "report.png").shape
-    assert width == 1600 and 700 <= height <= 1500
 
 
-def test_summary(told, monkeypatch):
+# ---- the terminal
+def test_the_terminal_and_ascii_files_get_a_plain_summary(told, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     loaded = {"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}
-    result, file = (
-        told({"genre": OSError("[bold]no\x1b[31m")}, csv=loaded),
-        io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
-    )
-    notify.print_summary(result, file)
+    run = told({"genre": OSError("[bold]no\x1b[31m")}, csv=loaded)
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    notify.print_summary(run, file)
     file.seek(0)
     text = file.read()
-    assert "\x1b" not in text and "genre failed: [bold]no [31m" in text and "R\\xb2 0." in text
+    assert "\x1b" not in text
+    assert "genre failed: [bold]no [31m" in text and "R\\xb2 0." in text
     assert "--failed" in text and "--csv-path" not in text, "it is loaded"
     assert "9 rows read, 6 songs loaded, 1 repeated, 2 rejected (no title: 2)" in text
     assert re.search(r"clusters +trained +silhouette 0.\d{3} +first +\d\.\d s +\d+.\d kB", text)
+
+
+@pytest.fixture
+def our_logs(caplog):
+    """The log as notify.quiet_logs leaves it, until the test ends."""
+    loggers = [logging.getLogger(name) for name in notify.LOGGERS]
+    before = [(logger, logger.level, list(logger.filters)) for logger in loggers]
+    notify._quarters.clear()
+    notify.quiet_logs()
+    yield caplog
+    for logger, level, filters in before:
+        logger.setLevel(level)
+        logger.filters[:] = filters
+
+
+class Screen:
+    """A terminal of 80 columns, with the handler whose rich console writes to it."""
+
+    def __init__(self):
+        from rich.console import Console
+
+        self.written = b""
+        self.reading, writing = pty.openpty()
+        fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.file = os.fdopen(writing, "w", encoding="utf-8")
+        self.handler = logging.Handler()
+        self.handler.console = Console(file=self.file, _environ={"TERM": "xterm"})
+        self.handler.emit = lambda record: self.handler.console.print(record.getMessage())
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+
+    def read(self):
+        with contextlib.suppress(OSError):  # so a terminal ends
+            while True:
+                self.written += os.read(self.reading, 1000)
+
+    def lines(self):
+        """What was written, line by line, without colours; ends the terminal."""
+        self.file.close()
+        self.thread.join()
+        os.close(self.reading)
+        text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", self.written.decode())
+        return [line for line in re.split(r"[\r\n]+", text) if line]
+
+
+@pytest.fixture
+def terminal(our_logs):
+    screen = Screen()
+    logging.getLogger().addHandler(screen.handler)
+    yield screen
+    logging.getLogger().removeHandler(screen.handler)
+    if not screen.file.closed:
+        screen.lines()
+
+
+def say(text, level=logging.INFO, name="models", **extra):
+    """Log as a step does that runs in another process: its records are handled here."""
+    logger = logging.getLogger(name)
+    logger.handle(logger.makeRecord(name, level, "x.py", 1, text, (), None, extra=extra))
+
+
+def test_the_terminal_shows_the_share_that_is_done_where_it_is_known(terminal):
+    with notify.live_status(["genre", "similar"]):
+        say("similar: fitting", model="similar", phase="fitting")
+        say("genre: fitting", model="genre", phase="fitting", share=0.25)
+        say("genre: fitting", logging.DEBUG, model="genre", phase="fitting", share=0.57)
+        say("CSV: 5 rows read", logging.DEBUG, model="CSV", phase="loading", share=0.8)
+    lines = terminal.lines()[-3:]
+    assert re.fullmatch(r"0:00:0\d ▶ genre +fitting +[━╸╺]+ +57% *", lines[0]), lines
+    assert re.fullmatch(r"0:00:0\d ▶ similar +fitting *", lines[1]), lines
+    assert re.fullmatch(r"0:00:0\d ▶ CSV +5 rows read +[━╸╺]+ +80% *", lines[2]), lines
+
+
+def test_the_terminal_shows_no_bar_of_a_phase_that_is_over(terminal):
+    with notify.live_status(["genre"]):
+        say("genre: judging", model="genre", phase="judging", share=1)
+        say("genre: fitting", model="genre", phase="fitting")
+    (line,) = terminal.lines()[-1:]
+    assert "fitting" in line and "%" not in line and "━" not in line
+
+
+def test_lines_keep_to_a_terminal_of_80_columns(terminal):
+    with notify.live_status(["popularity"]):
+        say("popularity: " + "very long " * 20, model="popularity", phase="x", share=0.5)
+        say("CSV: " + "東京 " * 60, model="CSV", phase="x", share=0.999)
+    lines = terminal.lines()
+    assert [line for line in lines if cell_len(line) > 80] == []
+    assert lines[-2].rstrip().endswith(" 50%") and lines[-1].rstrip().endswith("100%"), lines
+    assert all(line.startswith("0:00:0") for line in lines), "the clock is whole"
+
+
+def test_the_terminal_keeps_what_is_live_out_of_its_log_but_for_warnings(terminal):
+    with notify.live_status(["genre"]):
+        say("genre: one", model="genre", phase="fitting", share=0.1)
+        say("genre: two; retrying", logging.WARNING, model="genre", phase="retrying")
+        say("of nobody")
+    logged = [line for line in terminal.lines() if not line.startswith("0:00")]
+    assert logged == ["genre: two; retrying", "of nobody"]
+
+
+def test_a_log_without_a_terminal_gets_a_line_a_quarter(our_logs):
+    with notify.live_status(["genre"]):
+        for step in range(101):
+            say(f"genre: {step}", model="genre", phase="fitting", share=step / 100)
+            say("genre: a step", logging.DEBUG, model="genre", phase="fitting", share=step / 100)
+    assert our_logs.messages == [f"genre: {step}" for step in (0, 25, 50, 75, 100)]
+
+
+def test_a_log_gets_the_quarters_of_every_phase_and_every_run(our_logs):
+    for phase in ("judging", "fitting", "judging"):
+        for share in (0.0, 0.1, 0.5, 0.6, 1.0):
+            say(f"{phase} {share}", model="genre", phase=phase, share=share)
+    said = " ".join(our_logs.messages)
+    judging = "judging 0.0 judging 0.5 judging 1.0"
+    assert said == f"{judging} fitting 0.0 fitting 0.5 fitting 1.0 {judging}"
+
+
+def test_a_log_tells_no_secret_of_a_traceback_from_another_process(our_logs, monkeypatch):
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", DEAD)
+    logger = logging.getLogger("models")
+    record = logger.makeRecord("models", logging.ERROR, "x.py", 1, "it failed", (), None)
+    record.exc_text = A_TRACEBACK + DEAD
+    logger.handle(record)
+    assert A_TRACEBACK in our_logs.text
+    assert TOKEN not in our_logs.text
+
+
+# ---- the heartbeat
+class Pulse(http.server.BaseHTTPRequestHandler):
+    """A service that waits for heartbeats; `got` has the paths that were called.
+
+    It answers what stands first in the path, in turn: "500,200", "hang", "nothing" (it hangs up).
+    """
+
+    log_message = lambda *_: None
+
+    def do_GET(self):
+        self.server.got.append(self.path.partition(f"/{TOKEN}")[2])
+        replies = self.path.split("/")[1].split(",")
+        reply = replies[min(len(self.server.got), len(replies)) - 1]
+        if reply == "hang":
+            self.server.end.wait(20)
+        if reply in ("hang", "nothing"):
+            return self.connection.close()
+        body = f"as to {self.path}".encode()
+        self.send_response(int(reply))
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def pulse(monkeypatch):
+    """A service as above; its URL, with "REPLIES" to be replaced, is `url`."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pulse) as server:
+        server.got = []
+        server.end = threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_port}/REPLIES/{TOKEN}"
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(notify, "HEARTBEAT_SECONDS", 3)
+        monkeypatch.setattr(notify, "HEARTBEAT_TRY", 1)
+        monkeypatch.setattr(notify, "HEARTBEAT_PAUSE", 0.1)
+        yield server
+        server.end.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "more, start, good, bad",
+    cells("""
+                     | /start             | -                    | /fail
+    /                | /start             | /                    | /fail
+    ?create=1        | /start?create=1    | ?create=1            | /fail?create=1
+    ?state=run&env=a | ?state=run&env=a   | ?state=complete&env=a | ?state=fail&env=a"""),
+)
+def test_heartbeat_of_every_end_in_the_way_of_its_service(
+    pulse, monkeypatch, caplog, more, start, good, bad
+):
+    """What is called when a run begins, at a good and at a bad end: healthchecks.io, Cronitor."""
+    monkeypatch.setenv("HEARTBEAT_URL", pulse.url.replace("REPLIES", "200") + more)
+    for kind in ("start", "", "fail"):
+        notify.heartbeat(kind)
+    assert [path or "-" for path in pulse.got] == [start, good, bad]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("query", ["", "?status=up&msg=OK&ping="])
+def test_heartbeat_of_uptime_kuma_says_up_or_down_and_nothing_at_the_start(
+    pulse, monkeypatch, query
+):
+    url = pulse.url.replace("REPLIES", "200/api/push") + query
+    monkeypatch.setenv("HEARTBEAT_URL", url)
+    for kind in ("start", "", "fail"):
+        notify.heartbeat(kind)
+    good, bad = (dict(parse_qsl(path[1:], keep_blank_values=True)) for path in pulse.got)
+    assert (good["status"], good["msg"]) == ("up", "OK")
+    assert (bad["status"], bad["msg"]) == ("down", "not every model was trained")
+
+
+def test_heartbeat_to_cronitor_is_known_by_its_host():
+    address = notify.heartbeat_address("https://cronitor.link/p/KEY/nightly-songs", "start")
+    assert address == "https://cronitor.link/p/KEY/nightly-songs?state=run"
+
+
+@pytest.mark.parametrize(
+    "replies, calls, says",
+    cells("""
+    200         | 1 |
+    500,200     | 2 |
+    429,200     | 2 |
+    nothing,200 | 2 |
+    hang,200    | 2 |
+    500         | 2 | the server answered 500: as to
+    404         | 1 | the server answered 404
+    302         | 1 | the server answered 302
+    nothing     | 2 | no connection
+    hang        | 2 | no answer """),
+)
+def test_heartbeat_is_tried_twice_where_that_may_help(
+    pulse, monkeypatch, caplog, replies, calls, says
+):
+    """The answers in turn; how many calls there are; what is said, which is no secret."""
+    monkeypatch.setenv("HEARTBEAT_URL", pulse.url.replace("REPLIES", replies))
+    start = time.monotonic()
+    notify.heartbeat("fail")
+    assert time.monotonic() - start < 4, "no run waits for it"
+    assert set(pulse.got) == {"/fail"}
+    assert len(pulse.got) == int(calls)
+    assert says in caplog.text and TOKEN not in caplog.text
+    assert bool(caplog.text) == bool(says)
+
+
+@pytest.mark.parametrize(
+    "url, says",
+    [
+        (f"http://127.0.0.1:9/{TOKEN}", "no connection"),
+        (f"http://nowhere.invalid/{TOKEN}", "no "),
+        (f"ftp://127.0.0.1/{TOKEN}", "not a web address"),
+        (f"hc-ping.com/{TOKEN}", "not a web address"),
+        (f"http://[::1/{TOKEN}", "not a web address"),
+        (f"http://127.0.0.1:99999/{TOKEN}", "the heartbeat was not sent"),
+    ],
+)
+def test_heartbeat_that_reaches_nobody_is_a_line_of_the_log(monkeypatch, pulse, caplog, url, says):
+    monkeypatch.setenv("HEARTBEAT_URL", url)
+    start = time.monotonic()
+    notify.heartbeat("")
+    assert time.monotonic() - start < 4
+    assert says in caplog.text and TOKEN not in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_no_heartbeat_without_a_url(monkeypatch, caplog):
+    monkeypatch.setenv("HEARTBEAT_URL", "")
+    notify.heartbeat("start")
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "url, enabled, state, says",
+    [
+        ("", True, "ok", "HEARTBEAT_URL is not set"),
+        ("REAL", True, "ok", "set and well formed"),
+        ("REAL", False, "ok", "--no-notify"),
+        (f"hc-ping.com/{TOKEN}", True, "problem", "copy the check's ping URL"),
+    ],
+)
+def test_heartbeat_is_checked_but_not_called(pulse, monkeypatch, url, enabled, state, says):
+    monkeypatch.setenv("HEARTBEAT_URL", url.replace("REAL", pulse.url))
+    ((what, found, sentence),) = notify.check_heartbeat(enabled)
+    assert (what, found) == ("heartbeat", state)
+    assert says in sentence and TOKEN not in sentence
+    assert pulse.got == []
+
+
+@pytest.mark.parametrize(
+    "url, secret, harmless",
+    [
+        (
+            "https://hc-ping.com/d1665499-e827-441f-bf13-8f15e8f4c0b9",
+            "d1665499-e827-441f-bf13-8f15e8f4c0b9",
+            "hc-ping.com",
+        ),
+        (
+            "https://hc-ping.com/fqOOd6-F4MMNuCEnzTU01w/nightly-songs",
+            "fqOOd6-F4MMNuCEnzTU01w",
+            "nightly-songs",
+        ),
+        ("https://cronitor.link/p/0f3f5c1b9d2e4a/songs?state=run", "0f3f5c1b9d2e4a", "songs"),
+        ("https://kuma.example/api/push/k8Jq2LmN0p?status=up", "k8Jq2LmN0p", "kuma.example"),
+    ],
+)
+def test_heartbeat_keys_are_secrets_and_names_are_not(monkeypatch, url, secret, harmless):
+    monkeypatch.setenv("HEARTBEAT_URL", url)
+    said = db.redact(f"GET {url} failed: {secret} of {harmless}")
+    assert secret not in said
+    assert said.endswith(harmless)

@@ -5,8 +5,8 @@
     python train.py --csv-path songs.csv --table-name spotify_songs --truncate --n-clusters 2
     python train.py --demo 50000                      # made-up songs, embedded database, no set-up
     python train.py --check                           # look at everything, train nothing
-    python train.py --failed                          # only the models that the last run still owes
-    python train.py --serve --cron "0 3 * * *"        # a Prefect deployment (needs a Prefect server)
+    python train.py --failed                          # only the models that the last run owes
+    python train.py --serve --cron "0 3 * * *"        # a Prefect deployment (needs a server)
     from train import ml_training_pipeline            # in Python: a Prefect flow like any other
 
 This file alone knows Prefect. It reads as a night goes: the options; how a run begins and how it
@@ -360,16 +360,15 @@ def conclude(run: Run, error: BaseException | None, *steps: Callable[[Run], None
     notify.attempt(models.write_json, Path(run.models_dir, "metrics", "run.json"), asdict(run))
 
 
-def decide(run: Run, error: BaseException | None) -> None:
-    """Find out what the run was: status, exit status, message, the command that finishes it."""
-    run.seconds = (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
+def decide(run: Run, error: BaseException | None = None) -> None:
+    """Decide what the run was: status, exit status, message, and the command that finishes it.
+
+    `error`: what ended it early, if anything did.
+    """
     if error:
         run.error = notify.explain(error)
-    trained, held_back, failed = (
-        [name for name in run.asked if name in run.models and run.models[name].status == status]
-        for status in ("trained", "held_back", "failed")
-    )
-    if len(failed) == len(run.models):
+    trained = with_status(run, "trained")
+    if len(with_status(run, "failed")) == len(run.models):
         run.status = "failed"
         run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
     elif error or len(trained) < len(run.asked):
@@ -380,36 +379,48 @@ def decide(run: Run, error: BaseException | None) -> None:
         run.exit_status = TRAINED
     if isinstance(error, Stopped):
         run.exit_status = error.code
-
-    if run.models:
-        said = [f"{len(trained)} of {len(run.asked)} models trained"]
-        if held_back:
-            said.append(f"held back: {', '.join(held_back)}")
-        if failed:
-            said.append(f"failed: {', '.join(failed)}")
-        if run.error:
-            said.append(run.error)
-        run.message = "; ".join(said)
-    else:
-        run.message = f"Nothing was trained: {run.error or 'no reason was given'}"
-    run.finish_command = finish_command(run, error)
+    run.message = message_of(run)
+    missing = [name for name in run.asked if name not in run.models]
+    heals = [name for name, outcome in run.models.items() if outcome.heals]
+    if (missing or heals) and (error is None or notify.heals(error)):
+        run.finish_command = finish_command(run)
+    run.seconds = seconds_since_start(run)
 
 
-def finish_command(run: Run, error: BaseException | None) -> str | None:
-    """Return the command that trains what this run has not trained; None where none can help."""
-    if error and not notify.heals(error):
-        return None
-    if not any(name not in run.models or run.models[name].heals for name in run.asked):
-        return None
-    words = ["--failed"]
+def with_status(run: Run, status: str) -> list[str]:
+    """Return the names of the models with that status, in their usual order."""
+    return [name for name in run.asked if name in run.models and run.models[name].status == status]
+
+
+def message_of(run: Run) -> str:
+    """Return the run in a sentence."""
+    if not run.models:
+        return f"Nothing was trained: {run.error or 'no reason was given'}"
+    said = [f"{len(with_status(run, 'trained'))} of {len(run.asked)} models trained"]
+    for status, word in (("held_back", "held back"), ("failed", "failed")):
+        names = with_status(run, status)
+        if names:
+            said.append(f"{word}: {', '.join(names)}")
+    if run.error:
+        said.append(run.error)
+    return "; ".join(said)
+
+
+def finish_command(run: Run) -> str:
+    """Return the command that trains what this run has not, also where the CSV is not loaded."""
+    arguments = ["--failed"]
     csv_path = run.parameters["csv_path"]
     if csv_path and not run.csv:
         if not re.match("https?://", csv_path):
             csv_path = str(Path(csv_path).resolve())
-        words += ["--csv-path", csv_path]
+        arguments += ["--csv-path", csv_path]
         if run.parameters["truncate_table"]:
-            words.append("--truncate")
-    return f"{run.command} {shlex.join(words)}"
+            arguments.append("--truncate")
+    return f"{run.command} {shlex.join(arguments)}"
+
+
+def seconds_since_start(run: Run) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
 
 
 def tell(run: Run, stopped: bool) -> None:
@@ -450,7 +461,7 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
         "seconds": outcome.seconds,
         "rows": run.rows,
         "read_seconds": run.read_seconds,
-        "run_seconds": round(time.time() - datetime.fromisoformat(run.started_at).timestamp(), 2),
+        "run_seconds": round(seconds_since_start(run), 2),
         "peak_mb": run.peak_mb and round(run.peak_mb),
         "error": error or outcome.error,
     }
@@ -462,7 +473,7 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
 def find_prefect() -> str:
     """Return the address of the Prefect API to use; "" where there is none.
 
-    It is that of the environment or .env, or of Prefect's own files, or of a server on this machine.
+    It is that of the environment or .env, of Prefect's own files, or of a server on this machine.
     """
     url = os.environ.get("PREFECT_API_URL") or configured_prefect()
     if not url and answers(LOCAL_PREFECT):
@@ -571,7 +582,7 @@ def be_prefect_server(port: str, parent: str) -> NoReturn:
 
 
 def check(options: argparse.Namespace) -> NoReturn:
-    """Look at everything at once, change nothing; print a line each; exit with 0, or 2 for problems.
+    """Look at everything at once, change nothing; print a line each; exit with 0, or 2.
 
     A line: what, ok or warning or problem, a sentence with the fix.
     """
@@ -641,7 +652,7 @@ def begin(options: argparse.Namespace) -> Run:
         print(f"nothing to do: the last run of every model in {run.models_dir} trained it")
         sys.exit(TRAINED)
     print(f"starting {', '.join(run.asked)}; models go to {run.models_dir}", flush=True)
-    atexit.register(leave)  # before Prefect is imported: what it registers goes first
+    atexit.register(leave, run)  # before Prefect is imported: what it registers goes first
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     return run
@@ -674,14 +685,14 @@ def stop_run(run: Run | None, why: Stopped) -> None:
 LEAVING = threading.Lock()
 
 
-def leave() -> None:
+def leave(run: Run) -> NoReturn:
     """Print what the run was, end all that it started, and exit, whatever thread still waits."""
     LEAVING.acquire()  # for good: once
-    notify.print_summary(RUN)
+    notify.print_summary(run)
     NIGHT.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(RUN.exit_status)
+    os._exit(run.exit_status or TRAINED)
 
 
 IS_COMMAND = __name__ == "__main__"
@@ -743,7 +754,7 @@ NEEDS_ROOM = (Killed, MemoryError)  # not tried again beside other fits: alone, 
 
 
 def training_can_heal(task: Any, task_run: Any, state: State) -> bool:
-    """Return the same of a training: not what is trained again alone, nor what is trained already."""
+    """Return the same of a training: not what is trained again alone, nor what is trained."""
     error = state.result(raise_on_failure=False)
     if isinstance(error, (*NEEDS_ROOM, NotPublished)):
         return False
@@ -771,28 +782,29 @@ def predict(url: str, table: str, into: str, models_dir: str) -> int:
 
 
 # NO_CACHE: Prefect's default would hash what every task is given.
-every: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-database: dict[str, Any] = {
+every: Any = {"cache_policy": NO_CACHE, "persist_result": False}
+database: Any = {
     "retries": 2,
     "retry_delay_seconds": [float(PAUSE)] * 2 if re.fullmatch(r"\d+\.?\d*", PAUSE) else 30,
     "retry_condition_fn": can_heal,
     **every,
 }
-training: dict[str, Any] = {
+training: Any = {
     "retries": 3,
     "retry_delay_seconds": [2, 4, 8],
     "retry_jitter_factor": JITTER,
     "retry_condition_fn": training_can_heal,
     **every,
 }
-load_csv_task = task(load_csv, name="load_csv_task", task_run_name="load CSV", **database)
-load_demo_task = task(load_demo, name="load_demo_task", task_run_name="load demo songs", **database)
-load_songs_task = task(load_songs, name="load_songs_task", task_run_name="load songs", **database)
-predict_task = task(predict, name="predict_task", task_run_name="predict", **database)
+load_csv_task = task(name="load_csv_task", task_run_name="load CSV", **database)(load_csv)
+load_demo_task = task(name="load_demo_task", task_run_name="load demo songs", **database)(load_demo)
+load_songs_task = task(name="load_songs_task", task_run_name="load songs", **database)(load_songs)
+predict_task = task(name="predict_task", task_run_name="predict", **database)(predict)
 
 
 def training_task(model: str, name: str) -> Any:
-    return task(train_model, name=name, task_run_name=model, **training)
+    """Return the task that trains a model; its runs are named after the model."""
+    return task(name=name, task_run_name=model, **training)(train_model)
 
 
 train_genre_model_task = training_task("genre", "train_genre_model_task")
@@ -848,8 +860,8 @@ def ml_training_pipeline(
         models_dir: where the models go; models/ beside train.py by default.
         demo: train on so many made-up songs in the embedded database instead.
         force: publish a model even if it is worse than the current one.
-        dask: train on the Dask cluster whose scheduler is at this address, such as tcp://host:8786.
-        predict_into: after the training, put every song's predictions and neighbours into this table.
+        dask: train on the Dask cluster whose scheduler is at this address: tcp://host:8786.
+        predict_into: after the training, put predictions and neighbours of all songs there.
 
     Return what happened, the fields of notify.Run: {"status": "completed" or "partial", "models":
     {name: {"status", "metrics", "path", "seconds", ...}}, ...}. A model that fails does not raise:
@@ -897,17 +909,20 @@ def stop_flow(run: Run, why: Stopped) -> None:
     stop_run(run, why)
     if RUN:
         notify.attempt(tell_prefect, why)
-    if RUN or why.code == TERMINATED:
-        last_word = leave if RUN else lambda: os._exit(why.code)
-        timer = threading.Timer(STOP_SECONDS, last_word)
-        timer.daemon = True
-        timer.start()
+    if RUN:
+        timer = threading.Timer(STOP_SECONDS, leave, [RUN])
+    elif why.code == TERMINATED:
+        timer = threading.Timer(STOP_SECONDS, os._exit, [why.code])
+    else:
+        return
+    timer.daemon = True
+    timer.start()
 
 
 def tell_prefect(why: Stopped) -> None:
     """Set the flow run's state, which Prefect would do when its tasks have ended."""
     with get_client(sync_client=True) as client:
-        state = Crashed(message=str(why))
+        state: State = Crashed(message=str(why))
         client.set_flow_run_state(runtime.flow_run.id, state, force=True)
 
 
@@ -998,12 +1013,9 @@ def submit(runner: Any, run: Run, name: str, url: str) -> PrefectFuture:
     return runner.submit(train_task, parameters)
 
 
-def note(run: Run, name: str, report: dict | None, error: Exception | None) -> None:
+def note(run: Run, name: str, report: dict | None, error: Any) -> None:
     """Write down what became of a model: in the run, the history and the log."""
-    if report:
-        outcome = notify.outcome_of(report, run.models_dir)
-    else:
-        outcome = notify.failed(error)
+    outcome = notify.outcome_of(report, run.models_dir) if report else notify.failed(error)
     done = run.models | {name: outcome}
     run.models = {other: done[other] for other in run.asked if other in done}
     notify.attempt(write_history, run, [name], outcome.status)
@@ -1152,4 +1164,5 @@ async def serve_until_stopped(options: argparse.Namespace) -> int:
 if IS_COMMAND:
     if OPTIONS.serve:
         serve(OPTIONS)
-    main(RUN)
+    elif RUN:
+        main(RUN)
