@@ -687,7 +687,8 @@ def _songs(cells, where, unread):
                 raise DataError(
                     f"{where}: {percentages} of {len(values)} rows have an {column} above 1; divide percentages by 100"
                 )
-            unread[column] += (outside & (not needed)).sum()
+            if not needed:
+                unread[column] += int(outside.sum())
             values = values.mask(outside).mask(
                 values.abs() < 1e-30, 0
             )  # which the type real would refuse

@@ -410,7 +410,9 @@ def night(prefect, bad_run, tmp_path_factory):
     songs = db.demo_songs(500)
     songs.loc[: len(HOSTILE) - 1, "track_name"] = HOSTILE
     broken = songs[20:22].assign(track_id=["a", "b"], energy=["much", 0.5], artist_name=["A", ""])
-    pd.concat([songs, broken, songs.head(1)]).to_csv(folder / "songs.csv", index=False)
+    odd = songs.astype(object)
+    odd.loc[30, ["popularity", *set(db.OPTIONAL) - {"album_name"}]] = "odd"
+    pd.concat([odd, broken, songs.head(1)]).to_csv(folder / "songs.csv", index=False)
     with open(folder / "songs.csv", "a") as file:
         file.write("only,three,fields\n")
     with a_webhook() as webhook:
