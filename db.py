@@ -1,11 +1,12 @@
-"""Songs in and out of PostgreSQL: read a table, load a CSV file, write predictions, make demo songs.
+"""Songs in and out of PostgreSQL: read a table, load a CSV, write predictions, make demo songs.
 
-    url = database_url()                               # DATABASE_URL, or an embedded server that is started here
-    load_csv("songs.csv", url, "spotify_songs")        # all or nothing; rows that cannot be loaded are kept aside
-    songs = load_songs(url, "spotify_songs")           # one COPY, sorted by track_id
+    url = database_url()                         # DATABASE_URL, or an embedded server
+    load_csv("songs.csv", url, "spotify_songs")  # all or nothing; rejected rows are kept aside
+    songs = load_songs(url, "spotify_songs")     # one COPY, sorted by track_id
 
-Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may heal).
-`python db.py keep FOLDER BINARIES OPTIONS` is the parent of the embedded server; start_server starts it.
+Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may
+heal). `python db.py keep FOLDER BINARIES OPTIONS` is the parent of the embedded server;
+start_server starts it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
 if __name__ != "__main__":  # `python db.py keep` needs neither and has to be there at once
@@ -231,13 +232,8 @@ def load_csv(
         with connect(url) as cursor:
             repeated = _merge(cursor, table, columns, good, truncate)
     loaded = found["read"] - rejected - repeated
-    log.info(
-        '%d songs loaded into "%s" (%d rows read, %d repeated)',
-        loaded,
-        table,
-        found["read"],
-        repeated,
-    )
+    said = '%d songs loaded into "%s" (%d rows read, %d repeated)'
+    log.info(said, loaded, table, found["read"], repeated)
     if rejected:
         log.warning(
             "%d rows rejected: %s; they are in %s: %s …",
@@ -247,6 +243,13 @@ def load_csv(
             "; ".join(found["examples"]),
         )
     return {**found, "loaded": loaded, "repeated": repeated}
+
+
+def _padded(fields: list[str], width: int) -> list[str]:
+    padded = fields[:width]
+    while len(padded) < width:
+        padded.append("")
+    return padded
 
 
 class _Sorted(NamedTuple):
@@ -287,37 +290,48 @@ def _convert(
         done.put_aside(["line", "reason", *header])
         layout = None
         for block in _in_blocks(itertools.islice(rows, most), BLOCK_ROWS):
-            # rows of a wrong number of fields are shifted: their values say nothing
-            whole = [row.fields for row in block if not row.wrong]
             if layout is None:
-                layout = _look_at(header, whole)
+                layout = _look_at(header, [row.fields for row in block if not row.wrong])
                 _log_layout(layout, path)
-            songs = _our_cells(layout, whole)
-            reasons = _read_values(songs, str(path), done.unread)
-            songs[reasons == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
-            reason_of_next = iter(reasons)
-            for row in block:
-                reason = row.wrong or next(reason_of_next)
-                if reason:
-                    done.reject(row, reason)
+            columns = _sort(block, layout, str(path), good, done)
             read += len(block)
             if read % LOG_ROWS == 0:
                 progress = {"model": "CSV", "phase": "loading", "share": share()}
                 log.info("%s: %s rows read", path, f"{read:,}", extra=progress)
     if not read or 2 * rejected.total() > read:
-        raise DataError(
-            f"{path}: {rejected.total()} of {read} rows cannot be loaded "
-            f"({_in_words(rejected) or 'there is only a header'}); the table is unchanged. "
-            + "; ".join([*done.examples, *_fix_of_most(rejected, path)])
-        )
+        _refuse_most(done, read, path)
     _log_unread(done.unread, path)
-    return list(songs), {
+    return columns, {
         "read": read,
         "rejected": rejected,
         "examples": done.examples,
         "unread": +done.unread,
         "warnings": _warn_of_many(rejected, read, path),
     }
+
+
+def _refuse_most(done: _Sorted, read: int, path: str | Path) -> None:
+    rejected = done.rejected
+    why = _in_words(rejected) or "there is only a header"
+    hints = "; ".join([*done.examples, *_fix_of_most(rejected, path)])
+    raise DataError(
+        f"{path}: {rejected.total()} of {read} rows cannot be loaded ({why}); "
+        f"the table is unchanged. {hints}"
+    )
+
+
+def _sort(block: list[_Row], layout: _Layout, path: str, good: IO[str], done: _Sorted) -> list[str]:
+    """Write the songs among some rows to `good` and reject the others; return their columns."""
+    # rows of a wrong number of fields are shifted: their values say nothing
+    songs = _our_cells(layout, [row.fields for row in block if not row.wrong])
+    reasons = _read_values(songs, path, done.unread)
+    songs[reasons == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
+    reason_of_next = iter(reasons)
+    for row in block:
+        reason = row.wrong or next(reason_of_next)
+        if reason:
+            done.reject(row, reason)
+    return list(songs)
 
 
 def _in_blocks(rows: Iterator, size: int) -> Iterator[list]:
@@ -338,7 +352,7 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     with _open_csv(path) as (file, _):
         header, rows = _read_rows(file, path)
-        fields = [(row.fields + [""] * len(header))[: len(header)] for row in rows]
+        fields = [_padded(row.fields, len(header)) for row in rows]
     songs = _our_cells(_look_at(header, fields), fields)
     songs = songs.reindex(columns=list(REQUIRED + OPTIONAL), fill_value="").astype("str")
     _read_values(songs, str(path), Counter())
@@ -348,16 +362,12 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _merge(cursor, table: str, columns: list[str], file: IO[str], truncate: bool) -> int:
-    """COPY the songs of `file` and move them into the table: update what changed, insert what is new.
+    """COPY the songs of `file` and move them into the table.
 
-    Return how many were repeats of a track_id.
+    What changed is updated, what is new is inserted. Return how many were repeats of a track_id.
     """
     name, kinds = _open_table(cursor, table, to_load=True)
-    staged = ", ".join(
-        f"{column} {'text' if column in TEXT else 'double precision'}" for column in columns
-    )
-    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
-    cursor.copy_expert("COPY staging FROM STDIN (FORMAT csv)", file, BLOCK)
+    repeated = _stage(cursor, columns, file)
 
     def cast(column: str) -> str:
         value = f"s.{column}"
@@ -366,33 +376,46 @@ def _merge(cursor, table: str, columns: list[str], file: IO[str], truncate: bool
         return f"{value}::{kinds[column]}"
 
     values = {column: cast(column) for column in columns if column in kinds}
-    set_columns, new = ", ".join(values), ", ".join(values.values())
+    into = ", ".join(values)
+    new = ", ".join(values.values())
     old = ", ".join(f"t.{column}" for column in values)
     same = f"t.track_id = {values['track_id']}"
-    cursor.execute(
-        "DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging GROUP BY 1 "
-        "HAVING count(*) > 1) twice WHERE track_id = id AND staging.ctid < twice.last"
-    )
-    repeated = cursor.rowcount
     if truncate:
         cursor.execute(f"TRUNCATE {name}")
     else:
         cursor.execute(f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
     cursor.execute(
-        f"UPDATE {name} t SET ({set_columns}) = ROW({new}) FROM staging s "
+        f"UPDATE {name} t SET ({into}) = ROW({new}) FROM staging s "
         f"WHERE {same} AND ({old}) IS DISTINCT FROM ({new})"
     )
     # in the order of its key an index grows faster, and the nightly read follows it
     cursor.execute(
-        f"INSERT INTO {name} ({set_columns}) SELECT {new} FROM staging s "
+        f"INSERT INTO {name} ({into}) SELECT {new} FROM staging s "
         f'WHERE NOT EXISTS (SELECT FROM {name} t WHERE {same}) ORDER BY s.track_id COLLATE "C"'
     )
     return repeated
 
 
+def _stage(cursor, columns: list[str], file: IO[str]) -> int:
+    """COPY the songs of `file` into the table staging, the last of a track_id only.
+
+    Return how many others there were.
+    """
+    staged = ", ".join(
+        f"{column} {'text' if column in TEXT else 'double precision'}" for column in columns
+    )
+    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
+    cursor.copy_expert("COPY staging FROM STDIN (FORMAT csv)", file, BLOCK)
+    cursor.execute(
+        "DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging GROUP BY 1 "
+        "HAVING count(*) > 1) twice WHERE track_id = id AND staging.ctid < twice.last"
+    )
+    return cursor.rowcount
+
+
 # ---- Predictions ---------------------------------------------------------------------------------
 def replace_predictions(url: str, table: str, frames: Iterable[pd.DataFrame]) -> None:
-    """Put the rows of the DataFrames in place of those of the table, which is made if there is none.
+    """Put the rows of the DataFrames in place of those of the table, which is made if need be.
 
     The columns are those of PREDICTIONS; one that a DataFrame lacks is NULL. All in one
     transaction: whoever reads sees the old rows or the new ones, whole, and grants and views stay
@@ -416,7 +439,7 @@ def replace_predictions(url: str, table: str, frames: Iterable[pd.DataFrame]) ->
 
 
 def postgres_array(track_ids) -> str | None:
-    """Return the ids as PostgreSQL writes an array of text; None if there are none (None or NaN)."""
+    """Return the ids as PostgreSQL writes an array of text; None for None or NaN."""
     if track_ids is None or isinstance(track_ids, float):
         return None
     # strings of JSON are valid elements of an array
@@ -438,13 +461,13 @@ def _refuse_predictions(table: str, name: str, columns: list[str]) -> None:
 
 
 # ---- Demo songs ----------------------------------------------------------------------------------
-WORDS = (
+WORDS = (  # noqa: SIM905  (shorter than a line a word)
     "Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal "
     "Midnight Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden "
     "Mirror Thunder Honey Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow "
     "Planet Signal Static Tiger Valley Whisper"
 ).split()
-GENRES = (
+GENRES = (  # noqa: SIM905
     "acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie "
     "jazz metal pop punk reggae rock soul"
 ).split()
@@ -526,9 +549,9 @@ def _demo_genre(number: int) -> str:
 
 
 # ---- CSV files: which column is which ------------------------------------------------------------
-# What else a column may be called, in order of trust, without what does not matter: case, spaces and
-# punctuation. Each of these, and our own name, may have a prefix, and is trusted more with it.
-PREFIXES = ("song", "track", "audio", "audiofeatures")
+# What else a column may be called, in order of trust, without what does not matter: case, spaces
+# and punctuation. Each of these, and our own name, may have a prefix, and is trusted more with it.
+PREFIXES = ("song", "track", "spotify", "audio", "audiofeatures")
 DURATION_UNITS = (  # {end of a column's name: milliseconds}
     {"ms": 1, "msec": 1, "milliseconds": 1, "millis": 1}
     | {"seconds": 1000, "secs": 1000, "sec": 1000}
@@ -536,20 +559,22 @@ DURATION_UNITS = (  # {end of a column's name: milliseconds}
 )
 ALIASES = {
     "track_id": (
-        "spotifytrackid spotifysongid spotifyid spotifytrackuri spotifyuri spotifytrackurl "
-        "spotifyurl trackuri uri trackurl songurl id"
+        "spotifytrackid spotifysongid spotifyid spotifytrackuri spotifytrackurl spotifyurl "
+        "uri trackurl songurl trackhref id"
     ),
-    "artist_name": "artist artistsname artistnames artists mainartist singer singers band performer",
+    "artist_name": (
+        "artist artistsname artistnames artists mainartist singer singers band performer"
+    ),
     "track_name": "nameofsong nameoftrack songname track song title name",
     "album_name": "albumtitle album",
-    "genre": "playlistgenre topgenre maingenre genres artistgenre artistgenres musicgenre",
-    "popularity": "spotifypopularity popularityscore",
+    "genre": "genres playlistgenre topgenre maingenre artistgenre artistgenres musicgenre",
+    "popularity": "popularityscore",
     "year": (
         "releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate "
         "releaseddate dateofrelease albumreleasedate albumreleaseddate released"
     ),
     "loudness": "loudnessdb",
-    "tempo": "tempobpm beatsperminutebpm beatsperminute bpm",
+    "tempo": "tempobpm beatsperminute bpm",
     "duration_ms": " ".join(
         [f"duration{unit} durationin{unit} length{unit}" for unit in DURATION_UNITS]
         + ["durations lengths duration length"]
@@ -558,6 +583,7 @@ ALIASES = {
     "key": "musicalkey",
     "time_signature": "timesig beatsperbar",
 }
+MANY_COMMAS = 0.05  # share of artists from which on a comma may well stand between two
 LIKELY = 0.85  # of difflib's likeness: "valance", not "track_number" for track_name
 
 
@@ -567,11 +593,15 @@ def our_columns(header: list[str]) -> dict[str, int]:
     Of several columns that may be meant the most trusted one counts (see ALIASES).
     """
     plain = [_plain(name) for name in header]
+    without_unit = [_plain(re.sub(r"\(.*\)", "", name)) for name in header]  # Loudness (in dB)
     found = {}
     for name in REQUIRED + OPTIONAL:
         for other in _names_of(name):
             if other in plain:
                 found[name] = plain.index(other)
+                break
+            if other in without_unit:
+                found[name] = without_unit.index(other)
                 break
     return found
 
@@ -656,7 +686,7 @@ class _Layout(NamedTuple):
     header: list[str]
     columns: dict[str, int]  # {our column: position}
     commas_separate: bool  # artists
-    has_commas: bool  # in names of artists
+    commas_belong: bool  # to names, though many have one
     duration_unit: float | None  # milliseconds; None if it cannot be told
 
 
@@ -755,18 +785,21 @@ def _quotes(line: str, mark: str, wrong: str) -> str:
 def _look_at(header: list[str], rows: list[list[str]]) -> _Layout:
     """Return what the header and the first rows of a file say about its columns."""
     columns = our_columns(header)
-    commas = semicolons = False
+    artists = []
+    exportify = False
     if "artist_name" in columns:
         artists = [row[columns["artist_name"]] for row in rows]
-        commas = any("," in artist and not artist.startswith("[") for artist in artists)
-        semicolons = any(";" in artist for artist in artists)
-    # Exportify, whose column is "Artist Name(s)", wrote "A, B" once and "A;B" later
-    exportify = "artist_name" in columns and "(s)" in header[columns["artist_name"]]
+        # its column is "Artist Name(s)"; it wrote "A, B" once and "A;B" later
+        exportify = "(s)" in header[columns["artist_name"]]
+    semicolons = any(";" in artist for artist in artists)
+    commas = sum("," in artist and not artist.startswith("[") for artist in artists)
+    commas_separate = exportify and commas > 0 and not semicolons
+    commas_belong = not exportify and not semicolons and commas > MANY_COMMAS * len(artists)
     unit: float | None = 1
     if "duration_ms" in columns:
         place = columns["duration_ms"]
         unit = _duration_unit(header[place], [row[place] for row in rows])
-    return _Layout(header, columns, exportify and commas and not semicolons, commas, unit)
+    return _Layout(header, columns, commas_separate, commas_belong, unit)
 
 
 def _duration_unit(name: str, texts: list[str]) -> float | None:
@@ -789,7 +822,8 @@ def _duration_unit(name: str, texts: list[str]) -> float | None:
 
 def _log_layout(layout: _Layout, path: str | Path) -> None:
     """Say what became of the columns and cells that a person might wonder about."""
-    header, columns = layout.header, layout.columns
+    header = layout.header
+    columns = layout.columns
     unused = [name for place, name in enumerate(header) if name and place not in columns.values()]
     if unused:
         log.info("%s: columns that are not used: %s", path, ", ".join(unused)[:999])
@@ -805,7 +839,7 @@ def _log_layout(layout: _Layout, path: str | Path) -> None:
         )
     if layout.commas_separate:
         log.info("%s: a comma separates artists; write A;B where one belongs to a name", path)
-    elif layout.has_commas:
+    elif layout.commas_belong:
         log.info("%s: a comma belongs to an artist's name; write A;B for two artists", path)
 
 
@@ -877,13 +911,15 @@ def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], Callable[[], float | 
     """
     foreign = set()
 
-    def windows(error):
+    def windows(error: Any) -> tuple[str, int]:
         foreign.add(path)
         return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
 
     codecs.register_error("windows", windows)
+    raw: Any  # a buffered file, which can be peeked into
     try:
-        raw = _fetch(str(path)) if re.match("https?://", str(path)) else open(path, "rb", BLOCK)
+        is_url = re.match("https?://", str(path))
+        raw = _fetch(str(path)) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
     except OSError as error:
         raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
     with raw:
@@ -911,7 +947,7 @@ def _fetch(url: str) -> IO[bytes]:
     import urllib.request
 
     request = urllib.request.Request(url, headers={"User-Agent": "ml-training-pipeline"})
-    file = tempfile.TemporaryFile()
+    file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by whoever reads it)
     try:
         with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
             shutil.copyfileobj(answer, file, BLOCK)
@@ -930,16 +966,19 @@ def _fetch(url: str) -> IO[bytes]:
 
 # ---- Values --------------------------------------------------------------------------------------
 UNREADABLE = float("inf")
-MISSING = ("", "na", "nan", "n/a", "null", "none")  # in an artist's or song's name: that name
+# in a name of an artist or a song: that name
+MISSING = ("", "-", "na", "nan", "n/a", "#n/a", "null", "none")
 NO_GENRE = ("[]", "{}", "()", "set()", *MISSING)
-KEYS = "c,c# db,d,d# eb,e,f,f# gb,g,g# ab,a,a# bb,b"
 WORDS_FOR = {
     "mode": {"minor": 0, "min": 0, "major": 1, "maj": 1},
-    "explicit": dict.fromkeys("false f no n clean".split(), 0)
-    | dict.fromkeys("true t yes y explicit".split(), 1),
-    "key": {word: key for key, words in enumerate(KEYS.split(",")) for word in words.split()},
+    "explicit": dict.fromkeys(("false", "f", "no", "n", "clean"), 0)
+    | dict.fromkeys(("true", "t", "yes", "y", "explicit"), 1),
+    "key": {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
+    | {"c#": 1, "d#": 3, "f#": 6, "g#": 8, "a#": 10}
+    | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
 }
-MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+UNITS = {"loudness": "db", "tempo": "bpm", "duration_ms": "ms"}  # -6 dB
+MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
 SPOTIFY_TRACK = (  # a URI, an address to share, an address of the API
     r"^\s*(?:spotify:track:|https?://open\.spotify\.com/(?:[\w-]+/)*track/|"
     r"https?://api\.spotify\.com/v1/tracks/)([0-9A-Za-z]+).*$"
@@ -965,20 +1004,18 @@ def _read_values(cells: pd.DataFrame, where: str, unread: Counter[str]) -> np.nd
             reasons[rows & (reasons == "")] = reason
 
     for column in cells:
-        values = cells[column]
         if column in TEXT:
-            cells[column] = _texts(column, values)
+            cells[column] = _texts(column, cells[column])
             if column in NEEDED:
                 reject(cells[column] == "", f"no {column}")
             continue
-        values = _numbers(column, values)
+        values = _numbers(column, cells[column])
         low, high = RANGES[column]
         outside = (values < low) | (values > high)
         if column in NEEDED:
-            if high == 1:
-                other_scales += _other_scale(column, values)
             reject(values.isna(), f"no {column}")
             reject(outside, _must_be(column))
+            other_scales += _other_scale(column, values)
         else:
             unread[column] += int(outside.sum())
         values = values.mask(outside)
@@ -1036,6 +1073,8 @@ def _number(column: str, text: str) -> float:
     bare = text.strip().lower()
     if bare in MISSING:
         return float("nan")
+    if column in UNITS:
+        bare = bare.removesuffix(UNITS[column]).rstrip()
     if "_" in bare:  # for Python, 1_0 is ten
         return UNREADABLE
     try:
@@ -1050,18 +1089,32 @@ def _number(column: str, text: str) -> float:
         return float(match[0]) if match else UNREADABLE
     if column == "time_signature":
         return _beats(bare)
-    if column == "duration_ms" and re.fullmatch(r"(\d+:)?\d+:\d\d(\.\d+)?", bare):
-        seconds = 0.0
-        for part in bare.split(":"):
-            seconds = 60 * seconds + float(part)
-        return 1000 * seconds
-    # 211,560.00 is a number; 211,560 may be a decimal comma, but not in a column of integers
-    whole = column in INTEGERS or column in ("popularity", "")
-    if re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+\.\d*|-?[1-9]\d{0,2}(,\d{3}){2,}", bare) or (
-        whole and re.fullmatch(r"-?[1-9]\d{0,2},\d{3}", bare)
-    ):
-        return float(bare.replace(",", ""))
+    if column == "duration_ms" and ":" in bare:
+        return _clock(bare)
+    return _with_thousands(bare, column in (*INTEGERS, "popularity", ""))
+
+
+def _with_thousands(text: str, whole: bool) -> float:
+    """Return 211560 for "211,560.00"; of "211,560" only where it must be a whole number.
+
+    Elsewhere its comma may be a decimal one.
+    """
+    unmistakable = r"-?[1-9]\d{0,2}((,\d{3})+\.\d*|(,\d{3}){2,})"
+    if re.fullmatch(unmistakable, text):
+        return float(text.replace(",", ""))
+    if whole and re.fullmatch(r"-?[1-9]\d{0,2},\d{3}", text):
+        return float(text.replace(",", ""))
     return UNREADABLE
+
+
+def _clock(text: str) -> float:
+    """Return the milliseconds of 3:13 or 0:03:13."""
+    if not re.fullmatch(r"(\d+:)?\d+:\d\d(\.\d+)?", text):
+        return UNREADABLE
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = 60 * seconds + float(part)
+    return 1000 * seconds
 
 
 def _key(text: str) -> str:
@@ -1081,13 +1134,15 @@ def _beats(text: str) -> float:
     if match:
         return float(match[1])
     match = re.fullmatch(r"(?:(\d+)[-. ]+)?([a-z]{3})[a-z]*\.?(?:[- ]+(\d+))?", text)
-    if match and match[2] in MONTHS and (match[1] or match[3]):
-        day, month = int(match[1] or match[3]), MONTHS.index(match[2]) + 1
+    if match and MONTHS.find(match[2]) % 3 == 0 and (match[1] or match[3]):
+        day = int(match[1] or match[3])
+        month = MONTHS.index(match[2]) // 3 + 1
     else:
         match = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
         if not match:
             return UNREADABLE
-        month, day = int(match[1]), int(match[2])
+        month = int(match[1])
+        day = int(match[2])
     if day in (4, 8):
         return month
     return day if month in (4, 8) else UNREADABLE
@@ -1102,12 +1157,15 @@ def _must_be(column: str) -> str:
 
 def _other_scale(column: str, values: pd.Series) -> list[str]:
     """Return a sentence, as a list, if many values are on another scale than 0 to 1."""
+    if RANGES[column] != (0, 1):
+        return []
     values = values[values.abs() < UNREADABLE]
     outside = int(((values < 0) | (values > 1.001)).sum())
     rows, share = MISTAKES
     if outside <= max(rows, share * len(values)):
         return []
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     if low >= 0 and 10 < high <= 100:
         article = "an" if column[0] in "aeiou" else "a"
         return [
@@ -1198,16 +1256,7 @@ def _check_songs(table: str) -> list[tuple[str, str, str]]:
             f"try: {_load_into(table)}"
         )
     found = check_table(url or start_server(embedded, "music"), table)
-    nulls = found["nulls"]
-    without = []
-    holes = []
-    for column in REQUIRED + OPTIONAL:
-        share = nulls.get(column, 1)
-        tolerable = 0 if column in NEEDED else 0.5
-        if share == 1:
-            without.append(_with_likely_name(column, found["others"]))
-        elif share > tolerable:
-            holes.append(f"{column} {share:.1%}")
+    without, holes = _find_holes(found)
     return [
         _server_line(found),
         (
@@ -1231,6 +1280,20 @@ def _check_songs(table: str) -> list[tuple[str, str, str]]:
             f"missing values: {', '.join(holes) or 'none that matter'}",
         ),
     ]
+
+
+def _find_holes(found: dict) -> tuple[list[str], list[str]]:
+    """Return (our columns without any value, those with too many nulls and their share)."""
+    without = []
+    holes = []
+    for column in REQUIRED + OPTIONAL:
+        share = found["nulls"].get(column, 1)
+        tolerable = 0 if column in NEEDED else 0.5
+        if share == 1:
+            without.append(_with_likely_name(column, found["others"]))
+        elif share > tolerable:
+            holes.append(f"{column} {share:.1%}")
+    return without, holes
 
 
 def _server_line(found: dict) -> tuple[str, str, str]:
@@ -1369,7 +1432,8 @@ def _find(cursor, table: str) -> tuple[str, dict[str, str] | None, bool | None, 
 # process, a kill -9 too, so ends its query. psycopg2 itself does not look up before the server has
 # answered.
 SESSION = """
-    SELECT set_config('statement_timeout', %s::text, true), set_config('lock_timeout', %s::text, true),
+    SELECT set_config('statement_timeout', %s::text, true),
+        set_config('lock_timeout', %s::text, true),
         set_config('work_mem', %s, true),
         CASE WHEN version() ~ 'linux'
                 AND current_setting('client_connection_check_interval', true) IS NOT NULL
@@ -1423,7 +1487,7 @@ def connect(url: str, read_only: bool = False, statement_ms: int | None = None) 
 
 
 def _parse_url(url: str) -> dict[str, str]:
-    """Return the parts of a connection string; DataError, which does not repeat it, if malformed."""
+    """Return the parts of a connection string; raise DataError, which does not repeat it."""
     with contextlib.suppress(psycopg2.ProgrammingError, ValueError):
         parts = psycopg2.extensions.parse_dsn(url)
         # libpq takes half a password for the host
@@ -1534,12 +1598,14 @@ def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> E
     said = " ".join(re.sub(UNENCRYPTED, "", said).split()).rstrip(".")
     if not said:
         said = "the connection was closed"
+    found: tuple[str, ...] = ()
     for advice in ADVICE:
         match = re.search(advice.pattern, f"{error.pgcode or '-'} {said}")
         if match:
+            found = match.groups()
             break
     fix = advice.fix.format(
-        *match.groups(),
+        *found,
         rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, DELETE, TRUNCATE",
         user=parts.get("user", "THE_USER"),
         database=parts.get("dbname"),
@@ -1590,7 +1656,7 @@ def start_server(folder: str | Path, database: str) -> str:
 def _start_keeper(folder: Path) -> subprocess.Popen:
     """Register as a user of the server in `folder` and start a process that keeps it."""
     arguments = [str(folder), str(_binaries()), json.dumps(_server_user(folder))]
-    users = open(folder / "users.lock", "a")
+    users = open(folder / "users.lock", "a")  # noqa: SIM115  (held until this process ends)
     fcntl.flock(users, fcntl.LOCK_SH)  # waits while the server is being stopped
     _servers[folder] = users
     program = [sys.executable, "-S", str(Path(__file__).resolve()), "keep"]
@@ -1660,7 +1726,7 @@ def keep(folder: str, binaries: str, options: str) -> int:
     if not lock:
         return 0
     user = json.loads(options)
-    users = open("users.lock")
+    users = open("users.lock")  # noqa: SIM115
     data = f"{folder}/data"
     fresh = f"{folder}/fresh"
     if _has_users(users) and not os.path.exists(data):
@@ -1686,7 +1752,7 @@ def _lock_of_the_keeper(user: int) -> IO[str] | None:
 
     Whoever keeps the server holds the lock as long as the file is open.
     """
-    lock = open("keeper.lock", "a")
+    lock = open("keeper.lock", "a")  # noqa: SIM115
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
