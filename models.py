@@ -1526,8 +1526,8 @@ def predict(songs, loaded):
 def predict_table(url, table, into, models_dir=MODELS_DIR):
     """Put what the current models say of every song of a table in place of what stands in the table `into`.
 
-    Its columns are db.PREDICTIONS; `similar` are ten track_ids, the most similar first. Where a model is missing its
-    columns are NULL, and so is `similar` for songs that came after the training. Returns the number of songs. Raises
+    Its columns are db.PREDICTIONS; `similar_tracks` are ten track_ids, the most similar first. Where a model is missing its
+    columns are NULL, and so is `similar_tracks` for songs that came after the training. Returns the number of songs. Raises
     ModelError (no models), DataError (no such table, no permission, `into` is another kind of table) or DatabaseUnavailable.
     """
     songs, loaded = db.load_songs(url, table), load_models(models_dir)
@@ -1553,12 +1553,12 @@ def predict_table(url, table, into, models_dir=MODELS_DIR):
             said = predict(part, loaded).assign(track_id=part["track_id"])
             said["models_trained_at"] = max(model["trained_at"] for model in loaded.values())
             if index:
-                said["similar"] = None
+                said["similar_tracks"] = None
                 alike = [
                     index.track_ids_[found]
                     for found, _ in index.neighbours_of(rows[rows >= 0], workers=-1)
                 ]
-                said.loc[rows >= 0, "similar"] = pd.Series(alike, said.index[rows >= 0])
+                said.loc[rows >= 0, "similar_tracks"] = pd.Series(alike, said.index[rows >= 0])
             yield said
 
     log.info("predicting %s songs of %s", f"{len(songs):,}", table)
