@@ -568,9 +568,9 @@ class SongRegressor:
         10  # a genre's mean is shrunk towards that of all songs as if it had so many more of them
     )
     CURVE_ROWS = 100_000  # rows the quadratic is fitted on, and predicted at a time
+    LEARNING_RATE = {"energy": 0.1, "popularity": 0.07}
     TREES = dict(
         max_iter=150,
-        learning_rate=0.1,
         max_leaf_nodes=47,
         max_features=0.4,
         min_samples_leaf=40,
@@ -605,7 +605,10 @@ class SongRegressor:
         )
         self.trees_ = [
             HistGradientBoostingRegressor(
-                categorical_features=[len(self.features_)], random_state=seed, **self.TREES
+                learning_rate=self.LEARNING_RATE[self.target],
+                categorical_features=[len(self.features_)],
+                random_state=seed,
+                **self.TREES,
             ).fit(X, residual[rows])
             for seed in range(SEED, SEED + self.fits)
         ]
@@ -659,12 +662,8 @@ class SongRegressor:
         return np.c_[self._audio(songs.iloc[some])[at], table], rows
 
     def _fit_start(self, songs, y, rng):
-        """Learn where the residuals start from: a quadratic of the audio and the genre's shrunken mean."""
+        """Learn where the residuals start from: the genre's shrunken mean; of energy, a quadratic of it and the audio."""
         import pandas as pd
-        from sklearn.impute import SimpleImputer
-        from sklearn.linear_model import Ridge
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
         by_genre = pd.Series(y).groupby(genres(songs).to_numpy()).agg(["sum", "size"])
         self.mean_, self.range_ = y.mean(), (y.min(), y.max())
@@ -672,16 +671,30 @@ class SongRegressor:
             (by_genre["sum"] + self.PRIOR_SONGS * self.mean_)
             / (by_genre["size"] + self.PRIOR_SONGS)
         ).to_dict()
-        some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
-        self.curve_ = make_pipeline(
+        self.curve_ = None
+        if (
+            self.target == "energy"
+        ):  # popularity hangs too little on the audio: a quadratic only adds noise
+            some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
+            self.curve_ = self._quadratic().fit(self._plane(songs.iloc[some]), y[some])
+
+    def _quadratic(self):
+        from sklearn.impute import SimpleImputer
+        from sklearn.linear_model import Ridge
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+        return make_pipeline(
             SimpleImputer(),
             StandardScaler(),
             PolynomialFeatures(2, include_bias=False),
             StandardScaler(),
             Ridge(10.0),
-        ).fit(self._plane(songs.iloc[some]), y[some])
+        )
 
     def _start(self, songs):
+        if self.curve_ is None:
+            return self._genre_mean(songs)
         starts = in_parts(
             songs, self.CURVE_ROWS, lambda part: self.curve_.predict(self._plane(part))
         )
@@ -689,13 +702,15 @@ class SongRegressor:
 
     def _plane(self, songs):
         """Return songs x (features_, the genre's mean)."""
-        genre = column(songs, "genre").map(self.genre_means_).astype(float).fillna(self.mean_)
-        return np.column_stack(
-            [*(column(songs, name).astype(float) for name in self.features_), genre]
-        )
+        audio = [column(songs, name).astype(float) for name in self.features_]
+        return np.column_stack([*audio, self._genre_mean(songs)])
+
+    def _genre_mean(self, songs):
+        means = column(songs, "genre").map(self.genre_means_).astype(float)
+        return means.fillna(self.mean_).to_numpy()
 
     def _audio(self, songs):
-        """Return songs x (features_, the genre's number, the quadratic's value, perhaps text_counts), float32."""
+        """Return songs x (features_, the genre's number, the start, perhaps text_counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
         table.append(
