@@ -100,7 +100,7 @@ PREDICTIONS = {
     "cluster": "integer",
     "energy_predicted": "real",
     "popularity_predicted": "real",
-    "similar": "text[]",
+    "similar_tracks": "text[]",
     "models_trained_at": "timestamptz",
 }
 MIN_SONGS = 20
@@ -1035,11 +1035,11 @@ def replace_predictions(url, table, frames):
         cursor.execute(f"DELETE FROM {name}")
         for frame in frames:
             rows = frame.reindex(columns=list(PREDICTIONS))
-            rows["similar"] = [
+            rows["similar_tracks"] = [
                 None
                 if isinstance(tracks, float | None)
                 else f"{{{json.dumps([*tracks], ensure_ascii=False)[1:-1]}}}"
-                for tracks in rows["similar"]
+                for tracks in rows["similar_tracks"]
             ]
             cursor.copy_expert(
                 f"COPY {name} FROM STDIN (FORMAT csv)",
