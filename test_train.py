@@ -1945,6 +1945,8 @@ def by_the_rule(songs, split):
 ORACLES = cells("""
     genre  | accuracy             | accuracy_score          | known | said
     genre  | accuracy_new_artists | accuracy_score          | new   | said
+    genre  | top3_accuracy        | accuracy_score          | known | best_of_3
+    genre  | f1_macro             | f1_score                | known | said
     genre  | baseline_accuracy    | accuracy_score          | known | naive
     number | r2                   | r2_score                | known | said
     number | r2_new_artists       | r2_score                | new   | said
@@ -1954,48 +1956,163 @@ ORACLES = cells("""
     number | baseline_mae         | mean_absolute_error     | known | naive""")
 
 
-@pytest.mark.parametrize("name, splits", [("genre", 3), ("energy", 1), ("popularity", 1)])
-def test_metrics_agree_with_scikit_learn_on_a_split_of_our_own(songs, monkeypatch, name, splits):
+@pytest.fixture(scope="session")
+def with_copies(songs):
+    """900 songs, 90 of them twice in other letters, and a genre that a split holds out whole."""
     copies = songs.head(90).assign(
         track_id="copy" + songs.track_id, track_name=songs.track_name.str.upper()
     )
     some = pd.concat([songs.head(900), copies], ignore_index=True)
-    some.loc[some.index[some.track_id.isin(by_the_rule(some, 1)[1].track_id)][:5], "genre"] = (
-        "rare"  # held out whole by a split
-    )
-    monkeypatch.setattr(
-        models, "FEW_SONGS", 50_000 if splits == 3 else 500
-    )  # a large table is judged on one split
-    judged, kind = [], "genre" if name == "genre" else "number"
+    known = by_the_rule(some, 1)[1]
+    some.loc[some.index[some.track_id.isin(known.track_id)][:5], "genre"] = "rare"
+    return some
+
+
+def judge(songs, name, splits):
+    """What our own models, fitted and asked here, say of each held-out song."""
+    judged = []
     for split in range(splits):
-        train, *held_out = by_the_rule(some, split)
-        estimator = (
-            models.GenreClassifier() if kind == "genre" else models.SongRegressor(name)
-        ).fit(train, train[name])
-        naive = train[name].mode()[0] if kind == "genre" else train[name].mean()
+        train, *held_out = by_the_rule(songs, split)
+        if name == "genre":
+            estimator = models.GenreClassifier().fit(train, train.genre)
+            naive = train.genre.mode()[0]
+        else:
+            estimator = models.SongRegressor(name).fit(train, train[name])
+            naive = train[name].mean()
         for artists, rows in zip(("known", "new"), held_out):
-            rows = rows.assign(
-                artists=artists, actual=rows[name], said=estimator.predict(rows), naive=naive
-            )
-            if kind == "genre":
+            said = estimator.predict(rows)
+            rows = rows.assign(artists=artists, actual=rows[name], said=said, naive=naive)
+            if name == "genre":
                 best = estimator.classes_[np.argsort(-estimator.predict_proba(rows))[:, :3]]
-                rows["in_top3"] = (best == rows[["genre"]].to_numpy()).any(axis=1)
+                among = (best == rows[["genre"]].to_numpy()).any(axis=1)
+                rows["best_of_3"] = rows.said.where(~among, rows.genre)
             judged.append(rows)
-    rows = dict(list(pd.concat(judged).groupby("artists")))
-    expected = {
-        metric: getattr(oracle, score)(rows[artists].actual, rows[artists][column])
-        for of, metric, score, artists, column in ORACLES
-        if of == kind
-    }
-    if kind == "genre":
-        expected["f1_macro"] = oracle.f1_score(
-            rows["known"].actual, rows["known"].said, average="macro"
-        )
-        expected |= {"top3_accuracy": rows["known"].in_top3.mean(), "classes": 7}
-    metrics = models.MODELS[name](some)[1]
-    assert {key: metrics[key] for key in expected} == pytest.approx(expected) and next(
-        iter(metrics)
-    ) == next(iter(expected))
+    return dict(list(pd.concat(judged).groupby("artists")))
+
+
+def expected_metrics(rows, kind):
+    expected = {}
+    for of, metric, score, artists, column in ORACLES:
+        if of == kind:
+            more = {"average": "macro"} if score == "f1_score" else {}
+            judged = rows[artists]
+            expected[metric] = getattr(oracle, score)(judged.actual, judged[column], **more)
+    return expected
+
+
+def test_the_genre_metrics_are_those_of_scikit_learn_over_three_splits(with_copies):
+    expected = expected_metrics(judge(with_copies, "genre", 3), "genre")
+    metrics = models.train_genre(with_copies)[1]
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+    assert metrics["classes"] == 7, "the genre that a split holds out whole is one of them"
+
+
+@pytest.mark.parametrize("name", ["energy", "popularity"])
+def test_the_regressors_metrics_are_those_of_scikit_learn_on_one_split(
+    with_copies, monkeypatch, name
+):
+    monkeypatch.setattr(models, "FEW_SONGS", 500)  # a large table is judged on one split
+    expected = expected_metrics(judge(with_copies, name, 1), "number")
+    metrics = models.MODELS[name](with_copies)[1]
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "name, primary",
+    cells("""
+    genre      | accuracy
+    clusters   | silhouette
+    energy     | r2
+    popularity | r2
+    similar    | same_genre_at_10"""),
+)
+def test_the_primary_metric_comes_first(trained, name, primary):
+    assert next(iter(trained[name][1])) == primary
+
+
+# ---- models: what a model leans on ----------------------------------------------------------------------------------
+class LooksAtLoudness:
+    """Says the loudness; is shown other columns as well."""
+
+    def predict(self, songs):
+        return songs.loudness.to_numpy(np.float64)
+
+    def looks_at(self):
+        return ["artist_name", "loudness", "energy"]
+
+
+def test_a_model_that_knows_one_column_leans_on_that_alone(songs):
+    some = songs.head(300).assign(popularity=songs.loudness)
+    leans = models.leans_on(LooksAtLoudness(), some, "popularity", oracle.r2_score)
+    assert list(leans) == ["loudness", "artist", "energy"]
+    assert leans["artist"] == leans["energy"] == 0
+    assert leans["loudness"] == pytest.approx(2, abs=0.2), "a shuffled column has an R² of -1"
+
+
+@pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
+def test_what_a_model_leans_on_is_how_far_its_metric_falls_when_a_column_is_shuffled(
+    songs, trained, name
+):
+    """Against another shuffle, of our own, of a model fitted here."""
+    metrics = trained[name][1]
+    train, known, _ = by_the_rule(songs, 0)
+    make = models.GenreClassifier if name == "genre" else lambda: models.SongRegressor(name)
+    estimator = make().fit(train, train[name])
+    score = oracle.accuracy_score if name == "genre" else oracle.r2_score
+    before = score(known[name], estimator.predict(known))
+    names = {"artist": "artist_name", "album": "album_name", "title": "track_name"}
+    for short, fall in metrics["leans_on"].items():
+        column = names.get(short, short)
+        after = []
+        for seed in range(8):
+            values = known[column].sample(frac=1, random_state=seed).to_numpy()
+            shuffled = known.assign(**{column: pd.Series(values, known.index, known[column].dtype)})
+            after.append(score(known[name], estimator.predict(shuffled)))
+        assert fall == pytest.approx(before - np.mean(after), abs=0.05 + 2 * np.std(after)), short
+
+
+LOOKED_AT = {
+    "genre": {"artist", "album", "title", "popularity", *models.AUDIO},
+    "energy": {"artist", "album", "genre", *models.AUDIO} - {"energy"},
+    "popularity": {"artist", "album", "title", "genre", *models.AUDIO},
+}
+
+
+@pytest.mark.parametrize("name", list(LOOKED_AT))
+def test_leans_on_has_each_column_looked_at_once_the_largest_fall_first(songs, trained, name):
+    leans = trained[name][1]["leans_on"]
+    assert LOOKED_AT[name] | {*models.present(songs, models.MORE_AUDIO)} == set(leans)
+    assert list(leans.values()) == sorted(leans.values(), reverse=True)
+    assert all(fall == round(fall, 4) for fall in leans.values())
+
+
+def test_show_as_json_says_what_a_model_leans_on(trained, ask):
+    shown = json.loads(ask("show", "--json"))
+    assert shown["popularity"]["metrics"]["leans_on"] == trained["popularity"][1]["leans_on"]
+
+
+# ---- models: how far they are ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
+def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
+    caplog.set_level("DEBUG", "models")
+    models.MODELS[name](songs.head(900))
+    records = [record for record in caplog.records if hasattr(record, "share")]
+    shares = [record.share for record in records]
+    assert {record.model for record in records} == {name}
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
+    assert len(shares) <= 50 + 2 * (models.SPLITS + 1), "a record per 2 % and one per phase"
+    quiet = [record for record in records if record.levelname == "INFO"]
+    assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
+
+
+def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
+    caplog.set_level("INFO", "models")
+    monkeypatch.setattr(models, "PROGRESS_SECONDS", -1)
+    progress = models._Progress("genre", "fitting")
+    for step in range(1, 21):
+        progress(step / 20)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["genre: fitting, 25 %", "genre: fitting, 50 %", "genre: fitting, 75 %"]
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
@@ -2373,7 +2490,7 @@ def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
 
 KILLED = """import db, os, sys
 def frames():
-    yield db.load_songs(sys.argv[1], 'songs')[['track_id']].assign(similar=None)
+    yield db.load_songs(sys.argv[1], 'songs')[['track_id']].assign(similar_tracks=None)
     os.kill(os.getpid(), 9)
 db.replace_predictions(sys.argv[1], 'said', frames())"""
 
