@@ -2437,6 +2437,71 @@ def test_drift_is_said_with_figures_the_most_important_first(songs, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "number, digits, text",
+    [
+        (228_873.2, 4, "228,900"),
+        (228_873.2, 3, "229,000"),
+        (1234.5, 4, "1,234"),
+        (-5.31234, 4, "-5.312"),
+        (0.5, 4, "0.5"),
+        (0.000123456, 3, "0.000123"),
+        (99.996, 4, "100"),
+        (20, 4, "20"),
+        (0, 4, "0"),
+    ],
+)
+def test_a_mean_is_written_as_people_write_it(number, digits, text):
+    assert models._as_written(number, digits) == text
+
+
+def test_drift_of_a_duration_is_in_figures_people_read(songs, tmp_path):
+    publish(tmp_path, 0.5, data=models.describe(songs))
+    longer = models.describe(songs.assign(duration_ms=songs.duration_ms + 100_000))
+    sentence = models.drift_since(longer, "songs", tmp_path)[0]
+    assert re.fullmatch(
+        r"mean duration_ms is \d{3},\d00; it was \d{3},\d00 \(standard deviation \d+,\d+\)",
+        sentence,
+    ), sentence
+
+
+# ---- models: files of the earlier edition ----------------------------------------------------------------------------
+def test_a_genre_model_of_the_earlier_edition_loads(songs, trained):
+    """It called tokens words."""
+    estimator = trained["genre"][0]
+    state = dict(estimator.__dict__)
+    state["words_"] = state.pop("tokens_")
+    state["network_"] = dict(state["network_"])
+    state["network_"]["words"] = state["network_"].pop("tokens")
+    loaded = models.GenreClassifier.__new__(models.GenreClassifier)
+    loaded.__setstate__(state)
+    few = songs.head(50)
+    assert (loaded.predict_proba(few) == estimator.predict_proba(few)).all()
+
+
+def test_a_popularity_model_of_the_earlier_edition_loads(songs):
+    """It called tokens words, and its residuals began at a quadratic, as energy's still do."""
+    few = songs.head(100)
+    estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
+    state = dict(estimator.__dict__)
+    state["words"] = state.pop("uses_tokens")
+    quadratic = estimator._quadratic()
+    state["curve_"] = quadratic.fit(estimator._plane(songs), songs.popularity)
+    loaded = models.SongRegressor.__new__(models.SongRegressor)
+    loaded.__setstate__(state)
+    assert loaded._start(few) == pytest.approx(
+        state["curve_"].predict(estimator._plane(few)).clip(*estimator.range_)
+    )
+    assert np.isfinite(loaded.predict(few)).all()
+
+
+def test_popularity_starts_at_the_mean_of_its_genre(songs):
+    estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
+    prior, count = models.SongRegressor.PRIOR_SONGS, songs.groupby("genre").size()
+    shrunk = songs.groupby("genre").popularity.sum() + prior * songs.popularity.mean()
+    assert estimator._start(songs) == pytest.approx(songs.genre.map(shrunk / (count + prior)))
+
+
 # ---- models: the command line ----------------------------------------------------------------------------------------
 @pytest.fixture
 def models_dir(trained, tmp_path):
@@ -2495,48 +2560,83 @@ def frames():
 db.replace_predictions(sys.argv[1], 'said', frames())"""
 
 
-def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(
-    url, songs, models_dir, tmp_path, ask, monkeypatch
-):
+PREDICT = ("predict", "--table-name", "songs", "--into")
+
+
+@pytest.fixture
+def predicted(url, songs, models_dir, tmp_path, ask, monkeypatch):
+    """300 songs in the table `songs`, their predictions in `said`; the songs, ordered by id."""
     monkeypatch.setenv("DATABASE_URL", url)
-    songs = songs.head(300).sort_values("track_id", ignore_index=True)
-    songs.to_csv(tmp_path / "songs.csv", index=False)
+    some = songs.head(300).sort_values("track_id", ignore_index=True)
+    some.to_csv(tmp_path / "songs.csv", index=False)
     db.load_csv(tmp_path / "songs.csv", url, "songs")
-    words = "predict", "--table-name", "songs", "--into"
-    ask(*words, "said")
-    expected = models.predict(songs, models.load_models(models_dir)).genre_predicted
-    answer = json.loads(ask("similar", songs.track_id[0], "--json"))["similar"]
+    ask(*PREDICT, "said")
+    return some
+
+
+def test_the_table_of_predictions_says_what_the_models_say(url, predicted, models_dir, ask):
+    expected = models.predict(predicted, models.load_models(models_dir))
     rows = execute(
-        url,
-        'SELECT genre_predicted, cluster, "similar" FROM said JOIN songs USING (track_id) ORDER BY track_id',
+        url, "SELECT genre_predicted, cluster, similar_tracks FROM said ORDER BY track_id"
     )
     genres, clusters, similar = zip(*rows)
-    assert (
-        genres == tuple(expected)
-        and {*clusters} == {0, 1}
-        and similar[0] == [other["track_id"] for other in answer]
-    )
-    execute(url, "GRANT SELECT ON songs, said TO guest; CREATE VIEW seen AS SELECT * FROM said")
+    assert list(genres) == expected.genre_predicted.tolist()
+    assert list(clusters) == expected.cluster.tolist()
+    answer = json.loads(ask("similar", predicted.track_id[0], "--json"))["similar"]
+    assert similar[0] == [other["track_id"] for other in answer]
+
+
+def test_a_song_that_came_after_the_training_has_no_similar_tracks(url, predicted, ask):
+    execute(url, "UPDATE songs SET track_id = 'later' WHERE track_id = %s", predicted.track_id[7])
+    ask(*PREDICT, "said")
+    assert value(url, "similar_tracks FROM said WHERE track_id = 'later'") is None
+    assert value(url, "count(similar_tracks) FROM said") == 299
+
+
+def test_a_reader_sees_the_old_predictions_or_the_new_ones(url, predicted, models_dir):
+    execute(url, "CREATE VIEW seen AS SELECT * FROM said")
     (models_dir / "energy.joblib").unlink()
-    again, looks = Run(shlex.join(words) + f" said --models-dir {models_dir}", MODELS), set()
+    again = Run(f"{shlex.join(PREDICT)} said --models-dir {models_dir}", MODELS)
+    looks = set()
     while again.process.poll() is None:
         looks |= {*execute(url, "SELECT count(*), count(energy_predicted) FROM seen")}
     again.end(0, "energy skipped: there is no energy model")
-    assert (300, 300) in looks <= {(300, 300), (300, 0)}, (
-        "a reader sees the old rows or the new ones"
-    )
+    assert looks <= {(300, 300), (300, 0)}
+    assert (300, 300) in looks, "the view outlives the new rows, and was read before them"
+
+
+def test_a_process_that_is_killed_amid_its_predictions_leaves_the_old_ones(url, predicted):
     Run(f"{shlex.quote(KILLED)} '{url}'", "-c", ROOT).end(-signal.SIGKILL)
-    assert value(url.replace("owner", "guest"), "count(genre_predicted) FROM said") == 300, (
-        "and who was granted the table has it"
-    )
-    assert '"songs" is no table of predictions: its columns are track_id' in ask(
-        *words, "songs", status=2
-    )
+    assert value(url, "count(genre_predicted) FROM said") == 300
+
+
+def test_who_was_granted_the_predictions_still_has_them_the_next_day(url, predicted, ask):
+    execute(url, "GRANT SELECT ON said TO guest")
+    ask(*PREDICT, "said")
+    assert value(url.replace("owner", "guest"), "count(genre_predicted) FROM said") == 300
+
+
+def test_a_table_that_is_none_of_predictions_is_not_touched(url, predicted, ask):
+    said = ask(*PREDICT, "songs", status=2)
+    assert '"songs" is no table of predictions: its columns are track_id' in said
+    assert value(url, "count(*) FROM songs") == 300
+
+
+def test_who_may_not_write_predictions_is_told_what_to_ask_for(url, predicted, ask, monkeypatch):
+    execute(url, "GRANT SELECT ON songs, said TO guest")
     monkeypatch.setenv("DATABASE_URL", url.replace("owner", "guest"))
-    assert (
-        "Ask its owner for: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON said TO guest"
-        in ask(*words, "said", status=2)
-    )
+    said = ask(*PREDICT, "said", status=2)
+    grant = "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON said TO guest"
+    assert f"Ask its owner for: {grant}" in said
+
+
+def test_predictions_say_what_share_is_done(url, predicted, models_dir, caplog, monkeypatch):
+    monkeypatch.setattr(models, "PREDICTED_AT_ONCE", 60)
+    with caplog.at_level("DEBUG", "models"):
+        models.predict_table(url, "songs", "said", models_dir)
+    records = [record for record in caplog.records if hasattr(record, "share")]
+    assert [record.share for record in records] == [0.2, 0.4, 0.6, 0.8, 1]
+    assert {(record.model, record.phase) for record in records} == {("predictions", "predicting")}
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
@@ -2555,6 +2655,31 @@ def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
         "similar", song.track_name[:-1] + "?", status=2
     )
     assert "say which, --artist NAME or a track_id" in ask("similar", twice.track_name, status=2)
+
+
+@pytest.mark.parametrize(
+    "more, found, why",
+    [
+        (
+            [],
+            3,
+            "3 of 10: the other songs are by the same artist, of whom three in ten are shown; "
+            "to see them all: --same-artist",
+        ),
+        (["--same-artist"], 10, ""),
+        (["--same-artist", "-k", 40], 29, "29 of 40: the table has no more recordings"),
+    ],
+)
+def test_fewer_similar_songs_than_asked_for_are_explained(
+    songs, models_dir, ask, capsys, more, found, why
+):
+    names = [f"Song {number}" for number in range(30)]
+    index = models.train_similar(songs.head(30).assign(artist_name="A", track_name=names))
+    about = {"run": "2", "settings": {}, "rows": 30, "table": "songs", "command": "train.py"}
+    models.publish("similar", *index, about, models_dir, force=True)
+    said = ask("similar", "Song 0", *more)
+    assert said.count("Song ") == 1 + found
+    assert (why in said) and ("of 10:" in said) == (found == 3)
 
 
 TITLES = ["Jolene", "Jolene - Live", "Jolene (Demo)", "Jolene Again", "Dear Jolene", "Violence"]
