@@ -111,22 +111,8 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
             f"the table has {learnable}"
         )
-
-    def answers(judged: GenreClassifier, learnt: pd.DataFrame, held_out: pd.DataFrame) -> Answers:
-        actual = held_out["genre"].to_numpy(object).astype(str)
-        likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
-        among_3 = (likely == actual[:, None]).any(axis=1)
-        return {
-            "actual": actual,
-            "predicted": likely[:, 0],
-            "best_of_3": np.where(among_3, actual, likely[:, 0]),
-            "baseline": np.full(len(actual), learnt["genre"].mode()[0]),
-        }
-
-    final = GenreClassifier()
-    known, new, leans = _judge_and_fit(
-        "genre", GenreClassifier, final, songs, answers, accuracy_score
-    )
+    known, new, leans = _judge("genre", GenreClassifier, songs, _genre_answers, accuracy_score)
+    final = _fit("genre", GenreClassifier(), songs)
     return final, {
         "accuracy": _figure(accuracy_score, known),
         "accuracy_new_artists": _figure(accuracy_score, new),
@@ -264,6 +250,20 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
     return songs
 
 
+def _genre_answers(
+    judged: GenreClassifier, learnt: pd.DataFrame, held_out: pd.DataFrame
+) -> Answers:
+    actual = held_out["genre"].to_numpy(object).astype(str)
+    likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
+    among_3 = (likely == actual[:, None]).any(axis=1)
+    return {
+        "actual": actual,
+        "predicted": likely[:, 0],
+        "best_of_3": np.where(among_3, actual, likely[:, 0]),
+        "baseline": np.full(len(actual), learnt["genre"].mode()[0]),
+    }
+
+
 def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
     """Return (SongRegressor, metrics) for the target column."""
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
@@ -282,10 +282,9 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, d
             "baseline": np.full(len(held_out), learnt[target].mean()),
         }
 
-    final = SongRegressor(target, fits=AVERAGED if len(songs) < FEW_SONGS else 1)
-    known, new, leans = _judge_and_fit(
-        target, partial(SongRegressor, target), final, songs, answers, r2_score
-    )
+    known, new, leans = _judge(target, partial(SongRegressor, target), songs, answers, r2_score)
+    fits = AVERAGED if len(songs) < FEW_SONGS else 1
+    final = _fit(target, SongRegressor(target, fits), songs)
     return final, {
         "r2": _figure(r2_score, known),
         "r2_new_artists": _figure(r2_score, new),
@@ -1297,30 +1296,28 @@ def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
     return rank < int(len(distinct) * share)
 
 
-def _judge_and_fit(
+def _judge(
     name: str,
     make: Callable[[], Any],
-    final: Any,
     songs: pd.DataFrame,
     answers: Callable[[Any, pd.DataFrame, pd.DataFrame], Answers],
     metric: Callable[[Any, Any], float],
 ) -> tuple[Answers, Answers, dict[str, float]]:
-    """Judge estimators on songs held out, then fit `final` on all songs.
+    """Judge estimators, one for each split, on the songs it has not learnt from.
 
-    `name` is the model and the column it predicts; `make()` gives the estimator that is fitted for
-    each split; `answers(estimator, learnt, held_out)` what is judged. Return the answers of known
-    artists' songs and of new artists', those of all splits end to end ({} where nothing was held
-    out), and what the first split's estimator leans on, by the metric.
+    `name` is the model and the column it predicts; `make()` gives an estimator;
+    `answers(estimator, learnt, held_out)` is what is judged. Return the answers of known artists'
+    songs and of new artists', those of all splits end to end ({} where nothing was held out), and
+    what the first split's estimator leans on, by the metric.
     """
-    splits = SPLITS if len(songs) < FEW_SONGS else 1
     known: list[Answers] = []
     new: list[Answers] = []
     leans: dict[str, float] = {}
-    for split in range(splits):
+    part = 1 / (_splits(songs) + 1)  # of the work: the last is the fit on all songs
+    for split in range(_splits(songs)):
         train, is_known, is_new = holdout(songs, split)
-        start = split / (splits + 1)
-        _say(name, "evaluating", (~train).sum(), start)
-        progress = _Progress(name, "evaluating", start, start + 1 / (splits + 1))
+        _say(name, "evaluating", (~train).sum(), split * part)
+        progress = _Progress(name, "evaluating", split * part, (split + 1) * part)
         judged = make().fit(songs[train], songs.loc[train, name], progress)
         if is_known.any():
             known.append(answers(judged, songs[train], songs[is_known]))
@@ -1328,7 +1325,12 @@ def _judge_and_fit(
             new.append(answers(judged, songs[train], songs[is_new]))
         if split == 0:
             leans = leans_on(judged, songs[is_known], name, metric)
-    start = splits / (splits + 1)
+    return _end_to_end(known), _end_to_end(new), leans
+
+
+def _fit(name: str, final: Any, songs: pd.DataFrame) -> Any:
+    """Return the estimator that is saved, fitted on all songs."""
+    start = 1 - 1 / (_splits(songs) + 1)
     _say(name, "fitting", len(songs), start)
     final.fit(songs, songs[name], _Progress(name, "fitting", start))
     if final.fitted_on_ < len(songs):
@@ -1337,7 +1339,11 @@ def _judge_and_fit(
             name,
             f"{final.fitted_on_:,}",
         )
-    return _end_to_end(known), _end_to_end(new), leans
+    return final
+
+
+def _splits(songs: pd.DataFrame) -> int:
+    return SPLITS if len(songs) < FEW_SONGS else 1
 
 
 def _end_to_end(parts: list[Answers]) -> Answers:
