@@ -881,6 +881,7 @@ class SongRegressor:
     PRIOR_SONGS = 10  # a genre's mean is shrunk towards that of all songs as if it had more of them
     CURVE_ROWS = 100_000  # rows the quadratic is fitted on, and predicted at a time
     LEARNING_RATE = {"energy": 0.1, "popularity": 0.07}
+    FEWER_SONGS = 10_000  # are learnt with smaller steps
     TREES = {
         "max_iter": 150,
         "max_leaf_nodes": 47,
@@ -926,10 +927,11 @@ class SongRegressor:
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
+        rate = self.LEARNING_RATE[self.target] * min(1, len(songs) / self.FEWER_SONGS) ** 0.25
         self.trees_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
-                learning_rate=self.LEARNING_RATE[self.target],
+                learning_rate=rate,
                 categorical_features=[len(self.features_)],
                 random_state=SEED + fit,
                 **self.TREES,
