@@ -53,7 +53,7 @@ import models
 import notify
 from db import DatabaseUnavailable, DataError
 
-# ---- shared --------------------------------------------------------------------------------------------------------
+# ---- Shared --------------------------------------------------------------------------------------
 ROOT = Path(__file__).resolve().parent
 TRAIN, MODELS = ROOT / "train.py", ROOT / "models.py"
 TOKEN, PASSWORD = "aVerySecretToken_0123456789-abcdefghij", "s3cr%3Aet%2F%40"
@@ -940,13 +940,13 @@ def test_a_signal_while_a_model_waits_for_its_next_try(table, toys, tmp_path, we
 @pytest.mark.parametrize("group", [False, True])
 def test_a_signal_at_any_moment(prefect, table, tmp_path, webhook, group):
     for number, seconds, phase in (
-        (signal.SIGTERM, 0.8, ""),
+        (signal.SIGTERM, 0.3, ""),
         (signal.SIGINT, 2.5, ""),
         (signal.SIGTERM, 0, "songs read"),
         (signal.SIGINT, 0, "similar: done"),
     ):
         own = "" if phase == "" else prefect  # "": a server of its own
-        run = Run(f"--models-dir {tmp_path}", PREFECT_API_URL=own).at(phase)
+        run = Run(f"--models-dir {tmp_path}", PREFECT_API_URL=own).at("starting").at(phase)
         time.sleep(seconds)
         stop(run, tmp_path, webhook, number, group)
     Run(f"--failed --models-dir {tmp_path}").end(0, "models trained")
@@ -2341,6 +2341,8 @@ def by_the_rule(songs, split):
 ORACLES = cells("""
     genre  | accuracy             | accuracy_score          | known | said
     genre  | accuracy_new_artists | accuracy_score          | new   | said
+    genre  | top3_accuracy        | accuracy_score          | known | best_of_3
+    genre  | f1_macro             | f1_score                | known | said
     genre  | baseline_accuracy    | accuracy_score          | known | naive
     number | r2                   | r2_score                | known | said
     number | r2_new_artists       | r2_score                | new   | said
@@ -2350,48 +2352,163 @@ ORACLES = cells("""
     number | baseline_mae         | mean_absolute_error     | known | naive""")
 
 
-@pytest.mark.parametrize("name, splits", [("genre", 3), ("energy", 1), ("popularity", 1)])
-def test_metrics_agree_with_scikit_learn_on_a_split_of_our_own(songs, monkeypatch, name, splits):
+@pytest.fixture(scope="session")
+def with_copies(songs):
+    """900 songs, 90 of them twice in other letters, and a genre that a split holds out whole."""
     copies = songs.head(90).assign(
         track_id="copy" + songs.track_id, track_name=songs.track_name.str.upper()
     )
     some = pd.concat([songs.head(900), copies], ignore_index=True)
-    some.loc[some.index[some.track_id.isin(by_the_rule(some, 1)[1].track_id)][:5], "genre"] = (
-        "rare"  # held out whole by a split
-    )
-    monkeypatch.setattr(
-        models, "FEW_SONGS", 50_000 if splits == 3 else 500
-    )  # a large table is judged on one split
-    judged, kind = [], "genre" if name == "genre" else "number"
+    known = by_the_rule(some, 1)[1]
+    some.loc[some.index[some.track_id.isin(known.track_id)][:5], "genre"] = "rare"
+    return some
+
+
+def judge(songs, name, splits):
+    """What our own models, fitted and asked here, say of each held-out song."""
+    judged = []
     for split in range(splits):
-        train, *held_out = by_the_rule(some, split)
-        estimator = (
-            models.GenreClassifier() if kind == "genre" else models.SongRegressor(name)
-        ).fit(train, train[name])
-        naive = train[name].mode()[0] if kind == "genre" else train[name].mean()
+        train, *held_out = by_the_rule(songs, split)
+        if name == "genre":
+            estimator = models.GenreClassifier().fit(train, train.genre)
+            naive = train.genre.mode()[0]
+        else:
+            estimator = models.SongRegressor(name).fit(train, train[name])
+            naive = train[name].mean()
         for artists, rows in zip(("known", "new"), held_out):
-            rows = rows.assign(
-                artists=artists, actual=rows[name], said=estimator.predict(rows), naive=naive
-            )
-            if kind == "genre":
+            said = estimator.predict(rows)
+            rows = rows.assign(artists=artists, actual=rows[name], said=said, naive=naive)
+            if name == "genre":
                 best = estimator.classes_[np.argsort(-estimator.predict_proba(rows))[:, :3]]
-                rows["in_top3"] = (best == rows[["genre"]].to_numpy()).any(axis=1)
+                among = (best == rows[["genre"]].to_numpy()).any(axis=1)
+                rows["best_of_3"] = rows.said.where(~among, rows.genre)
             judged.append(rows)
-    rows = dict(list(pd.concat(judged).groupby("artists")))
-    expected = {
-        metric: getattr(oracle, score)(rows[artists].actual, rows[artists][column])
-        for of, metric, score, artists, column in ORACLES
-        if of == kind
-    }
-    if kind == "genre":
-        expected["f1_macro"] = oracle.f1_score(
-            rows["known"].actual, rows["known"].said, average="macro"
-        )
-        expected |= {"top3_accuracy": rows["known"].in_top3.mean(), "classes": 7}
-    metrics = models.MODELS[name](some)[1]
-    assert {key: metrics[key] for key in expected} == pytest.approx(expected) and next(
-        iter(metrics)
-    ) == next(iter(expected))
+    return dict(list(pd.concat(judged).groupby("artists")))
+
+
+def expected_metrics(rows, kind):
+    expected = {}
+    for of, metric, score, artists, column in ORACLES:
+        if of == kind:
+            more = {"average": "macro"} if score == "f1_score" else {}
+            judged = rows[artists]
+            expected[metric] = getattr(oracle, score)(judged.actual, judged[column], **more)
+    return expected
+
+
+def test_the_genre_metrics_are_those_of_scikit_learn_over_three_splits(with_copies):
+    expected = expected_metrics(judge(with_copies, "genre", 3), "genre")
+    metrics = models.train_genre(with_copies)[1]
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+    assert metrics["classes"] == 7, "the genre that a split holds out whole is one of them"
+
+
+@pytest.mark.parametrize("name", ["energy", "popularity"])
+def test_the_regressors_metrics_are_those_of_scikit_learn_on_one_split(
+    with_copies, monkeypatch, name
+):
+    monkeypatch.setattr(models, "FEW_SONGS", 500)  # a large table is judged on one split
+    expected = expected_metrics(judge(with_copies, name, 1), "number")
+    metrics = models.MODELS[name](with_copies)[1]
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "name, primary",
+    cells("""
+    genre      | accuracy
+    clusters   | silhouette
+    energy     | r2
+    popularity | r2
+    similar    | same_genre_at_10"""),
+)
+def test_the_primary_metric_comes_first(trained, name, primary):
+    assert next(iter(trained[name][1])) == primary
+
+
+# ---- models: what a model leans on ----------------------------------------------------------------------------------
+class LooksAtLoudness:
+    """Says the loudness; is shown other columns as well."""
+
+    def predict(self, songs):
+        return songs.loudness.to_numpy(np.float64)
+
+    def looks_at(self):
+        return ["artist_name", "loudness", "energy"]
+
+
+def test_a_model_that_knows_one_column_leans_on_that_alone(songs):
+    some = songs.head(300).assign(popularity=songs.loudness)
+    leans = models.leans_on(LooksAtLoudness(), some, "popularity", oracle.r2_score)
+    assert list(leans) == ["loudness", "artist", "energy"]
+    assert leans["artist"] == leans["energy"] == 0
+    assert leans["loudness"] == pytest.approx(2, abs=0.2), "a shuffled column has an R² of -1"
+
+
+@pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
+def test_what_a_model_leans_on_is_how_far_its_metric_falls_when_a_column_is_shuffled(
+    songs, trained, name
+):
+    """Against another shuffle, of our own, of a model fitted here."""
+    metrics = trained[name][1]
+    train, known, _ = by_the_rule(songs, 0)
+    make = models.GenreClassifier if name == "genre" else lambda: models.SongRegressor(name)
+    estimator = make().fit(train, train[name])
+    score = oracle.accuracy_score if name == "genre" else oracle.r2_score
+    before = score(known[name], estimator.predict(known))
+    names = {"artist": "artist_name", "album": "album_name", "title": "track_name"}
+    for short, fall in metrics["leans_on"].items():
+        column = names.get(short, short)
+        after = []
+        for seed in range(8):
+            values = known[column].sample(frac=1, random_state=seed).to_numpy()
+            shuffled = known.assign(**{column: pd.Series(values, known.index, known[column].dtype)})
+            after.append(score(known[name], estimator.predict(shuffled)))
+        assert fall == pytest.approx(before - np.mean(after), abs=0.05 + 2 * np.std(after)), short
+
+
+LOOKED_AT = {
+    "genre": {"artist", "album", "title", "popularity", *models.AUDIO},
+    "energy": {"artist", "album", "genre", *models.AUDIO} - {"energy"},
+    "popularity": {"artist", "album", "title", "genre", *models.AUDIO},
+}
+
+
+@pytest.mark.parametrize("name", list(LOOKED_AT))
+def test_leans_on_has_each_column_looked_at_once_the_largest_fall_first(songs, trained, name):
+    leans = trained[name][1]["leans_on"]
+    assert LOOKED_AT[name] | {*models.present(songs, models.MORE_AUDIO)} == set(leans)
+    assert list(leans.values()) == sorted(leans.values(), reverse=True)
+    assert all(fall == round(fall, 4) for fall in leans.values())
+
+
+def test_show_as_json_says_what_a_model_leans_on(trained, ask):
+    shown = json.loads(ask("show", "--json"))
+    assert shown["popularity"]["metrics"]["leans_on"] == trained["popularity"][1]["leans_on"]
+
+
+# ---- models: how far they are ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
+def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
+    caplog.set_level("DEBUG", "models")
+    models.MODELS[name](songs.head(900))
+    records = [record for record in caplog.records if hasattr(record, "share")]
+    shares = [record.share for record in records]
+    assert {record.model for record in records} == {name}
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
+    assert len(shares) <= 50 + 2 * (models.SPLITS + 1), "a record per 2 % and one per phase"
+    quiet = [record for record in records if record.levelname == "INFO"]
+    assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
+
+
+def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
+    caplog.set_level("INFO", "models")
+    monkeypatch.setattr(models, "PROGRESS_SECONDS", -1)
+    progress = models._Progress("genre", "fitting")
+    for step in range(1, 21):
+        progress(step / 20)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["genre: fitting, 25 %", "genre: fitting, 50 %", "genre: fitting, 75 %"]
 
 
 @pytest.mark.parametrize("name", list(models.MODELS))
@@ -2716,6 +2833,71 @@ def test_drift_is_said_with_figures_the_most_important_first(songs, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "number, digits, text",
+    [
+        (228_873.2, 4, "228,900"),
+        (228_873.2, 3, "229,000"),
+        (1234.5, 4, "1,234"),
+        (-5.31234, 4, "-5.312"),
+        (0.5, 4, "0.5"),
+        (0.000123456, 3, "0.000123"),
+        (99.996, 4, "100"),
+        (20, 4, "20"),
+        (0, 4, "0"),
+    ],
+)
+def test_a_mean_is_written_as_people_write_it(number, digits, text):
+    assert models._as_written(number, digits) == text
+
+
+def test_drift_of_a_duration_is_in_figures_people_read(songs, tmp_path):
+    publish(tmp_path, 0.5, data=models.describe(songs))
+    longer = models.describe(songs.assign(duration_ms=songs.duration_ms + 100_000))
+    sentence = models.drift_since(longer, "songs", tmp_path)[0]
+    assert re.fullmatch(
+        r"mean duration_ms is \d{3},\d00; it was \d{3},\d00 \(standard deviation \d+,\d+\)",
+        sentence,
+    ), sentence
+
+
+# ---- models: files of the earlier edition ----------------------------------------------------------------------------
+def test_a_genre_model_of_the_earlier_edition_loads(songs, trained):
+    """It called tokens words."""
+    estimator = trained["genre"][0]
+    state = dict(estimator.__dict__)
+    state["words_"] = state.pop("tokens_")
+    state["network_"] = dict(state["network_"])
+    state["network_"]["words"] = state["network_"].pop("tokens")
+    loaded = models.GenreClassifier.__new__(models.GenreClassifier)
+    loaded.__setstate__(state)
+    few = songs.head(50)
+    assert (loaded.predict_proba(few) == estimator.predict_proba(few)).all()
+
+
+def test_a_popularity_model_of_the_earlier_edition_loads(songs):
+    """It called tokens words, and its residuals began at a quadratic, as energy's still do."""
+    few = songs.head(100)
+    estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
+    state = dict(estimator.__dict__)
+    state["words"] = state.pop("uses_tokens")
+    quadratic = estimator._quadratic()
+    state["curve_"] = quadratic.fit(estimator._plane(songs), songs.popularity)
+    loaded = models.SongRegressor.__new__(models.SongRegressor)
+    loaded.__setstate__(state)
+    assert loaded._start(few) == pytest.approx(
+        state["curve_"].predict(estimator._plane(few)).clip(*estimator.range_)
+    )
+    assert np.isfinite(loaded.predict(few)).all()
+
+
+def test_popularity_starts_at_the_mean_of_its_genre(songs):
+    estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
+    prior, count = models.SongRegressor.PRIOR_SONGS, songs.groupby("genre").size()
+    shrunk = songs.groupby("genre").popularity.sum() + prior * songs.popularity.mean()
+    assert estimator._start(songs) == pytest.approx(songs.genre.map(shrunk / (count + prior)))
+
+
 # ---- models: the command line ----------------------------------------------------------------------------------------
 @pytest.fixture
 def models_dir(trained, tmp_path):
@@ -2769,53 +2951,88 @@ def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
 
 KILLED = """import db, os, sys
 def frames():
-    yield db.load_songs(sys.argv[1], 'songs')[['track_id']].assign(similar=None)
+    yield db.load_songs(sys.argv[1], 'songs')[['track_id']].assign(similar_tracks=None)
     os.kill(os.getpid(), 9)
 db.replace_predictions(sys.argv[1], 'said', frames())"""
 
 
-def test_predictions_take_the_place_of_yesterdays_at_once_or_not_at_all(
-    url, songs, models_dir, tmp_path, ask, monkeypatch
-):
+PREDICT = ("predict", "--table-name", "songs", "--into")
+
+
+@pytest.fixture
+def predicted(url, songs, models_dir, tmp_path, ask, monkeypatch):
+    """300 songs in the table `songs`, their predictions in `said`; the songs, ordered by id."""
     monkeypatch.setenv("DATABASE_URL", url)
-    songs = songs.head(300).sort_values("track_id", ignore_index=True)
-    songs.to_csv(tmp_path / "songs.csv", index=False)
+    some = songs.head(300).sort_values("track_id", ignore_index=True)
+    some.to_csv(tmp_path / "songs.csv", index=False)
     db.load_csv(tmp_path / "songs.csv", url, "songs")
-    words = "predict", "--table-name", "songs", "--into"
-    ask(*words, "said")
-    expected = models.predict(songs, models.load_models(models_dir)).genre_predicted
-    answer = json.loads(ask("similar", songs.track_id[0], "--json"))["similar"]
+    ask(*PREDICT, "said")
+    return some
+
+
+def test_the_table_of_predictions_says_what_the_models_say(url, predicted, models_dir, ask):
+    expected = models.predict(predicted, models.load_models(models_dir))
     rows = execute(
-        url,
-        "SELECT genre_predicted, cluster, similar_tracks FROM said JOIN songs USING (track_id) ORDER BY track_id",
+        url, "SELECT genre_predicted, cluster, similar_tracks FROM said ORDER BY track_id"
     )
     genres, clusters, similar = zip(*rows)
-    assert (
-        genres == tuple(expected)
-        and {*clusters} == {0, 1}
-        and similar[0] == [other["track_id"] for other in answer]
-    )
-    execute(url, "GRANT SELECT ON songs, said TO guest; CREATE VIEW seen AS SELECT * FROM said")
+    assert list(genres) == expected.genre_predicted.tolist()
+    assert list(clusters) == expected.cluster.tolist()
+    answer = json.loads(ask("similar", predicted.track_id[0], "--json"))["similar"]
+    assert similar[0] == [other["track_id"] for other in answer]
+
+
+def test_a_song_that_came_after_the_training_has_no_similar_tracks(url, predicted, ask):
+    execute(url, "UPDATE songs SET track_id = 'later' WHERE track_id = %s", predicted.track_id[7])
+    ask(*PREDICT, "said")
+    assert value(url, "similar_tracks FROM said WHERE track_id = 'later'") is None
+    assert value(url, "count(similar_tracks) FROM said") == 299
+
+
+def test_a_reader_sees_the_old_predictions_or_the_new_ones(url, predicted, models_dir):
+    execute(url, "CREATE VIEW seen AS SELECT * FROM said")
     (models_dir / "energy.joblib").unlink()
-    again, looks = Run(shlex.join(words) + f" said --models-dir {models_dir}", MODELS), set()
+    again = Run(f"{shlex.join(PREDICT)} said --models-dir {models_dir}", MODELS)
+    looks = set()
     while again.process.poll() is None:
         looks |= {*execute(url, "SELECT count(*), count(energy_predicted) FROM seen")}
     again.end(0, "energy skipped: there is no energy model")
-    assert (300, 300) in looks <= {(300, 300), (300, 0)}, (
-        "a reader sees the old rows or the new ones"
-    )
+    assert looks <= {(300, 300), (300, 0)}
+    assert (300, 300) in looks, "the view outlives the new rows, and was read before them"
+
+
+def test_a_process_that_is_killed_amid_its_predictions_leaves_the_old_ones(url, predicted):
     Run(f"{shlex.quote(KILLED)} '{url}'", "-c", ROOT).end(-signal.SIGKILL)
-    assert value(url.replace("owner", "guest"), "count(genre_predicted) FROM said") == 300, (
-        "and who was granted the table has it"
-    )
-    assert '"songs" is no table of predictions: its columns are track_id' in ask(
-        *words, "songs", status=2
-    )
+    assert value(url, "count(genre_predicted) FROM said") == 300
+
+
+def test_who_was_granted_the_predictions_still_has_them_the_next_day(url, predicted, ask):
+    execute(url, "GRANT SELECT ON said TO guest")
+    ask(*PREDICT, "said")
+    assert value(url.replace("owner", "guest"), "count(genre_predicted) FROM said") == 300
+
+
+def test_a_table_that_is_none_of_predictions_is_not_touched(url, predicted, ask):
+    said = ask(*PREDICT, "songs", status=2)
+    assert '"songs" is no table of predictions: its columns are track_id' in said
+    assert value(url, "count(*) FROM songs") == 300
+
+
+def test_who_may_not_write_predictions_is_told_what_to_ask_for(url, predicted, ask, monkeypatch):
+    execute(url, "GRANT SELECT ON songs, said TO guest")
     monkeypatch.setenv("DATABASE_URL", url.replace("owner", "guest"))
-    assert (
-        "Ask its owner for: GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON said TO guest"
-        in ask(*words, "said", status=2)
-    )
+    said = ask(*PREDICT, "said", status=2)
+    grant = "GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON said TO guest"
+    assert f"Ask its owner for: {grant}" in said
+
+
+def test_predictions_say_what_share_is_done(url, predicted, models_dir, caplog, monkeypatch):
+    monkeypatch.setattr(models, "PREDICTED_AT_ONCE", 60)
+    with caplog.at_level("DEBUG", "models"):
+        models.predict_table(url, "songs", "said", models_dir)
+    records = [record for record in caplog.records if hasattr(record, "share")]
+    assert [record.share for record in records] == [0.2, 0.4, 0.6, 0.8, 1]
+    assert {(record.model, record.phase) for record in records} == {("predictions", "predicting")}
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
@@ -2834,6 +3051,31 @@ def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
         "similar", song.track_name[:-1] + "?", status=2
     )
     assert "say which, --artist NAME or a track_id" in ask("similar", twice.track_name, status=2)
+
+
+@pytest.mark.parametrize(
+    "more, found, why",
+    [
+        (
+            [],
+            3,
+            "3 of 10: the other songs are by the same artist, of whom three in ten are shown; "
+            "to see them all: --same-artist",
+        ),
+        (["--same-artist"], 10, ""),
+        (["--same-artist", "-k", 40], 29, "29 of 40: the table has no more recordings"),
+    ],
+)
+def test_fewer_similar_songs_than_asked_for_are_explained(
+    songs, models_dir, ask, capsys, more, found, why
+):
+    names = [f"Song {number}" for number in range(30)]
+    index = models.train_similar(songs.head(30).assign(artist_name="A", track_name=names))
+    about = {"run": "2", "settings": {}, "rows": 30, "table": "songs", "command": "train.py"}
+    models.publish("similar", *index, about, models_dir, force=True)
+    said = ask("similar", "Song 0", *more)
+    assert said.count("Song ") == 1 + found
+    assert (why in said) and ("of 10:" in said) == (found == 3)
 
 
 TITLES = ["Jolene", "Jolene - Live", "Jolene (Demo)", "Jolene Again", "Dear Jolene", "Violence"]

@@ -161,7 +161,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--no-notify",
         dest="enable_notifications",
         action="store_false",
-        help="do not post to Discord",
+        help="do not post to Discord, send no heartbeat",
     )
     add(
         "--models-dir",
@@ -285,8 +285,9 @@ def a_run(parameters: dict, failed: bool = False) -> Iterator[Run]:
             yield run
             return
         write_history(run, run.asked, "started")
-        beat = threading.Thread(target=notify.heartbeat, args=["start"], daemon=True)
-        beat.start()  # nobody waits for it
+        if run.enable_notifications:
+            beat = threading.Thread(target=notify.heartbeat, args=["start"], daemon=True)
+            beat.start()  # nobody waits for it
         with models.fork_server(lock), watched_memory(run):
             yield run
 
@@ -432,9 +433,11 @@ def tell(run: Run, stopped: bool) -> None:
         if trouble:
             picture = None
             run.warnings.append(f"the picture could not be made: {notify.explain(trouble)}")
+    if not run.enable_notifications:
+        return
     notify.heartbeat("" if run.exit_status == TRAINED else "fail")
     url = db.setting("DISCORD_WEBHOOK_URL")
-    if run.enable_notifications and url:
+    if url:
         seconds = notify.STOPPED_SECONDS if stopped else notify.POST_SECONDS
         notify.post_discord(run, url, picture, seconds)
 
@@ -637,6 +640,8 @@ NIGHT = ExitStack()  # what ends with it: lock, fork server, Prefect's server
 def begin(options: argparse.Namespace) -> Run:
     """Begin the run of the command line, or exit where it cannot or need not."""
     notify.quiet_logs()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         run = NIGHT.enter_context(a_run(flow_parameters(options), options.failed))
     except Locked as error:
@@ -653,8 +658,6 @@ def begin(options: argparse.Namespace) -> Run:
         sys.exit(TRAINED)
     print(f"starting {', '.join(run.asked)}; models go to {run.models_dir}", flush=True)
     atexit.register(leave, run)  # before Prefect is imported: what it registers goes first
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
     return run
 
 
@@ -856,7 +859,7 @@ def ml_training_pipeline(
         truncate_table: empty the table before the CSV is loaded.
         n_clusters: number of clusters, 2 or more.
         only: names of models: genre, clusters, energy, popularity, similar; all by default.
-        enable_notifications: post to Discord if DISCORD_WEBHOOK_URL is set.
+        enable_notifications: post to Discord and send a heartbeat, where their URLs are set.
         models_dir: where the models go; models/ beside train.py by default.
         demo: train on so many made-up songs in the embedded database instead.
         force: publish a model even if it is worse than the current one.
@@ -975,7 +978,7 @@ def read_songs(run: Run) -> str:
     if run.demo:
         load_demo_task(run.demo, url, run.table)
     elif given["csv_path"]:
-        rejected = Path(run.models_dir, "rejected_rows.csv")
+        rejected = str(Path(run.models_dir, "rejected_rows.csv"))
         run.csv = load_csv_task(
             given["csv_path"], url, run.table, given["truncate_table"], rejected
         )
