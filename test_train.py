@@ -424,16 +424,30 @@ def night(prefect, bad_run, tmp_path_factory):
     pd.concat([odd, broken, songs.head(1)]).to_csv(folder / "songs.csv", index=False)
     with open(folder / "songs.csv", "a") as file:
         file.write("only,three,fields\n")
-    with a_webhook() as webhook:
-        program = copied(folder, DISCORD_WEBHOOK_URL=webhook.url, PREFECT_API_URL=prefect)
+    with a_webhook() as webhook, a_pulse() as pulse:
+        program = copied(
+            folder,
+            DISCORD_WEBHOOK_URL=webhook.url,
+            PREFECT_API_URL=prefect,
+            HEARTBEAT_URL=pulse.url.replace("REPLIES", "200"),
+        )
         Run(EMBEDDED.format('load_demo(50, url, "my songs", seed=1)'), "-c", folder).end()
         line = f"--csv-path '{folder}/songs.csv' --table-name 'my songs' --truncate --n-clusters 3"
         text = Run(line, program, PREFECT_API_URL=None).end(
             0, "5 of 5 models trained", "504 rows read, 500 songs loaded, 1 repeated, 3 rejected"
         )
         yield SimpleNamespace(
-            models=folder / "models", program=program, songs=songs, text=text, got=webhook.got
+            models=folder / "models",
+            program=program,
+            songs=songs,
+            text=text,
+            got=webhook.got,
+            beats=pulse.got,
         )
+
+
+def test_a_good_night_sends_a_heartbeat_at_its_start_and_at_its_end(night):
+    assert wait_until(lambda: len(night.beats) == 2) and night.beats == ["/start", ""]
 
 
 def test_the_songs_are_in_the_table_and_the_others_are_not(night):
@@ -624,11 +638,15 @@ def bad_run(prefect, postgres, toys, tmp_path_factory):
     for name in *models.MODELS, "swinging":
         publish(folder, 0.9, name, table="bad", data=quiet)
         write_down(folder, name, "trained")
-    with a_webhook() as webhook:
-        own |= {"DATABASE_URL": a_database(postgres, "bad"), "DISCORD_WEBHOOK_URL": webhook.url}
+    with a_webhook() as webhook, a_pulse() as pulse:
+        own |= {
+            "DATABASE_URL": a_database(postgres, "bad"),
+            "DISCORD_WEBHOOK_URL": webhook.url,
+            "HEARTBEAT_URL": pulse.url.replace("REPLIES", "200"),
+        }
         line = f"--only flaky --only steady,swinging --only hungry,{HOPELESS} --table-name bad --models-dir {folder}"
         run = Run(line, **own)
-        yield SimpleNamespace(run=run, own=own, models=folder, got=webhook.got)
+        yield SimpleNamespace(run=run, own=own, models=folder, got=webhook.got, beats=pulse.got)
 
 
 @pytest.fixture(scope="module")
@@ -681,6 +699,10 @@ def test_a_bad_night_is_yellow_and_partial(bad):
         and tasks["key"]["state_type"] == "FAILED"
         and logged(tasks["key"], "KeyError: 'no'")
     )
+
+
+def test_a_bad_night_sends_a_heartbeat_that_says_so(bad):
+    assert bad.beats == ["/start", "/fail"]
 
 
 def test_no_secret_is_written(bad):
@@ -830,7 +852,7 @@ def test_a_second_run_goes_away_at_once(tmp_path):
 
 
 def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
-    elsewhere = Run("--models-dir /dev/null/x", DISCORD_WEBHOOK_URL=DEAD)
+    elsewhere = Run("--models-dir /dev/null/x", DISCORD_WEBHOOK_URL=DEAD, HEARTBEAT_URL=DEAD)
     text = Run(f"--table-name nothing --models-dir {tmp_path}").end(
         2, 'The table "nothing" does not exist'
     )
@@ -841,7 +863,8 @@ def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
         and "retrying" not in text
     )
     assert models.owed(tmp_path) == list(models.MODELS)
-    elsewhere.end(2, "cannot write to the models directory /dev/null/x")
+    said = "the heartbeat was not sent: no connection"
+    elsewhere.end(2, "cannot write to the models directory /dev/null/x", said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -909,13 +932,14 @@ def stop(run, folder, webhook, number=signal.SIGTERM, group=False):
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, group):
+def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, pulse, monkeypatch, group):
     """To the process that was started, or to all that it has started as well, as systemd does."""
+    monkeypatch.setenv("HEARTBEAT_URL", pulse.url.replace("REPLIES", "200"))
     run = Run(f"--models-dir {tmp_path} --only clusters,endless", **toys("endless")).at(
         "clusters: done"
     )
     stop(run, tmp_path, webhook, group=group)
-    assert last_run()["state"]["type"] == "CRASHED"
+    assert last_run()["state"]["type"] == "CRASHED" and pulse.got == ["/start", "/fail"]
     assert models.owed(tmp_path) == ["genre", "energy", "popularity", "similar"]
 
 
@@ -3633,20 +3657,26 @@ class Pulse(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-@pytest.fixture
-def pulse(monkeypatch):
-    """A service as above; its URL, with "REPLIES" to be replaced, is `url`."""
+@contextlib.contextmanager
+def a_pulse():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pulse) as server:
         server.got = []
         server.end = threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}/REPLIES/{TOKEN}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(notify, "HEARTBEAT_SECONDS", 3)
-        monkeypatch.setattr(notify, "HEARTBEAT_TRY", 1)
-        monkeypatch.setattr(notify, "HEARTBEAT_PAUSE", 0.1)
         yield server
         server.end.set()
         server.shutdown()
+
+
+@pytest.fixture
+def pulse(monkeypatch):
+    """A service as above; its URL, with "REPLIES" to be replaced, is `url`."""
+    monkeypatch.setattr(notify, "HEARTBEAT_SECONDS", 3)
+    monkeypatch.setattr(notify, "HEARTBEAT_TRY", 1)
+    monkeypatch.setattr(notify, "HEARTBEAT_PAUSE", 0.1)
+    with a_pulse() as server:
+        yield server
 
 
 @pytest.mark.parametrize(

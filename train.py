@@ -944,31 +944,37 @@ def write_artifacts(run: Run) -> None:
 
 
 def train_and_publish(run: Run) -> None:
-    """Read the songs, train the models side by side, note what became of each as it is ready.
+    """Read the songs, train the models side by side, predict if asked to; note what became of it.
 
     What was killed, or did not get enough memory beside the others, is trained once more, alone.
     """
-    url = read_songs(run)
-    log.info("training %s", ", ".join(run.asked))
-    with task_runner(run) as runner, notify.live_status(run.asked):
-        futures = {submit(runner, run, name, url): name for name in run.asked}
-        again = []
-        for future in as_completed(list(futures)):
-            name = futures[future]
-            report, error = notify.attempt(future.result)
-            if isinstance(error, NEEDS_ROOM):
-                note_crash(run, name, error)
-                again.append(name)
-            else:
-                note(run, name, report, error)
-            forget(future)
-        for name in again:
-            report, error = notify.attempt(submit(runner, run, name, url).result)
+    with notify.live_status(run.asked):
+        url = read_songs(run)
+        log.info("training %s", ", ".join(run.asked))
+        with task_runner(run) as runner:
+            train_all(run, runner, url)
+        into = run.parameters["predict_into"]
+        if into:
+            predict_task(url, run.table, into, run.models_dir)
+
+
+def train_all(run: Run, runner: Any, url: str) -> None:
+    """Have the models trained by the task runner; note each as soon as it is ready."""
+    futures = {submit(runner, run, name, url): name for name in run.asked}
+    again = []
+    for future in as_completed(list(futures)):
+        name = futures[future]
+        report, error = notify.attempt(future.result)
+        if isinstance(error, NEEDS_ROOM):
+            note_crash(run, name, error)
+            again.append(name)
+        else:
             note(run, name, report, error)
-        note_lost_workers(run, runner, futures)
-    into = run.parameters["predict_into"]
-    if into:
-        predict_task(url, run.table, into, run.models_dir)
+        forget(future)
+    for name in again:
+        report, error = notify.attempt(submit(runner, run, name, url).result)
+        note(run, name, report, error)
+    note_lost_workers(run, runner, futures)
 
 
 def read_songs(run: Run) -> str:
