@@ -180,8 +180,12 @@ def _read_table(url: str, table: str) -> pd.DataFrame:
         with connect(url, read_only=True) as cursor:
             name, columns = _open_table(cursor, table)
             used = [column for column in REQUIRED + OPTIONAL if column in columns]
+            selected = [
+                f"array_to_string({column}, ';')" if columns[column].endswith("[]") else column
+                for column in used
+            ]
             query = (  # track_id comes first in `used`
-                f"COPY (SELECT {', '.join(used)} FROM {name} "
+                f"COPY (SELECT {', '.join(selected)} FROM {name} "
                 f'ORDER BY {used[0]}::text COLLATE "C") TO STDOUT (FORMAT csv)'
             )
             cursor.copy_expert(query, file, BLOCK)
@@ -875,7 +879,7 @@ REJECTED_ADVICE = (  # (start of the reason, what to do)
     ("not CSV", 'mend its quotes: a " within a quoted cell is written ""'),
     (r"\d+ fields", "put quotes around the cells that have commas of their own"),
     ("no ", "fill in what is missing, or leave those rows out"),
-    ("", "correct those values, or leave those rows out"),
+    ("", "correct those values (decimals with a point), or leave those rows out"),
 )
 
 
@@ -1048,7 +1052,7 @@ def _artists(text: str) -> str:
 
 def _first_genre(text: str) -> str:
     """Return the first of several genres, "" for none."""
-    genres = re.split("[,;|]", text)
+    genres = re.split("[,;|]", re.sub(r"^\s*[\[{](.*)[\]}]\s*$", r"\1", text))
     if re.fullmatch(r"""\s*[\[{(]\s*['"].*['"],?\s*[\]})]\s*""", text):
         genres = _quoted(text)
     for genre in genres:

@@ -1874,6 +1874,8 @@ MEANT = cells("""
     genre | ['rock', 'pop'] | rock
     genre | {'rock', 'pop'} | rock
     genre | pop, country | pop
+    genre | [pop, country] | pop
+    genre | Rock (Alternative) | Rock (Alternative)
     genre | [] |
     genre | {} |
     genre | set() |
@@ -1938,6 +1940,24 @@ def test_what_people_write_in_a_table(url):
     for column, text, _ in MEANT:
         execute(url, "INSERT INTO songs VALUES %s", tuple(said_by(column, text)))
     assert understood(db.load_songs(url, "songs")) == [meaning for *_, meaning in MEANT]
+
+
+def test_arrays_in_a_table(url, tmp_path):
+    load(
+        url,
+        tmp_path,
+        [song(artist_name="A;B, C", genre="rock;pop"), song(track_id="id2", genre="")],
+    )
+    for column in "artist_name", "genre":
+        execute(
+            url,
+            f"ALTER TABLE songs ALTER {column} TYPE text[] USING string_to_array({column}, ';')",
+        )
+    songs = db.load_songs(url, "songs")
+    assert songs.artist_name.tolist() == ["A;B, C", "Artist"] and songs.genre.tolist() == [
+        "rock",
+        "",
+    ]
 
 
 def said_by(column, text):
