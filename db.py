@@ -596,18 +596,23 @@ def our_columns(header: list[str]) -> dict[str, int]:
 
     Of several columns that may be meant the most trusted one counts (see ALIASES).
     """
-    plain = [_plain(name) for name in header]
-    without_unit = [_plain(re.sub(r"\(.*\)", "", name)) for name in header]  # Loudness (in dB)
+    plain = _places(_plain(name) for name in header)
+    without_unit = _places(_plain(re.sub(r"\(.*\)", "", name)) for name in header)
     found = {}
     for name in REQUIRED + OPTIONAL:
-        for other in _names_of(name):
-            if other in plain:
-                found[name] = plain.index(other)
-                break
-            if other in without_unit:
-                found[name] = without_unit.index(other)
-                break
+        for places in (plain, without_unit):  # Loudness (in dB)
+            for other in _names_of(name):
+                if name not in found and other in places:
+                    found[name] = places[other]
     return found
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """Return {name: its place}, the first one if there are several of that name."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, place)
+    return places
 
 
 def _plain(name: str) -> str:
@@ -634,7 +639,7 @@ def _likely_name(name: str, header: list[str]) -> str:
     if name in known:  # in a table, whose names have to be ours to the letter
         return header[known[name]]
     wanted = name.replace("_", "")
-    others = [other for place, other in enumerate(header) if place not in known.values()]
+    others = [other for place, other in enumerate(header[:500]) if place not in known.values()]
     for other in others:
         plain = _plain(other)
         if plain != wanted and difflib.SequenceMatcher(None, wanted, plain).ratio() >= LIKELY:
@@ -982,7 +987,7 @@ WORDS_FOR = {
     | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
 }
 UNITS = {"loudness": "db", "tempo": "bpm", "duration_ms": "ms"}  # -6 dB
-MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 SPOTIFY_TRACK = (  # a URI, an address to share, an address of the API
     r"^\s*(?:spotify:track:|https?://open\.spotify\.com/(?:[\w-]+/)*track/|"
     r"https?://api\.spotify\.com/v1/tracks/)([0-9A-Za-z]+).*$"
@@ -1138,9 +1143,9 @@ def _beats(text: str) -> float:
     if match:
         return float(match[1])
     match = re.fullmatch(r"(?:(\d+)[-. ]+)?([a-z]{3})[a-z]*\.?(?:[- ]+(\d+))?", text)
-    if match and MONTHS.find(match[2]) % 3 == 0 and (match[1] or match[3]):
+    if match and match[2] in MONTHS and (match[1] or match[3]):
         day = int(match[1] or match[3])
-        month = MONTHS.index(match[2]) // 3 + 1
+        month = MONTHS.index(match[2]) + 1
     else:
         match = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
         if not match:

@@ -1822,7 +1822,8 @@ def test_names_of_the_public_sets(header, ours):
     name,song_name | track_name | song_name
     Artist,track_artist | artist_name | track_artist
     Date,Release Date,Year | year | Year
-    Duration,Duration_ms | duration_ms | Duration_ms"""),
+    Duration,Duration_ms | duration_ms | Duration_ms
+    Loudness (LUFS),Loudness_dB | loudness | Loudness_dB"""),
 )
 def test_of_several_columns_the_most_trusted_counts(header, name, trusted):
     header = header.split(",")
