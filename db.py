@@ -180,8 +180,12 @@ def _read_table(url: str, table: str) -> pd.DataFrame:
         with connect(url, read_only=True) as cursor:
             name, columns = _open_table(cursor, table)
             used = [column for column in REQUIRED + OPTIONAL if column in columns]
+            selected = [
+                f"array_to_string({column}, ';')" if columns[column].endswith("[]") else column
+                for column in used
+            ]
             query = (  # track_id comes first in `used`
-                f"COPY (SELECT {', '.join(used)} FROM {name} "
+                f"COPY (SELECT {', '.join(selected)} FROM {name} "
                 f'ORDER BY {used[0]}::text COLLATE "C") TO STDOUT (FORMAT csv)'
             )
             cursor.copy_expert(query, file, BLOCK)
@@ -594,18 +598,23 @@ def our_columns(header: list[str]) -> dict[str, int]:
 
     Of several columns that may be meant the most trusted one counts (see ALIASES).
     """
-    plain = [_plain(name) for name in header]
-    without_unit = [_plain(re.sub(r"\(.*\)", "", name)) for name in header]  # Loudness (in dB)
+    plain = _places(_plain(name) for name in header)
+    without_unit = _places(_plain(re.sub(r"\(.*\)", "", name)) for name in header)
     found = {}
     for name in REQUIRED + OPTIONAL:
-        for other in _names_of(name):
-            if other in plain:
-                found[name] = plain.index(other)
-                break
-            if other in without_unit:
-                found[name] = without_unit.index(other)
-                break
+        for places in (plain, without_unit):  # Loudness (in dB)
+            for other in _names_of(name):
+                if name not in found and other in places:
+                    found[name] = places[other]
     return found
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    """Return {name: its place}, the first one if there are several of that name."""
+    places: dict[str, int] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, place)
+    return places
 
 
 def _plain(name: str) -> str:
@@ -632,7 +641,7 @@ def _likely_name(name: str, header: list[str]) -> str:
     if name in known:  # in a table, whose names have to be ours to the letter
         return header[known[name]]
     wanted = name.replace("_", "")
-    others = [other for place, other in enumerate(header) if place not in known.values()]
+    others = [other for place, other in enumerate(header[:500]) if place not in known.values()]
     for other in others:
         plain = _plain(other)
         if plain != wanted and difflib.SequenceMatcher(None, wanted, plain).ratio() >= LIKELY:
@@ -877,7 +886,7 @@ REJECTED_ADVICE = (  # (start of the reason, what to do)
     ("not CSV", 'mend its quotes: a " within a quoted cell is written ""'),
     (r"\d+ fields", "put quotes around the cells that have commas of their own"),
     ("no ", "fill in what is missing, or leave those rows out"),
-    ("", "correct those values, or leave those rows out"),
+    ("", "correct those values (decimals with a point), or leave those rows out"),
 )
 
 
@@ -980,7 +989,7 @@ WORDS_FOR = {
     | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
 }
 UNITS = {"loudness": "db", "tempo": "bpm", "duration_ms": "ms"}  # -6 dB
-MONTHS = "janfebmaraprmayjunjulaugsepoctnovdec"
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 SPOTIFY_TRACK = (  # a URI, an address to share, an address of the API
     r"^\s*(?:spotify:track:|https?://open\.spotify\.com/(?:[\w-]+/)*track/|"
     r"https?://api\.spotify\.com/v1/tracks/)([0-9A-Za-z]+).*$"
@@ -1050,7 +1059,7 @@ def _artists(text: str) -> str:
 
 def _first_genre(text: str) -> str:
     """Return the first of several genres, "" for none."""
-    genres = re.split("[,;|]", text)
+    genres = re.split("[,;|]", re.sub(r"^\s*[\[{](.*)[\]}]\s*$", r"\1", text))
     if re.fullmatch(r"""\s*[\[{(]\s*['"].*['"],?\s*[\]})]\s*""", text):
         genres = _quoted(text)
     for genre in genres:
@@ -1136,9 +1145,9 @@ def _beats(text: str) -> float:
     if match:
         return float(match[1])
     match = re.fullmatch(r"(?:(\d+)[-. ]+)?([a-z]{3})[a-z]*\.?(?:[- ]+(\d+))?", text)
-    if match and MONTHS.find(match[2]) % 3 == 0 and (match[1] or match[3]):
+    if match and match[2] in MONTHS and (match[1] or match[3]):
         day = int(match[1] or match[3])
-        month = MONTHS.index(match[2]) // 3 + 1
+        month = MONTHS.index(match[2]) + 1
     else:
         match = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
         if not match:

@@ -1940,7 +1940,8 @@ def test_names_of_the_public_sets(header, ours):
     name,song_name | track_name | song_name
     Artist,track_artist | artist_name | track_artist
     Date,Release Date,Year | year | Year
-    Duration,Duration_ms | duration_ms | Duration_ms"""),
+    Duration,Duration_ms | duration_ms | Duration_ms
+    Loudness (LUFS),Loudness_dB | loudness | Loudness_dB"""),
 )
 def test_of_several_columns_the_most_trusted_counts(header, name, trusted):
     header = header.split(",")
@@ -1992,6 +1993,8 @@ MEANT = cells("""
     genre | ['rock', 'pop'] | rock
     genre | {'rock', 'pop'} | rock
     genre | pop, country | pop
+    genre | [pop, country] | pop
+    genre | Rock (Alternative) | Rock (Alternative)
     genre | [] |
     genre | {} |
     genre | set() |
@@ -2056,6 +2059,24 @@ def test_what_people_write_in_a_table(url):
     for column, text, _ in MEANT:
         execute(url, "INSERT INTO songs VALUES %s", tuple(said_by(column, text)))
     assert understood(db.load_songs(url, "songs")) == [meaning for *_, meaning in MEANT]
+
+
+def test_arrays_in_a_table(url, tmp_path):
+    load(
+        url,
+        tmp_path,
+        [song(artist_name="A;B, C", genre="rock;pop"), song(track_id="id2", genre="")],
+    )
+    for column in "artist_name", "genre":
+        execute(
+            url,
+            f"ALTER TABLE songs ALTER {column} TYPE text[] USING string_to_array({column}, ';')",
+        )
+    songs = db.load_songs(url, "songs")
+    assert songs.artist_name.tolist() == ["A;B, C", "Artist"] and songs.genre.tolist() == [
+        "rock",
+        "",
+    ]
 
 
 def said_by(column, text):
