@@ -863,6 +863,8 @@ def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
         and "retrying" not in text
     )
     assert models.owed(tmp_path) == list(models.MODELS)
+    lines = [line for line in text.splitlines() if "Finished in state" not in line]  # Prefect's own
+    assert sum('The table "nothing" does not exist' in line for line in lines) == 1
     said = "the heartbeat was not sent: no connection"
     elsewhere.end(2, "cannot write to the models directory /dev/null/x", said)
 

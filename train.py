@@ -728,27 +728,23 @@ from prefect.states import Completed, Crashed, Failed, State
 
 
 def can_heal(task: Any, task_run: Any, state: State) -> bool:
-    """Return whether to try a failed task again (Prefect's retry condition); say so in the log.
+    """Return whether to try a failed task again (Prefect's retry condition); if so, log it.
 
-    Not what the same input brings back, nor what lacked memory.
+    Not what the same input brings back, nor what lacked memory. An error that ends the run is told
+    at its end.
     """
     error = state.result(raise_on_failure=False)
-    name = task.task_run_name
-    if isinstance(error, MemoryError):
-        return False
-    if not notify.heals(error):
-        sentence = "%s: %s; not tried again: the same input would bring the same"
-        log.error(sentence, name, notify.explain(error))
+    if isinstance(error, MemoryError) or not notify.heals(error):
         return False
     log.warning(
         "%s: %s; retrying in %s%g s (%d of %d)",
-        name,
+        task.task_run_name,
         notify.explain(error),
         "about " if task.retry_jitter_factor else "",
         task.retry_delay_seconds[task_run.run_count - 1],
         task_run.run_count,
         task.retries,
-        extra={"model": name, "phase": "retrying"},
+        extra={"model": task.task_run_name, "phase": "retrying"},
     )
     return True
 
@@ -760,6 +756,10 @@ def training_can_heal(task: Any, task_run: Any, state: State) -> bool:
     """Return the same of a training: not what is trained again alone, nor what is trained."""
     error = state.result(raise_on_failure=False)
     if isinstance(error, (*NEEDS_ROOM, NotPublished)):
+        return False
+    if not notify.heals(error):
+        sentence = "%s: %s; not tried again: the same input would bring the same"
+        log.error(sentence, task.task_run_name, notify.explain(error))
         return False
     return can_heal(task, task_run, state)
 
