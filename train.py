@@ -631,9 +631,8 @@ def check_prefect() -> list[tuple[str, str, str]]:
 
 # ---- python train.py: what need not wait for Prefect, whose import takes seconds -----------------
 
-RUN: Run | None = (
-    None  # that of the command line; the flow makes its own where it is called otherwise
-)
+# The run of the command line. Where the flow is called otherwise it makes its own.
+RUN: Run | None = None
 NIGHT = ExitStack()  # what ends with it: lock, fork server, Prefect's server
 
 
@@ -663,11 +662,16 @@ def begin(options: argparse.Namespace) -> Run:
 
 def stop(number: int, _: Any) -> None:
     """Conclude the run on SIGTERM or Ctrl-C where the flow does not do so itself; exit."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first one counts
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals()
     log_without_prefect()
     stop_run(RUN, Stopped(128 + number))
     sys.exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """Let the first signal count."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def log_without_prefect() -> None:
@@ -909,10 +913,11 @@ def stop_flow(run: Run, why: Stopped) -> None:
 
     Prefect waits for every task, also for one that sleeps before its next try.
     """
+    if RUN:
+        ignore_signals()
     stop_run(run, why)
     if RUN:
         notify.attempt(tell_prefect, why)
-    if RUN:
         timer = threading.Timer(STOP_SECONDS, leave, [RUN])
     elif why.code == TERMINATED:
         timer = threading.Timer(STOP_SECONDS, os._exit, [why.code])
