@@ -1016,10 +1016,11 @@ class SongRegressor:
         self.range_ = y.min(), y.max()
         totals = by_genre["sum"] + self.PRIOR_SONGS * self.mean_
         self.genre_means_ = (totals / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
+        # Drawn for both: the folds drawn next are then those of earlier editions.
+        some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
         self.curve_ = None
         # Popularity hangs too little on the audio: there a quadratic adds noise.
         if self.target == "energy":
-            some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
             self.curve_ = self._quadratic().fit(self._plane(songs.iloc[some]), y[some])
 
     def _quadratic(self) -> Any:
