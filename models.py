@@ -87,6 +87,7 @@ KNOWN_SONGS = 0.12  # share of the other artists' songs held out
 FEW_SONGS = 50_000  # of fewer, what is held out of one split leaves much to chance ...
 SPLITS = 3  # ... so a model is judged on so many, ...
 AVERAGED = 3  # ... and a regressor that is saved averages so many fits; one that is judged is one
+SMALL_TABLE = 10_000  # songs: fewer are learnt with smaller steps
 
 # The gate: how much worse than the current model a new one may be and still take its place.
 GATE_RELATIVE = 0.05
@@ -717,7 +718,7 @@ class GenreClassifier:
         batch = int(np.clip(n // 150, 16, self.MAX_BATCH))
         epochs = max(self.EPOCHS, 200 * batch // n)
         self.network_ = self._first_weights(numbers.shape[1], texts.shape[1], rng)
-        rate, token_rate = self.RATES_OF_FEW if n < FEW_SONGS else self.RATES
+        rate, token_rate = self.RATES_OF_FEW if n < SMALL_TABLE else self.RATES
         update = _Update(self.network_)
         orders = [rng.permutation(n) for _ in range(epochs)]
         steps = epochs * len(range(0, n, batch))
@@ -890,7 +891,6 @@ class SongRegressor:
     PRIOR_SONGS = 10  # a genre's mean is shrunk towards that of all songs as if it had more of them
     CURVE_ROWS = 100_000  # rows the quadratic is fitted on, and predicted at a time
     LEARNING_RATE = {"energy": 0.1, "popularity": 0.07}
-    FEWER_SONGS = 10_000  # are learnt with smaller steps
     TREES = {
         "max_iter": 150,
         "max_leaf_nodes": 47,
@@ -936,7 +936,7 @@ class SongRegressor:
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
-        rate = self.LEARNING_RATE[self.target] * min(1, len(songs) / self.FEWER_SONGS) ** 0.25
+        rate = self.LEARNING_RATE[self.target] * min(1, len(songs) / SMALL_TABLE) ** 0.25
         self.trees_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
@@ -1025,10 +1025,11 @@ class SongRegressor:
         self.range_ = y.min(), y.max()
         totals = by_genre["sum"] + self.PRIOR_SONGS * self.mean_
         self.genre_means_ = (totals / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
+        # Drawn for both: the folds drawn next are then those of earlier editions.
+        some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
         self.curve_ = None
         # Popularity hangs too little on the audio: there a quadratic adds noise.
         if self.target == "energy":
-            some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
             self.curve_ = self._quadratic().fit(self._plane(songs.iloc[some]), y[some])
 
     def _quadratic(self) -> Any:
