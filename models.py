@@ -2094,7 +2094,7 @@ def end_steps() -> None:
 
 
 class ForkServerProcess:
-    """The fork server as those see it who ask for steps. Where it was killed, another is started."""
+    """The fork server, as those see it who ask for steps; where it was killed, another starts."""
 
     def __init__(self, inherited: list[int]) -> None:
         self.inherited = inherited
