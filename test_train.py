@@ -56,17 +56,24 @@ from db import DatabaseUnavailable, DataError
 
 # ---- Shared --------------------------------------------------------------------------------------
 ROOT = Path(__file__).resolve().parent
-TRAIN, MODELS = ROOT / "train.py", ROOT / "models.py"
-TOKEN, PASSWORD = "aVerySecretToken_0123456789-abcdefghij", "s3cr%3Aet%2F%40"
+TRAIN = ROOT / "train.py"
+MODELS = ROOT / "models.py"
+TOKEN = "aVerySecretToken_0123456789-abcdefghij"
+PASSWORD = "s3cr%3Aet%2F%40"
 SECRETS = TOKEN, "s3cr:et", "s3cr%3Aet"
 DEAD = f"http://127.0.0.1:9/api/webhooks/1/{TOKEN}"
-GREEN, YELLOW, RED = 0x2ECC71, 0xF1C40F, 0xE74C3C
+GREEN = 0x2ECC71
+YELLOW = 0xF1C40F
+RED = 0xE74C3C
 slow = pytest.mark.slow
 
 
 def cells(text):
     """The rows of a table that is written as text."""
-    return [[cell.strip() for cell in line.split("|")] for line in text.strip("\n").split("\n")]
+    rows = []
+    for line in text.strip("\n").split("\n"):
+        rows.append([cell.strip() for cell in line.split("|")])
+    return rows
 
 
 def wait_until(condition, seconds=10):
@@ -192,7 +199,8 @@ def table(prefect, postgres, monkeypatch):
 
 def accepted(embeds, allowed_mentions):
     """Whether Discord takes a message. It counts UTF-16 code units."""
-    (embed,), fields = embeds, embeds[0]["fields"]
+    (embed,) = embeds
+    fields = embed["fields"]
     texts = [
         (embed["title"], 256),
         (embed["description"] or "none", 4096),
@@ -245,11 +253,9 @@ class Discord(http.server.BaseHTTPRequestHandler):
             for part in message.walk()
             if not part.is_multipart()
         }
-        payload, picture, replies = (
-            json.loads(parts[None]),
-            parts.get("report.png"),
-            self.path.split("/")[3].split(","),
-        )
+        payload = json.loads(parts[None])
+        picture = parts.get("report.png")
+        replies = self.path.split("/")[3].split(",")
         (embed,) = payload["embeds"]
         self.server.got.append((embed, picture))
         reply, _, wait = replies[min(len(self.server.got), len(replies)) - 1].partition(":")
@@ -273,10 +279,8 @@ class Discord(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def a_webhook():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Discord) as server:
-        server.got, server.url = (
-            [],
-            f"http://127.0.0.1:{server.server_port}/api/webhooks/204/{TOKEN}",
-        )
+        server.got = []
+        server.url = f"http://127.0.0.1:{server.server_port}/api/webhooks/204/{TOKEN}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
@@ -500,10 +504,8 @@ def test_prefect_shows_the_run(night):
         re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"])
         and run["state"]["name"] == "Completed"
     )
-    tasks, shown = (
-        tasks_of(run),
-        {found["key"]: found["description"] for found in kept("artifacts", run)},
-    )
+    tasks = tasks_of(run)
+    shown = {found["key"]: found["description"] for found in kept("artifacts", run)}
     assert set(tasks) == {*models.MODELS, "load CSV", "load songs"}
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"} and logged(
         tasks["genre"], "genre: fitting on"
@@ -519,7 +521,9 @@ def test_the_log_begins_at_once_is_plain_and_has_every_line_once(night):
 
 
 def test_show_similar_and_predict(night, tmp_path, ask):
-    given, out, there = tmp_path / "in.csv", tmp_path / "out.csv", {"folder": night.models}
+    given = tmp_path / "in.csv"
+    out = tmp_path / "out.csv"
+    there = {"folder": night.models}
     night.songs.to_csv(given, index=False)
     assert (
         re.search("^similar .* 500 .* ago", ask("show", **there), re.M)
@@ -528,10 +532,8 @@ def test_show_similar_and_predict(night, tmp_path, ask):
     assert len(json.loads(ask("similar", 'say "hi"', "-k", 7, "--json", **there))["similar"]) == 7
     assert "500 songs; --out FILE writes them all" in ask("predict", given, **there)
     ask("predict", given, "--out", out, **there)
-    rows, written = (
-        ask("predict", given, "--json", **there).splitlines(),
-        pd.read_csv(out, keep_default_na=False),
-    )
+    rows = ask("predict", given, "--json", **there).splitlines()
+    written = pd.read_csv(out, keep_default_na=False)
     added = [
         "genre_predicted",
         "genre_confidence",
@@ -662,10 +664,8 @@ def bad_run(prefect, postgres, toys, tmp_path_factory):
 
     Yesterday's songs were quieter.
     """
-    folder, own = (
-        tmp_path_factory.mktemp("models"),
-        toys(f"flaky,steady,swinging,hungry,{HOPELESS}"),
-    )
+    folder = tmp_path_factory.mktemp("models")
+    own = toys(f"flaky,steady,swinging,hungry,{HOPELESS}")
     quiet = models.describe(db.demo_songs(600).assign(loudness=lambda songs: songs.loudness - 9))
     for name in *models.MODELS, "swinging":
         publish(folder, 0.9, name, table="bad", data=quiet)
@@ -693,7 +693,8 @@ def bad(bad_run):
 
 
 def test_what_can_heal_is_tried_again_after_2_4_and_8_seconds(bad):
-    begins, ends = times(bad.own, "flaky begins"), times(bad.own, "flaky ends")
+    begins = times(bad.own, "flaky begins")
+    ends = times(bad.own, "flaky ends")
     pauses = [begin - end for begin, end in zip(begins[1:], ends)]
     assert all(0.6 * wait <= pause < 2 * wait for wait, pause in zip((2, 4, 8), pauses)), pauses
     said = re.findall("flaky: the fan fell off .*; retrying in about (.*)", bad.text)
@@ -722,7 +723,8 @@ def test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_
 
 
 def test_a_bad_night_is_yellow_and_partial(bad):
-    (embed, picture), run = bad.got[0], last_run("bad")
+    embed, picture = bad.got[0]
+    run = last_run("bad")
     assert embed["color"] == YELLOW and "2 of 8 models trained" in embed["title"] and picture
     assert re.search(
         "mean loudness is[^$]*--failed", embed["description"]
@@ -1014,7 +1016,8 @@ TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sy
 @pytest.fixture(scope="module")
 def crash(prefect, postgres, toys, tmp_path_factory):
     """A run on a terminal in which a fit is killed once, with -9."""
-    folder, own = tmp_path_factory.mktemp("crash"), toys("shaky,steady,fragile")
+    folder = tmp_path_factory.mktemp("crash")
+    own = toys("shaky,steady,fragile")
     with a_webhook() as webhook:
         own |= {"DATABASE_URL": a_database(postgres, "songs"), "DISCORD_WEBHOOK_URL": webhook.url}
         own |= {"COLUMNS": 80, "TERM": "xterm-256color"}
@@ -1028,7 +1031,8 @@ CRASHED = "fragile: it was killed (was memory short?)"
 
 
 def test_a_fit_that_is_killed_is_trained_again_alone_and_no_other(crash):
-    (_, again), (end,) = times(crash.own, "fragile begins"), times(crash.own, "steady ends")
+    _, again = times(crash.own, "fragile begins")
+    (end,) = times(crash.own, "steady ends")
     assert again > max(end, *times(crash.own, "shaky ends"))
     assert (
         len(times(crash.own, "steady begins")) == 1 and len(times(crash.own, "shaky begins")) == 3
@@ -1127,7 +1131,8 @@ def whole(folder):
 
 @slow
 def test_kill_9_at_six_moments_loses_nothing(tmp_path):
-    program, folder = copied(tmp_path), tmp_path / "demo" / "models"
+    program = copied(tmp_path)
+    folder = tmp_path / "demo" / "models"
     own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path}
     Run("--demo 600", program, **own).end(0, "5 of 5 models trained")
     old = whole(folder)
@@ -1144,7 +1149,8 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
         run = Run("--demo 600", program, **own).at(phase)
         run.process.kill()
         run.end(-signal.SIGKILL)
-        new, last = whole(folder), models.read_history(folder)[-1]["run"]
+        new = whole(folder)
+        last = models.read_history(folder)[-1]["run"]
         assert all(new[name] in (old[name], last) for name in models.MODELS)
         assert models.owed(folder) == [name for name in new if new[name] != last]
         old = new
@@ -1162,13 +1168,15 @@ def small_disk(tmp_path):
 
 @slow
 def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, webhook):
-    folder, filler = small_disk / "models", small_disk / "filler"
+    folder = small_disk / "models"
+    filler = small_disk / "filler"
     Run(f"--only clusters,energy --models-dir {folder}").end()
     for free, status, said, trained in (  # so many KiB are free
         (0, 3, "0 of 2 models trained", []),
         (400, 1, "failed: energy", ["clusters"]),
     ):
-        old, room = whole(folder), shutil.disk_usage(small_disk).free
+        old = whole(folder)
+        room = shutil.disk_usage(small_disk).free
         with open(filler, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - free * 1024)
         Run(f"--only clusters,energy --models-dir {folder}").end(
@@ -1426,7 +1434,8 @@ def test_unusual_places(folder):
 
     Parents are opened for passing, not for reading.
     """
-    folder, root = folder.with_name("with 'some' spaces"), os.geteuid() == 0
+    folder = folder.with_name("with 'some' spaces")
+    root = os.geteuid() == 0
     folder.mkdir()
     if root:
         os.chown(folder, 65534, 65534)
@@ -1488,7 +1497,8 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
 
 # ---- Connections and their errors ----------------------------------------------------------------
 def test_connection_failures(url, tmp_path):
-    path, guest = write(tmp_path / "a.csv", [GOOD]), url.replace("owner", "guest")
+    path = write(tmp_path / "a.csv", [GOOD])
+    guest = url.replace("owner", "guest")
     execute(url, f"CREATE TABLE songs ({' text, '.join(HEADER)} text)")
     for text, other in cells(f"""
             PostgreSQL at localhost.*password.*Correct user and password | \
@@ -1569,7 +1579,8 @@ server_tls_ca_file=ca.pem
 @pytest.fixture
 def pooled(managed):
     """URI of a pooler before it: transaction mode, a single connection to the server."""
-    (url, at), port = managed, free_port()
+    url, at = managed
+    port = free_port()
     (at / "users").write_text('"owner" "s3cr:et/@"\n')
     (at / "pgbouncer.ini").write_text(POOLER.format(re.search(r":(\d+)/", url)[1], port))
     bouncer = subprocess.Popen(
@@ -1589,10 +1600,8 @@ def test_tls(managed):
     url, at = managed
     for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
         assert value(url + mode, "ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-    fix, verified = (
-        r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert=",
-        "?sslmode=verify-full&sslrootcert=",
-    )
+    fix = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert="
+    verified = "?sslmode=verify-full&sslrootcert="
     by_number = url.replace("localhost", "127.0.0.1")
     wrong = url.replace(PASSWORD, "x")
     # The last case: libpq tries again without TLS, and that answer must not hide the first.
@@ -1774,7 +1783,8 @@ def test_numbers_that_are_none_in_a_table(url, caplog, kind):
 
 
 # ---- CSV files -----------------------------------------------------------------------------------
-LINE, GOOD_LINE = ",".join(HEADER).encode(), ",".join(GOOD).encode()
+LINE = ",".join(HEADER).encode()
+GOOD_LINE = ",".join(GOOD).encode()
 BAD = {
     "empty": (b"", "is empty"),
     "blank": (b"\n\n", "is empty"),
@@ -1816,7 +1826,8 @@ class Web(http.server.BaseHTTPRequestHandler):
     log_message = lambda *_: None
 
     def do_GET(self):
-        name, content = self.path.strip("/"), LINE + b"\n" + GOOD_LINE
+        name = self.path.strip("/")
+        content = LINE + b"\n" + GOOD_LINE
         content = gzip.compress(content) if ".gz" in name else content
         self.send_response(int(name) if name.isdigit() else 200)
         if name == "chunks":
@@ -1866,7 +1877,8 @@ REJECTED += [
 
 def test_rejected_rows_are_kept(url, tmp_path):
     """Each costs only itself: it is counted, shown and kept with its line and reason."""
-    lines, bad = [",".join(HEADER)], len(REJECTED)
+    lines = [",".join(HEADER)]
+    bad = len(REJECTED)
     for number, (_, line) in enumerate(REJECTED):
         lines += [f"g{number},A,T,pop,50,.5,.5,-7,.1,.2,0,.9", line]
     lines += ["", 'x,12" Mix,"two\nlines",pop,50,.5,.5,-7,.1,.2,0,.9']
@@ -2449,7 +2461,8 @@ def by_the_rule(songs, split):
         return values.isin(names[order[: int(len(names) * share)]])
 
     new = first(songs.artist_name, 0.10, f"artist{split or ''}")
-    rest, recording = songs[~new], (songs.artist_name + "\0" + songs.track_name).str.casefold()
+    rest = songs[~new]
+    recording = (songs.artist_name + "\0" + songs.track_name).str.casefold()
     known = first(rest.track_id, 0.12, f"song{split or ''}")
     train = rest[~known]
     return train, rest[known & ~recording[~new].isin(recording[train.index])], songs[new]
@@ -2642,7 +2655,8 @@ def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(so
 
 @pytest.mark.parametrize("name, least", [("genre", 0.4), ("energy", 0.2), ("popularity", 0.2)])
 def test_models_find_what_the_demo_songs_hide_without_seeing_it(songs, trained, name, least):
-    (estimator, metrics), some = trained[name], songs.head(200)
+    estimator, metrics = trained[name]
+    some = songs.head(200)
     primary = next(iter(metrics))
     assert metrics[primary] > 0.4 and metrics[f"{primary}_new_artists"] > least
     other = some.assign(**{name: some[name].sample(frac=1, random_state=0).to_numpy()})
@@ -2657,7 +2671,8 @@ def test_models_find_what_the_demo_songs_hide_without_seeing_it(songs, trained, 
 
 def test_the_genre_network_gradient_is_that_of_its_loss(songs):
     """Against the slope of the mean cross-entropy along a random direction."""
-    few, rng = songs.head(40), np.random.default_rng(0)
+    few = songs.head(40)
+    rng = np.random.default_rng(0)
     genre = models.GenreClassifier().fit(few, few.genre)
     start = genre.network_ = {
         name: weights.astype(np.float64) for name, weights in genre.network_.items()
@@ -2714,11 +2729,10 @@ def test_too_little_data_is_said(songs, name, rows, change, sentence):
 
 
 def test_clusters(songs, trained):
-    (pipeline, metrics), features = (
-        trained["clusters"],
-        songs[list(models.AUDIO)].astype(np.float64),
-    )
-    labels, scaled = pipeline.predict(features), (features - features.mean()) / features.std(ddof=0)
+    pipeline, metrics = trained["clusters"]
+    features = songs[list(models.AUDIO)].astype(np.float64)
+    labels = pipeline.predict(features)
+    scaled = (features - features.mean()) / features.std(ddof=0)
     assert (
         metrics["sizes"] == np.bincount(labels).tolist() == sorted(metrics["sizes"], reverse=True)
     )
@@ -2737,13 +2751,13 @@ def test_similar_is_exact(songs, same_artist):
         ignore_index=True,
     )
     few.loc[::5, "artist_name"] = "Demo Artist 1"
-    index, points = models.SimilarSongs().fit(few), models.SimilarSongs().fit(few).tree_.data
-    few["first"], few["recording"] = (
-        few.artist_name.str.split(";").str[0],
-        (few.artist_name + "\0" + few.track_name).str.casefold(),
-    )
+    index = models.SimilarSongs().fit(few)
+    points = models.SimilarSongs().fit(few).tree_.data
+    few["first"] = few.artist_name.str.split(";").str[0]
+    few["recording"] = (few.artist_name + "\0" + few.track_name).str.casefold()
     for row in range(0, len(few), 3):
-        song, distances = few.iloc[row], np.linalg.norm(points - points[row], axis=1)
+        song = few.iloc[row]
+        distances = np.linalg.norm(points - points[row], axis=1)
         others = few.assign(distance=distances).sort_values("distance", kind="stable")
         others = others[others.recording != song.recording].drop_duplicates("recording")
         own = others["first"] == song["first"]
@@ -2780,7 +2794,8 @@ def write_down(folder, name, status, run="1"):
 
 
 def current(folder):
-    loaded, report = models.load_model("energy", folder), models.read_report("energy", folder)
+    loaded = models.load_model("energy", folder)
+    report = models.read_report("energy", folder)
     assert (loaded["metrics"], loaded["run"]) == (report["metrics"], report["run"])
     assert report["sha256"] == hashlib.sha256((folder / "energy.joblib").read_bytes()).hexdigest()
     return loaded["estimator"]["toy"]
@@ -2807,10 +2822,8 @@ def versions_kept(folder):
 def test_the_gate(tmp_path, before, after, more, status):
     before, after, more = map(json.loads, (before, after, more))
     publish(tmp_path, before)
-    report, kept = (
-        publish(tmp_path, after, **more),
-        (after, before) if status == "trained" else (before, after),
-    )
+    report = publish(tmp_path, after, **more)
+    kept = (after, before) if status == "trained" else (before, after)
     assert (report["status"], report["previous"]) == (status, before) and (
         current(tmp_path),
         *versions_kept(tmp_path),
@@ -2889,7 +2902,8 @@ def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, dam
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in (1, 2, 3))])
 def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
-    rng, value = random.Random(seed), 1.0
+    rng = random.Random(seed)
+    value = 1.0
     publish(tmp_path, value)
     for _ in range(15):
         child = os.fork()
@@ -3013,7 +3027,8 @@ def test_a_popularity_model_of_the_earlier_edition_loads(songs):
 
 def test_popularity_starts_at_the_mean_of_its_genre(songs):
     estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
-    prior, count = models.SongRegressor.PRIOR_SONGS, songs.groupby("genre").size()
+    prior = models.SongRegressor.PRIOR_SONGS
+    count = songs.groupby("genre").size()
     shrunk = songs.groupby("genre").popularity.sum() + prior * songs.popularity.mean()
     assert estimator._start(songs) == pytest.approx(songs.genre.map(shrunk / (count + prior)))
 
@@ -3156,10 +3171,8 @@ def test_predictions_say_what_share_is_done(url, predicted, models_dir, caplog, 
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
-    song, twice = (
-        songs[~songs.track_name.duplicated(keep=False)].iloc[0],
-        songs[songs.track_name.duplicated()].iloc[0],
-    )
+    song = songs[~songs.track_name.duplicated(keep=False)].iloc[0]
+    twice = songs[songs.track_name.duplicated()].iloc[0]
     for text in (song.track_name.upper(), song.track_id):
         answer = json.loads(ask("similar", text, "-k", 5, "--json"))
         assert answer["song"]["track_id"] == song.track_id and len(answer["similar"]) == 5
