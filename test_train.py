@@ -472,7 +472,8 @@ def night(prefect, bad_run, tmp_path_factory):
 
 
 def test_a_good_night_sends_a_heartbeat_at_its_start_and_at_its_end(night):
-    assert wait_until(lambda: len(night.beats) == 2) and night.beats == ["/start", ""]
+    assert wait_until(lambda: len(night.beats) == 2)
+    assert night.beats == ["/start", ""]
 
 
 def test_the_songs_are_in_the_table_and_the_others_are_not(night):
@@ -491,25 +492,21 @@ def test_every_model_is_there_with_its_metrics(night):
 
 def test_the_message_is_green_and_has_the_picture(night):
     ((embed, picture),) = night.got
-    assert (embed["color"], len(embed["fields"])) == (
-        GREEN,
-        5,
-    ) and "5 of 5 models trained" in embed["title"]
-    assert picture.startswith(b"\x89PNG") and picture == (night.models / "report.png").read_bytes()
+    assert (embed["color"], len(embed["fields"])) == (GREEN, 5)
+    assert "5 of 5 models trained" in embed["title"]
+    assert picture.startswith(b"\x89PNG")
+    assert picture == (night.models / "report.png").read_bytes()
 
 
 def test_prefect_shows_the_run(night):
     run = last_run("my songs")
-    assert (
-        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"])
-        and run["state"]["name"] == "Completed"
-    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"])
+    assert run["state"]["name"] == "Completed"
     tasks = tasks_of(run)
     shown = {found["key"]: found["description"] for found in kept("artifacts", run)}
     assert set(tasks) == {*models.MODELS, "load CSV", "load songs"}
-    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"} and logged(
-        tasks["genre"], "genre: fitting on"
-    )
+    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
+    assert logged(tasks["genre"], "genre: fitting on")
     assert set(shown) == {"metrics"} | {f"model-{name}" for name in models.MODELS}
     assert "(first)" in shown["model-clusters"]
 
@@ -517,7 +514,8 @@ def test_prefect_shows_the_run(night):
 def test_the_log_begins_at_once_is_plain_and_has_every_line_once(night):
     said = [line.split(" | ", 2)[-1] for line in night.text.splitlines()]
     assert said[0].startswith("starting"), "before Prefect or scikit-learn is imported"
-    assert "\x1b" not in night.text and sorted(set(said)) == sorted(said)
+    assert "\x1b" not in night.text
+    assert sorted(set(said)) == sorted(said)
 
 
 def test_show_similar_and_predict(night, tmp_path, ask):
@@ -525,10 +523,8 @@ def test_show_similar_and_predict(night, tmp_path, ask):
     out = tmp_path / "out.csv"
     there = {"folder": night.models}
     night.songs.to_csv(given, index=False)
-    assert (
-        re.search("^similar .* 500 .* ago", ask("show", **there), re.M)
-        and len(json.loads(ask("show", "--json", **there))) == 5
-    )
+    assert re.search("^similar .* 500 .* ago", ask("show", **there), re.M)
+    assert len(json.loads(ask("show", "--json", **there))) == 5
     assert len(json.loads(ask("similar", 'say "hi"', "-k", 7, "--json", **there))["similar"]) == 7
     assert "500 songs; --out FILE writes them all" in ask("predict", given, **there)
     ask("predict", given, "--out", out, **there)
@@ -573,11 +569,9 @@ def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
         f"{program} --n-clusters 3 --failed --csv-path '{tmp_path}/my songs.csv' --truncate",
     )
     ((embed, _),) = webhook.got
-    assert (
-        embed["color"] == RED
-        and "--failed" in embed["description"]
-        and "s3cr" not in json.dumps(embed)
-    )
+    assert embed["color"] == RED
+    assert "--failed" in embed["description"]
+    assert "s3cr" not in json.dumps(embed)
     assert last_run()["state"]["name"] == "Failed"
 
 
@@ -716,26 +710,25 @@ def test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_
         times(bad.own, words)
         for words in ("flaky begins", "steady begins", "steady ends", "hungry begins")
     )
-    assert (
-        flaky < end and steady < flaky + 2 and alone >= max(times(bad.own, "(?:flaky|steady) ends"))
-    )
+    assert flaky < end
+    assert steady < flaky + 2
+    assert alone >= max(times(bad.own, "(?:flaky|steady) ends"))
     assert bad.text.count("600 songs read from bad") == 1
 
 
 def test_a_bad_night_is_yellow_and_partial(bad):
     embed, picture = bad.got[0]
     run = last_run("bad")
-    assert embed["color"] == YELLOW and "2 of 8 models trained" in embed["title"] and picture
-    assert re.search(
-        "mean loudness is[^$]*--failed", embed["description"]
-    ) and "no song is long enough" in json.dumps(embed["fields"])
+    assert embed["color"] == YELLOW
+    assert "2 of 8 models trained" in embed["title"]
+    assert picture
+    assert re.search("mean loudness is[^$]*--failed", embed["description"])
+    assert "no song is long enough" in json.dumps(embed["fields"])
     assert (run["state"]["type"], run["state"]["name"]) == ("COMPLETED", "Partial")
     tasks = tasks_of(run)
-    assert (
-        tasks["flaky"]["run_count"] == 4
-        and tasks["key"]["state_type"] == "FAILED"
-        and logged(tasks["key"], "KeyError: 'no'")
-    )
+    assert tasks["flaky"]["run_count"] == 4
+    assert tasks["key"]["state_type"] == "FAILED"
+    assert logged(tasks["key"], "KeyError: 'no'")
 
 
 def test_a_bad_night_sends_a_heartbeat_that_says_so(bad):
@@ -758,7 +751,8 @@ def test_the_printed_commands_finish_the_job(bad):
     text = pasted(bad.text, "--failed", " --no-notify", **bad.own | {"HEALED": "hungry"}).end(
         1, "1 of 6 models trained; held back: swinging; failed: hopeless, value, type, key"
     )
-    assert bad.got == [] and "--failed" not in text, "what is left would fail again"
+    assert bad.got == []
+    assert "--failed" not in text, "what is left would fail again"
     pasted(text, "--only swinging --force", **bad.own).end(0, "1 of 1 models trained")
     assert models.load_model("swinging", bad.models)["metrics"]["r2"] == 0.5
 
@@ -827,7 +821,8 @@ def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path,
     Run(f"--check --no-notify --table-name another --csv-path {tmp_path}/new.csv").end(
         0, "new.csv may be loaded into another (0 rows)", "--no-notify: nothing is posted"
     )
-    assert webhook.got == [None] and len(list(tmp_path.iterdir())) == 1
+    assert webhook.got == [None]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_check_names_each_problem_with_its_fix(tmp_path, webhook):
@@ -873,7 +868,8 @@ def test_check_imports_nothing_heavy_and_makes_no_database(tmp_path):
         "train.py --csv-path songs.csv",
         "DISCORD_WEBHOOK_URL is not set: nothing is posted",
     )
-    assert not HEAVY.search(text) and len(list(tmp_path.iterdir())) == 5
+    assert not HEAVY.search(text)
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_second_run_goes_away_at_once(tmp_path):
@@ -891,11 +887,9 @@ def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
         2, 'The table "nothing" does not exist'
     )
     ((embed, _),) = webhook.got
-    assert (
-        embed["color"] == RED
-        and "--failed" not in json.dumps(embed) + text
-        and "retrying" not in text
-    )
+    assert embed["color"] == RED
+    assert "--failed" not in json.dumps(embed) + text
+    assert "retrying" not in text
     assert models.owed(tmp_path) == list(models.MODELS)
     # "Finished in state" is Prefect's own.
     lines = [line for line in text.splitlines() if "Finished in state" not in line]
@@ -973,7 +967,8 @@ def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, pulse, monkeypatch,
         "clusters: done"
     )
     stop(run, tmp_path, webhook, group=group)
-    assert last_run()["state"]["type"] == "CRASHED" and pulse.got == ["/start", "/fail"]
+    assert last_run()["state"]["type"] == "CRASHED"
+    assert pulse.got == ["/start", "/fail"]
     assert models.owed(tmp_path) == ["genre", "energy", "popularity", "similar"]
 
 
@@ -1034,14 +1029,15 @@ def test_a_fit_that_is_killed_is_trained_again_alone_and_no_other(crash):
     _, again = times(crash.own, "fragile begins")
     (end,) = times(crash.own, "steady ends")
     assert again > max(end, *times(crash.own, "shaky ends"))
-    assert (
-        len(times(crash.own, "steady begins")) == 1 and len(times(crash.own, "shaky begins")) == 3
-    )
+    assert len(times(crash.own, "steady begins")) == 1
+    assert len(times(crash.own, "shaky begins")) == 3
 
 
 def test_a_fit_that_was_killed_is_told(crash):
     ((embed, picture),) = crash.got
-    assert embed["color"] == YELLOW and CRASHED in embed["description"] and picture
+    assert embed["color"] == YELLOW
+    assert CRASHED in embed["description"]
+    assert picture
     assert f"{CRASHED}; it was trained again, alone" in " ".join(crash.text.split())
     lines = [line for line in models.read_history(crash.models) if line["model"] == "fragile"]
     assert [line["status"] for line in lines] == ["started", "failed", "trained"]
@@ -1050,7 +1046,8 @@ def test_a_fit_that_was_killed_is_told(crash):
 
 def test_a_terminal_shows_a_line_for_each_model_and_keeps_to_its_width(crash):
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", crash.text)
-    assert "✓ clusters    done" in shown and "↻ shaky       no" in shown
+    assert "✓ clusters    done" in shown
+    assert "↻ shaky       no" in shown
     assert "clusters: done" not in shown
     table = shown[shown.rindex("model  ") :].partition(" models ")[0]
     assert max(map(len, table.splitlines())) <= 80
@@ -1067,7 +1064,8 @@ def test_what_is_killed_twice_has_failed_and_the_others_are_published(
     assert "Fatal Python error: Segmentation fault" in text, "a crash leaves its traceback"
     ended = {line["model"]: line["status"] for line in models.read_history(tmp_path)}
     assert ended == {"deadly": "failed", "crash": "failed", "steady": "trained"}
-    assert webhook.got[0][0]["color"] == YELLOW and "--failed" in webhook.got[0][0]["description"]
+    assert webhook.got[0][0]["color"] == YELLOW
+    assert "--failed" in webhook.got[0][0]["description"]
 
 
 def pid_of(run, what):
@@ -1088,7 +1086,8 @@ def test_a_fork_server_that_is_killed_is_started_again(table, toys, tmp_path, we
     run.end(
         0, "2 of 2 models trained", "patient: it was killed (was memory short?); it was trained"
     )
-    assert webhook.got[0][0]["color"] == YELLOW and webhook.got[0][1], "and draws the picture"
+    assert webhook.got[0][0]["color"] == YELLOW
+    assert webhook.got[0][1], "and draws the picture"
 
 
 @slow
@@ -1099,7 +1098,8 @@ def test_prefects_temporary_server_is_killed_amid_the_fits(table, toys, tmp_path
     os.kill(pid_of(run, "prefect-server"), signal.SIGKILL)
     said = "Prefect's temporary server was killed; it was started again"
     run.end(0, "models trained", said, seconds=60)
-    assert webhook.got[0][0]["color"] == YELLOW and said in webhook.got[0][0]["description"]
+    assert webhook.got[0][0]["color"] == YELLOW
+    assert said in webhook.got[0][0]["description"]
 
 
 FROM_PYTHON = """
@@ -1256,9 +1256,8 @@ def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(tab
         "serving ml-training-pipeline"
     )
     (deployment,) = kept("deployments")
-    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == [
-        "0 3 * * *"
-    ] and not deployment["paused"]
+    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == ["0 3 * * *"]
+    assert not deployment["paused"]
     assert deployment["parameter_openapi_schema"]["properties"]["n_clusters"]["minimum"] == 2
     assert deployed("ml-training-pipeline --param n_clusters=3", "Completed"), serving.text
     assert len(models.read_report("clusters", tmp_path)["metrics"]["sizes"]) == 3
@@ -1266,14 +1265,12 @@ def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(tab
     run = json.loads((tmp_path / "metrics" / "run.json").read_text())
     assert run["crashes"] == [f"{CRASHED}; it was trained again, alone"]
     own["TOY_LOG"].unlink()
-    assert deployed(
-        """ml-training-pipeline --param 'only=["endless"]'""", "Running"
-    ) and wait_until(own["TOY_LOG"].exists, 60)
+    assert deployed("""ml-training-pipeline --param 'only=["endless"]'""", "Running")
+    assert wait_until(own["TOY_LOG"].exists, 60)
     serving.process.terminate()
     serving.end(143, seconds=10)
-    assert last_run()["state"]["name"] == "Cancelled" and kept("deployments")[0]["paused"], (
-        "nothing piles up meanwhile"
-    )
+    assert last_run()["state"]["name"] == "Cancelled"
+    assert kept("deployments")[0]["paused"], "nothing piles up meanwhile"
 
 
 @slow
@@ -1468,7 +1465,8 @@ def test_recovery_takes_half_a_minute(folder):
     user = start(folder)
     assert wait_until(lambda: recovery("-STOP"))
     time.sleep(30)
-    assert recovery("-CONT") and up(user)
+    assert recovery("-CONT")
+    assert up(user)
     user.communicate("\n")
 
 
@@ -1476,9 +1474,8 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     monkeypatch.setenv("DATABASE_URL", "")
     monkeypatch.setattr(db, "ROOT", folder.parent)
     path = write(tmp_path / "a.csv", [song(track_id=i, genre=f"g{i % 2}") for i in range(40)])
-    assert (
-        db.check(path, "songs", None)[-1][1] == "ok" and not (folder.parent / ".postgres").exists()
-    )
+    assert db.check(path, "songs", None)[-1][1] == "ok"
+    assert not (folder.parent / ".postgres").exists()
     url = db.database_url()
     refused(
         '"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs',
@@ -1708,18 +1705,21 @@ def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
 
 
 # ---- Tables --------------------------------------------------------------------------------------
+NO_TABLES = [
+    'songs"; drop table songs; --',
+    "x'; drop table songs",
+    "a.b.c",
+    "%s",
+    "{}",
+    "söngs",
+    "Songs",
+    ".",
+]
+
+
 def test_names_of_tables(url, tmp_path):
     load(url, tmp_path, [GOOD])
-    for name in (
-        'songs"; drop table songs; --',
-        "x'; drop table songs",
-        "a.b.c",
-        "%s",
-        "{}",
-        "söngs",
-        "Songs",
-        ".",
-    ):
+    for name in NO_TABLES:
         refused(
             "does not exist. Tables with the required columns: songs; choose one with --table-name",
             db.load_songs,
@@ -1740,10 +1740,8 @@ def test_names_of_tables(url, tmp_path):
     refused('"music.songs" is empty', db.check_table, url, "music.songs")
     refused("no song that can be used", db.load_songs, url, "music.songs")
     refused("is a view", db.load_csv, tmp_path / "a.csv", url, "seen")
-    assert (
-        db.check_table(url, "new", for_csv=True)["rows"] == 0
-        and value(url, "to_regclass('new')") is None
-    )
+    assert db.check_table(url, "new", for_csv=True)["rows"] == 0
+    assert value(url, "to_regclass('new')") is None
     assert (
         len(db.load_songs(url, "seen"))
         == db.load_csv(tmp_path / "a.csv", url, "music.songs")["loaded"]
@@ -1886,9 +1884,11 @@ def test_rejected_rows_are_kept(url, tmp_path):
     result = db.load_csv(tmp_path / "a.csv", url, "songs", rejected_path=tmp_path / "r.csv")
     with open(tmp_path / "r.csv", newline="") as file:
         header, *kept = csv.reader(file)
-    assert header == ["line", "reason", *HEADER] and len(kept) == bad
+    assert header == ["line", "reason", *HEADER]
+    assert len(kept) == bad
     for number, ((reason, line), (at, why, *row)) in enumerate(zip(REJECTED, kept)):
-        assert int(at) == 2 * number + 3 and why.startswith(reason)
+        assert int(at) == 2 * number + 3
+        assert why.startswith(reason)
         assert ",".join(row).replace('"', "") == line.replace('"', "")
     assert (result["read"], result["loaded"], sum(result["rejected"].values())) == (
         2 * bad + 1,
@@ -2157,10 +2157,8 @@ def test_arrays_in_a_table(url, tmp_path):
             f"ALTER TABLE songs ALTER {column} TYPE text[] USING string_to_array({column}, ';')",
         )
     songs = db.load_songs(url, "songs")
-    assert songs.artist_name.tolist() == ["A;B, C", "Artist"] and songs.genre.tolist() == [
-        "rock",
-        "",
-    ]
+    assert songs.artist_name.tolist() == ["A;B, C", "Artist"]
+    assert songs.genre.tolist() == ["rock", ""]
 
 
 def said_by(column, text):
@@ -2210,7 +2208,8 @@ def test_a_song_without_an_id_gets_one(url, tmp_path):
     rows = [song(track_id=""), song(track_id=" ", track_name="U"), song(track_id="NaN"), GOOD]
     assert load(url, tmp_path, rows)["repeated"] == 1, "the same song twice"
     made = db.load_songs(url, "songs").set_index("track_name").track_id
-    assert made["U"] != made["Title"].iloc[0] and len(made["U"]) == 32
+    assert made["U"] != made["Title"].iloc[0]
+    assert len(made["U"]) == 32
     header = [name for name in HEADER if name != "track_id"]
     load(url, tmp_path, [song(track_name="U")[1:]], header, truncate=True)
     assert db.load_songs(url, "songs").track_id.tolist() == [made["U"]], "as in a file without ids"
@@ -2313,7 +2312,8 @@ def test_a_few_values_on_another_scale_are_mistakes(url, tmp_path, monkeypatch):
     songs.loc[:2, "energy"] = 80
     songs.to_csv(tmp_path / "a.csv", index=False)
     _, state, sentence = db.check(tmp_path / "a.csv", "songs", None)[0]
-    assert state == "warning" and f"3 × {ENERGY}" in sentence
+    assert state == "warning"
+    assert f"3 × {ENERGY}" in sentence
     assert db.load_csv(tmp_path / "a.csv", url, "songs")["loaded"] == 597
 
 
@@ -2327,9 +2327,8 @@ def test_shifted_rows_say_nothing_of_a_scale(url, tmp_path):
     result = db.load_csv(tmp_path / "a.csv", url, "songs")
     assert result["rejected"] == {"14 fields instead of 12": 20}
     (warning,) = result["warnings"]
-    assert (
-        "20 of 100 rows of" in warning and "(20%) were rejected, 20 of them: 14 fields" in warning
-    )
+    assert "20 of 100 rows of" in warning
+    assert "(20%) were rejected, 20 of them: 14 fields" in warning
     assert warning.endswith("put quotes around the cells that have commas of their own")
 
 
@@ -2337,7 +2336,8 @@ def test_few_rejected_rows_are_no_warning_of_the_run(url, tmp_path):
     rows = [song(track_id=number, energy="" if number < 2 else 0.5) for number in range(20)]
     assert load(url, tmp_path, rows)["warnings"] == []
     (warning,) = load(url, tmp_path, rows[:19])["warnings"]
-    assert "2 of 19 rows of" in warning and "2 of them: no energy; fill in" in warning
+    assert "2 of 19 rows of" in warning
+    assert "2 of them: no energy; fill in" in warning
 
 
 def test_rows_that_are_one_quoted_cell_are_said_and_the_command_mends_them(url, tmp_path):
@@ -2381,7 +2381,8 @@ def test_check_files_a_problem_of_a_csv_under_csv(url, tmp_path, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", url)
     path = write(tmp_path / "a.csv", [["x", "y"]], ["title", "artist"])
     csv_line, *others = db.check(path, "songs", None)
-    assert csv_line[:2] == ("CSV", "problem") and "a.csv lacks the columns dance" in csv_line[2]
+    assert csv_line[:2] == ("CSV", "problem")
+    assert "a.csv lacks the columns dance" in csv_line[2]
     assert [line[:2] for line in others] == [("database", "ok"), ("table", "ok")]
     path = write(tmp_path / "a.csv", [GOOD])
     monkeypatch.setenv("DATABASE_URL", url.replace("owner", "nobody"))
@@ -2428,11 +2429,9 @@ def test_a_table_of_predictions_of_old_is_refused_with_what_mends_it(url):
 
 def test_demo_songs(url):
     songs = db.demo_songs(3000)
-    assert (
-        list(songs) == [*db.REQUIRED, *db.OPTIONAL]
-        and songs.equals(db.demo_songs(3000))
-        and len(db.demo_songs(3)) == 3
-    )
+    assert list(songs) == [*db.REQUIRED, *db.OPTIONAL]
+    assert songs.equals(db.demo_songs(3000))
+    assert len(db.demo_songs(3)) == 3
     assert [db.load_demo(count, url, "songs")["loaded"] for count in (500, 3000)] == [500, 3000]
     read = db.load_songs(url, "songs")
     pd.testing.assert_frame_equal(
@@ -2625,7 +2624,8 @@ def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
     records = [record for record in caplog.records if hasattr(record, "share")]
     shares = [record.share for record in records]
     assert {record.model for record in records} == {name}
-    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
     assert len(shares) <= 50 + 2 * (models.SPLITS + 1), "a record per 2 % and one per phase"
     quiet = [record for record in records if record.levelname == "INFO"]
     assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
@@ -2650,7 +2650,9 @@ def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(so
         json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
         for rows in some
     )
-    assert first == again and next(iter(bare.values())) is not None and bare.keys() == first.keys()
+    assert first == again
+    assert next(iter(bare.values())) is not None
+    assert bare.keys() == first.keys()
 
 
 @pytest.mark.parametrize("name, least", [("genre", 0.4), ("energy", 0.2), ("popularity", 0.2)])
@@ -2658,7 +2660,8 @@ def test_models_find_what_the_demo_songs_hide_without_seeing_it(songs, trained, 
     estimator, metrics = trained[name]
     some = songs.head(200)
     primary = next(iter(metrics))
-    assert metrics[primary] > 0.4 and metrics[f"{primary}_new_artists"] > least
+    assert metrics[primary] > 0.4
+    assert metrics[f"{primary}_new_artists"] > least
     other = some.assign(**{name: some[name].sample(frac=1, random_state=0).to_numpy()})
     assert (estimator.predict(other) == estimator.predict(some)).all()
     nobody, somebody = (
@@ -2763,16 +2766,16 @@ def test_similar_is_exact(songs, same_artist):
         own = others["first"] == song["first"]
         expected = others if same_artist else others[~own | (own.cumsum() <= 3)]
         rows, alike = index.neighbours(row, same_artist=same_artist)
-        assert (
-            np.allclose(distances[rows], expected.distance[:10])
-            and len({*few.recording[rows]} - {song.recording}) == 10
-        )
-        assert (np.diff(alike) <= 0).all() and 0 <= alike.min() <= alike.max() <= 1
+        assert np.allclose(distances[rows], expected.distance[:10])
+        assert len({*few.recording[rows]} - {song.recording}) == 10
+        assert (np.diff(alike) <= 0).all()
+        assert 0 <= alike.min() <= alike.max() <= 1
 
 
 def test_similar_goes_by_sound_alone_where_there_are_no_genres(songs):
     index, metrics = models.train_similar(songs.head(60).drop(columns="genre"))
-    assert metrics["same_genre_at_10"] is None and len(index.neighbours(0)[0]) == 10
+    assert metrics["same_genre_at_10"] is None
+    assert len(index.neighbours(0)[0]) == 10
 
 
 # ---- Models: publishing --------------------------------------------------------------------------
@@ -2824,10 +2827,8 @@ def test_the_gate(tmp_path, before, after, more, status):
     publish(tmp_path, before)
     report = publish(tmp_path, after, **more)
     kept = (after, before) if status == "trained" else (before, after)
-    assert (report["status"], report["previous"]) == (status, before) and (
-        current(tmp_path),
-        *versions_kept(tmp_path),
-    ) == kept
+    assert (report["status"], report["previous"]) == (status, before)
+    assert (current(tmp_path), *versions_kept(tmp_path)) == kept
     if status == "held_back" and after:
         said = (
             f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; "
@@ -2858,7 +2859,8 @@ def test_rollback_goes_back_version_by_version_and_never_to_a_bad_one(tmp_path):
 def test_five_versions_are_kept_and_bad_nights_do_not_push_good_ones_out(tmp_path):
     for value in [*range(1, 9), *[0.1] * 8]:
         publish(tmp_path, value)
-    assert versions_kept(tmp_path) == [0.1, 4, 5, 6, 7] and current(tmp_path) == 8
+    assert versions_kept(tmp_path) == [0.1, 4, 5, 6, 7]
+    assert current(tmp_path) == 8
 
 
 ROLL_BACK = (
@@ -2917,7 +2919,8 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
         os.waitpid(child, 0)
         value = max(value, current(tmp_path))
         models.clean_up(tmp_path)
-        assert current(tmp_path) and not list(tmp_path.rglob(".*"))
+        assert current(tmp_path)
+        assert not list(tmp_path.rglob(".*"))
         assert all(
             hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
             for path, report in models.list_versions("energy", tmp_path)
@@ -3069,9 +3072,8 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
     )
     out = pd.read_csv(tmp_path / "out.csv").drop(columns=songs.columns, errors="ignore")
     assert list(out) == ["genre_predicted", "genre_confidence", "cluster", "energy_predicted"]
-    assert out.drop(columns="cluster").notna().all(axis=None) and out.cluster.isna().all() == (
-        missing == "energy"
-    )
+    assert out.drop(columns="cluster").notna().all(axis=None)
+    assert out.cluster.isna().all() == (missing == "energy")
 
 
 def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
@@ -3175,7 +3177,8 @@ def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
     twice = songs[songs.track_name.duplicated()].iloc[0]
     for text in (song.track_name.upper(), song.track_id):
         answer = json.loads(ask("similar", text, "-k", 5, "--json"))
-        assert answer["song"]["track_id"] == song.track_id and len(answer["similar"]) == 5
+        assert answer["song"]["track_id"] == song.track_id
+        assert len(answer["similar"]) == 5
     assert f"Like {song.track_name} by {song.artist_name}" in ask("similar", song.track_id)
     assert f"by {twice.artist_name}" in ask(
         "similar", twice.track_name, "--artist", twice.artist_name
@@ -3208,7 +3211,8 @@ def test_fewer_similar_songs_than_asked_for_are_explained(
     models.publish("similar", *index, about, models_dir, force=True)
     said = ask("similar", "Song 0", *more)
     assert said.count("Song ") == 1 + found
-    assert (why in said) and ("of 10:" in said) == (found == 3)
+    assert why in said
+    assert ("of 10:" in said) == (found == 3)
 
 
 TITLES = ["Jolene", "Jolene - Live", "Jolene (Demo)", "Jolene Again", "Dear Jolene", "Violence"]
@@ -3316,7 +3320,8 @@ def test_a_run_is_concluded_once(told, webhook):
     run = told({"genre": OSError("x")})
     before = dataclasses.asdict(run)
     train.conclude(run, OSError("later"))
-    assert dataclasses.asdict(run) == before and webhook.got == []
+    assert dataclasses.asdict(run) == before
+    assert webhook.got == []
 
 
 def test_what_a_run_was_is_json_from_end_to_end(told):
@@ -3353,7 +3358,8 @@ def test_discord_replies(webhook, night, told, caplog, monkeypatch, replies, pos
     taken = notify.post_discord(told(), url, night.models / "report.png", seconds)
     assert taken == replies.endswith(("200", "204"))
     assert len(webhook.got) == int(posts)
-    assert says in caplog.text and TOKEN not in caplog.text
+    assert says in caplog.text
+    assert TOKEN not in caplog.text
 
 
 def test_discord_is_told_without_a_picture_that_cannot_be_drawn(webhook, told, tmp_path):
@@ -3611,8 +3617,10 @@ def test_the_terminal_and_ascii_files_get_a_plain_summary(told, monkeypatch):
     file.seek(0)
     text = file.read()
     assert "\x1b" not in text
-    assert "genre failed: [bold]no [31m" in text and "R\\xb2 0." in text
-    assert "--failed" in text and "--csv-path" not in text, "it is loaded"
+    assert "genre failed: [bold]no [31m" in text
+    assert "R\\xb2 0." in text
+    assert "--failed" in text
+    assert "--csv-path" not in text, "it is loaded"
     assert "9 rows read, 6 songs loaded, 1 repeated, 2 rejected (no title: 2)" in text
     assert re.search(r"clusters +trained +silhouette 0.\d{3} +first +\d\.\d s +\d+.\d kB", text)
 
@@ -3693,7 +3701,9 @@ def test_the_terminal_shows_no_bar_of_a_phase_that_is_over(terminal):
         say("genre: judging", model="genre", phase="judging", share=1)
         say("genre: fitting", model="genre", phase="fitting")
     (line,) = terminal.lines()[-1:]
-    assert "fitting" in line and "%" not in line and "━" not in line
+    assert "fitting" in line
+    assert "%" not in line
+    assert "━" not in line
 
 
 def test_lines_keep_to_a_terminal_of_80_columns(terminal):
@@ -3702,7 +3712,8 @@ def test_lines_keep_to_a_terminal_of_80_columns(terminal):
         say("CSV: " + "東京 " * 60, model="CSV", phase="x", share=0.999)
     lines = terminal.lines()
     assert [line for line in lines if cell_len(line) > 80] == []
-    assert lines[-2].rstrip().endswith(" 50%") and lines[-1].rstrip().endswith("100%"), lines
+    assert lines[-2].rstrip().endswith(" 50%"), lines
+    assert lines[-1].rstrip().endswith("100%"), lines
     assert all(line.startswith("0:00:0") for line in lines), "the clock is whole"
 
 
@@ -3849,7 +3860,8 @@ def test_heartbeat_is_tried_twice_where_that_may_help(
     assert time.monotonic() - start < 4, "no run waits for it"
     assert set(pulse.got) == {"/fail"}
     assert len(pulse.got) == int(calls)
-    assert says in caplog.text and TOKEN not in caplog.text
+    assert says in caplog.text
+    assert TOKEN not in caplog.text
     assert bool(caplog.text) == bool(says)
 
 
@@ -3869,7 +3881,8 @@ def test_heartbeat_that_reaches_nobody_is_a_line_of_the_log(monkeypatch, pulse, 
     start = time.monotonic()
     notify.heartbeat("")
     assert time.monotonic() - start < 4
-    assert says in caplog.text and TOKEN not in caplog.text
+    assert says in caplog.text
+    assert TOKEN not in caplog.text
     assert "Traceback" not in caplog.text
 
 
@@ -3892,7 +3905,8 @@ def test_heartbeat_is_checked_but_not_called(pulse, monkeypatch, url, enabled, s
     monkeypatch.setenv("HEARTBEAT_URL", url.replace("REAL", pulse.url))
     ((what, found, sentence),) = notify.check_heartbeat(enabled)
     assert (what, found) == ("heartbeat", state)
-    assert says in sentence and TOKEN not in sentence
+    assert says in sentence
+    assert TOKEN not in sentence
     assert pulse.got == []
 
 
