@@ -660,12 +660,26 @@ def begin(options: argparse.Namespace) -> Run:
     return run
 
 
+STOPPING = threading.Event()  # by a signal that came before the flow
+
+
 def stop(number: int, _: Any) -> None:
-    """Conclude the run on SIGTERM or Ctrl-C where the flow does not do so itself; exit."""
+    """Conclude the run on SIGTERM or Ctrl-C where the flow does not do so itself; exit.
+
+    In a thread, while whatever the signal came into goes on: amid an import nothing else can be
+    imported, and an exception may not come out as what it was.
+    """
     ignore_signals()
+    if RUN is None:
+        sys.exit(128 + number)
+    STOPPING.set()
+    threading.Thread(target=stop_and_leave, args=[RUN, Stopped(128 + number)]).start()
+
+
+def stop_and_leave(run: Run, why: Stopped) -> NoReturn:
     log_without_prefect()
-    stop_run(RUN, Stopped(128 + number))
-    sys.exit(128 + number)
+    stop_run(run, why)
+    leave(run)
 
 
 def ignore_signals() -> None:
@@ -682,24 +696,26 @@ def log_without_prefect() -> None:
     )
 
 
-def stop_run(run: Run | None, why: Stopped) -> None:
+def stop_run(run: Run, why: Stopped) -> None:
     """End the steps, which nothing can interrupt, and conclude."""
     models.end_steps()
-    if run:
-        conclude(run, why)
+    conclude(run, why)
 
 
-LEAVING = threading.Lock()
+LEAVING = threading.RLock()
+SAID: list[Run] = []  # whose summary is printed
 
 
 def leave(run: Run) -> NoReturn:
     """Print what the run was, end all that it started, and exit, whatever thread still waits."""
-    LEAVING.acquire()  # for good: once
-    notify.print_summary(run)
-    NIGHT.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(run.exit_status or TRAINED)
+    with LEAVING:  # once, even if a signal or the timer of a stop comes amid it
+        if run not in SAID:
+            SAID.append(run)
+            notify.print_summary(run)
+        NIGHT.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(run.exit_status or TRAINED)
 
 
 IS_COMMAND = __name__ == "__main__"
@@ -894,6 +910,8 @@ class PipelineFailed(db.Expected):
 def carry_out(run: Run) -> Any:
     """Train, conclude, and return the Prefect state that the run ends in."""
     try:
+        if STOPPING.is_set():
+            raise TerminationSignal(signal.SIGTERM)
         _, error = notify.attempt(train_and_publish, run)
     except TerminationSignal:  # Prefect's word for SIGTERM
         stop_flow(run, Stopped(TERMINATED))
@@ -1111,13 +1129,14 @@ def main(run: Run) -> NoReturn:
     # Our own server needs no heartbeat to know of a crash, and Prefect waits up to a second for
     # the thread that sends it.
     own = {"flows.heartbeat_frequency": None} if OWN_SERVER else None
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not STOPPING.is_set():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the flow knows KeyboardInterrupt
     try:
         with temporary_settings(own):
             _, error = notify.attempt(lambda: ml_training_pipeline(**run.parameters))
         conclude(run, error)  # where Prefect failed before the flow could say anything
-    except KeyboardInterrupt:
-        stop_run(run, Stopped(INTERRUPTED))
+    except (KeyboardInterrupt, TerminationSignal):
+        stop_and_leave(run, Stopped(INTERRUPTED))  # if the flow has not concluded it
     sys.exit(run.exit_status)
 
 
