@@ -238,6 +238,7 @@ def load_csv(
     loaded = found["read"] - rejected - repeated
     said = '%d songs loaded into "%s" (%d rows read, %d repeated)'
     log.info(said, loaded, table, found["read"], repeated)
+    log.debug("CSV: loaded", extra={"model": "CSV", "phase": "done", "share": 1.0})
     if rejected:
         log.warning(
             "%d rows rejected: %s; they are in %s: %s …",

@@ -1932,6 +1932,7 @@ def predict_table(url: str, table: str, into: str, models_dir: Path | str = MODE
     log.info("predicting %s songs of %s", f"{len(songs):,}", table)
     db.replace_predictions(url, into, _predictions(songs, loaded))
     log.info("the predictions are in %s", into)
+    log.debug("predictions: written", extra={"model": "predictions", "phase": "done", "share": 1.0})
     return len(songs)
 
 
