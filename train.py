@@ -800,7 +800,7 @@ def train_model(name: str, url: str | None, about: dict, models_dir: str, force:
     return models.take("train", name, url, about, models_dir, force)
 
 
-def predict(url: str, table: str, into: str, models_dir: str) -> int:
+def write_predictions(url: str, table: str, into: str, models_dir: str) -> int:
     return models.take("predict_table", url, table, into, models_dir)
 
 
@@ -822,7 +822,7 @@ training: Any = {
 load_csv_task = task(name="load_csv_task", task_run_name="load CSV", **database)(load_csv)
 load_demo_task = task(name="load_demo_task", task_run_name="load demo songs", **database)(load_demo)
 load_songs_task = task(name="load_songs_task", task_run_name="load songs", **database)(load_songs)
-predict_task = task(name="predict_task", task_run_name="predict", **database)(predict)
+predict_task = task(name="predict_task", task_run_name="predict", **database)(write_predictions)
 
 
 def training_task(model: str, name: str) -> Any:
