@@ -2109,13 +2109,15 @@ class ForkServerProcess:
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(self.address)  # here, so that nobody has to wait until it listens
             listening.listen(100)
-            self.process = subprocess.Popen(
-                # faulthandler: what crashes a step leaves its traceback in the log
-                [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())],
-                stdin=listening.fileno(),
-                pass_fds=self.inherited,
-                start_new_session=True,  # Ctrl-C is for the process that started this one
-            )
+            # faulthandler: what crashes a step leaves its traceback in the log
+            words = [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())]
+            with signals_held():
+                self.process = subprocess.Popen(
+                    words,
+                    stdin=listening.fileno(),
+                    pass_fds=self.inherited,
+                    start_new_session=True,  # Ctrl-C is for the process that started this one
+                )
 
     def _connect(self) -> Connection:
         with self.starting:
@@ -2226,7 +2228,9 @@ class ForkServer(_MixIn, socketserver.UnixStreamServer):
         handler.addFilter(lambda record: record.thread == asking)
         logging.root.addHandler(handler)
         try:
-            request.send(_attempt(STEPS[request.step], request.arguments))
+            answer = _attempt(STEPS[request.step], request.arguments)
+            with suppress(BrokenPipeError):  # whoever asked is gone, and this process soon will be
+                request.send(answer)
         finally:
             logging.root.removeHandler(handler)
 
@@ -2248,7 +2252,8 @@ class _Sender(QueueHandler):
     queue: Any
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.send(record)
+        with suppress(BrokenPipeError):
+            self.queue.send(record)
 
 
 def _attempt(step: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
@@ -2274,13 +2279,24 @@ def serve_forks(parent: int) -> int:
     import notify
 
     die_with(parent)
-    # To a whole process group too: whoever is stopped ends this process when it has told so.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     notify.quiet_logs(keep_shares=True)
     logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
     ForkServer(parent).serve_forever()
     return 0
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Have the processes that are started in the block take no SIGTERM and no Ctrl-C.
+
+    Who stops all processes at once, as systemd does, stops the one that started them; that one
+    tells people, and ends these when it is done.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def die_with(parent: int) -> None:

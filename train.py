@@ -555,20 +555,19 @@ def prefect_server(run: Run) -> Iterator[None]:
 
 def start_prefect_server(port: str) -> subprocess.Popen:
     words = [sys.executable, __file__, "prefect-server", port, str(os.getpid())]
-    return subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for whoever started it
-    )
+    with models.signals_held():
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for whoever started it
+        )
 
 
 def be_prefect_server(port: str, parent: str) -> NoReturn:
     """Be Prefect's server on that port until the process that started this one ends."""
     models.die_with(int(parent))
-    # To a whole group of processes too: whoever is stopped tells Prefect so, then ends this one.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     if not (prefect_home() / "prefect.db").exists():
         # It makes a database, and two that do so at once spoil it for each other: one goes first.
         prefect_home().mkdir(parents=True, exist_ok=True)
