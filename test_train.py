@@ -3167,9 +3167,10 @@ def test_predictions_say_what_share_is_done(url, predicted, models_dir, caplog, 
     monkeypatch.setattr(models, "PREDICTED_AT_ONCE", 60)
     with caplog.at_level("DEBUG", "models"):
         models.predict_table(url, "songs", "said", models_dir)
-    records = [record for record in caplog.records if hasattr(record, "share")]
+    *records, last = [record for record in caplog.records if hasattr(record, "share")]
     assert [record.share for record in records] == [0.2, 0.4, 0.6, 0.8, 1]
     assert {(record.model, record.phase) for record in records} == {("predictions", "predicting")}
+    assert (last.model, last.phase, last.levelname) == ("predictions", "done", "DEBUG")
 
 
 def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
