@@ -2272,13 +2272,13 @@ def _attempt(step: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
 
 def serve_forks(parent: int) -> int:
     """Be the fork server of that process until it ends."""
+    die_with(parent)  # before the imports, which take two seconds
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
     import sklearn.pipeline  # noqa: F401
 
     import notify
 
-    die_with(parent)
     notify.quiet_logs(keep_shares=True)
     logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
     ForkServer(parent).serve_forever()
