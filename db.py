@@ -69,10 +69,7 @@ MANY_REJECTED = 0.1  # share of a CSV file's rows from which on their loss is a 
 MISTAKES = 10, 0.01  # so many rows, or this share, may be out of a feature's range by mistake
 
 # ---- Columns -------------------------------------------------------------------------------------
-TEXT = ("track_id", "artist_name", "track_name", "genre", "album_name")
-NEEDED = (  # by every model
-    "artist_name",
-    "track_name",
+AUDIO = (
     "danceability",
     "energy",
     "loudness",
@@ -81,8 +78,7 @@ NEEDED = (  # by every model
     "instrumentalness",
     "valence",
 )
-REQUIRED = ("track_id", "artist_name", "track_name", "genre", "popularity", *NEEDED[2:])
-OPTIONAL = (
+MORE_AUDIO = (
     "liveness",
     "tempo",
     "key",
@@ -91,8 +87,19 @@ OPTIONAL = (
     "time_signature",
     "explicit",
     "year",
+)
+REQUIRED = ("artist_name", "track_name", *AUDIO)  # by every model; all others are optional
+COLUMNS = (
+    "track_id",
+    "artist_name",
+    "track_name",
+    "genre",
+    "popularity",
+    *AUDIO,
+    *MORE_AUDIO,
     "album_name",
 )
+TEXT = ("track_id", "artist_name", "track_name", "genre", "album_name")
 INTEGERS = ("key", "mode", "duration_ms", "time_signature", "explicit", "year")
 UNIT = (  # from 0 to 1
     "danceability",
@@ -107,7 +114,7 @@ UNIT = (  # from 0 to 1
 )
 ANY_NUMBER = (-2e9, 2e9)  # what an integer of PostgreSQL holds
 RANGES = {
-    **dict.fromkeys(REQUIRED + OPTIONAL, ANY_NUMBER),
+    **dict.fromkeys(COLUMNS, ANY_NUMBER),
     **dict.fromkeys(UNIT, (0, 1)),
     "key": (-1, 11),
     "time_signature": (0, 99),
@@ -143,7 +150,7 @@ def load_songs(url: str, table: str) -> pd.DataFrame:
 
     Return our columns as far as they hold values, sorted by track_id, one row a song. Text columns
     are strings ("" where unknown), all others float32 (NaN where unknown). Songs without artist,
-    title or one of the seven features that are NEEDED are left out, with a warning.
+    title or one of the seven features that are REQUIRED are left out, with a warning.
 
     Raises DataError (missing table or columns, another scale, nothing left) or
     DatabaseUnavailable.
@@ -179,7 +186,7 @@ def _read_table(url: str, table: str) -> pd.DataFrame:
     with tempfile.TemporaryFile() as file:
         with connect(url, read_only=True) as cursor:
             name, columns = _open_table(cursor, table)
-            used = [column for column in REQUIRED + OPTIONAL if column in columns]
+            used = [column for column in COLUMNS if column in columns]
             selected = [
                 f"array_to_string({column}, ';')" if columns[column].endswith("[]") else column
                 for column in used
@@ -361,7 +368,7 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         header, rows = _read_rows(file, path)
         fields = [_padded(row.fields, len(header)) for row in rows]
     songs = _our_cells(_look_at(header, fields), fields)
-    songs = songs.reindex(columns=list(REQUIRED + OPTIONAL), fill_value="").astype("str")
+    songs = songs.reindex(columns=list(COLUMNS), fill_value="").astype("str")
     _read_values(songs, str(path), Counter())
     numbers = [name for name in songs if name not in TEXT]
     cells = pd.DataFrame(fields, columns=header, dtype="str")
@@ -501,7 +508,7 @@ def load_demo(n: int, url: str, table: str, seed: int = 0) -> dict:
 
 
 def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
-    """Return `n` made-up songs with the columns REQUIRED and OPTIONAL, the same for the same seed.
+    """Return `n` made-up songs with all of COLUMNS, the same for the same seed.
 
     Artists have one main genre, Zipf-like output and a fame of their own; each genre has a sound of
     its own.
@@ -545,7 +552,7 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
         explicit=songs.explicit.round(),
         time_signature=rng.choice([3, 4, 5], n, p=[0.08, 0.9, 0.02]),
         year=2024 - rng.exponential(10, artists)[artist].clip(0, 70).astype(int),
-    )[[*REQUIRED, *OPTIONAL]]
+    )[[*COLUMNS]]
 
 
 def _demo_genre(number: int) -> str:
@@ -602,7 +609,7 @@ def our_columns(header: list[str]) -> dict[str, int]:
     plain = _places(_plain(name) for name in header)
     without_unit = _places(_plain(re.sub(r"\(.*\)", "", name)) for name in header)
     found = {}
-    for name in REQUIRED + OPTIONAL:
+    for name in COLUMNS:
         for places in (plain, without_unit):  # Loudness (in dB)
             for other in _names_of(name):
                 if name not in found and other in places:
@@ -660,9 +667,9 @@ def _likely_name(name: str, header: list[str]) -> str:
 
 
 def _demand(names: Iterable[str], there: list[str], where: str, fix: str) -> None:
-    """Raise DataError if NEEDED columns are missing among `names`; `there` is what is there."""
+    """Raise DataError if REQUIRED columns are missing among `names`; `there` is what is there."""
     missing = []
-    for name in NEEDED:
+    for name in REQUIRED:
         if name not in names:
             missing.append(_with_likely_name(name, there))
     if missing:
@@ -1018,13 +1025,13 @@ def _read_values(cells: pd.DataFrame, where: str, unread: Counter[str]) -> np.nd
     for column in cells:
         if column in TEXT:
             cells[column] = _texts(column, cells[column])
-            if column in NEEDED:
+            if column in REQUIRED:
                 reject(cells[column] == "", f"no {column}")
             continue
         values = _numbers(column, cells[column])
         low, high = RANGES[column]
         outside = (values < low) | (values > high)
-        if column in NEEDED:
+        if column in REQUIRED:
             reject(values.isna(), f"no {column}")
             reject(outside, _must_be(column))
             other_scales += _other_scale(column, values)
@@ -1298,9 +1305,9 @@ def _find_holes(found: dict) -> tuple[list[str], list[str]]:
     """Return (our columns without any value, those with too many nulls and their share)."""
     without = []
     holes = []
-    for column in REQUIRED + OPTIONAL:
+    for column in COLUMNS:
         share = found["nulls"].get(column, 1)
-        tolerable = 0 if column in NEEDED else 0.5
+        tolerable = 0 if column in REQUIRED else 0.5
         if share == 1:
             without.append(_with_likely_name(column, found["others"]))
         elif share > tolerable:
@@ -1326,7 +1333,7 @@ def check_table(url: str, table: str, for_csv: bool = False) -> dict:
         if for_csv:
             cursor.execute("CREATE TEMP TABLE staging () ON COMMIT DROP")
         name, columns = _open_table(cursor, table, for_csv)
-        ours = [column for column in REQUIRED + OPTIONAL if column in columns]
+        ours = [column for column in COLUMNS if column in columns]
         shares = ", ".join(f"'{column}', avg(({column} IS NULL)::int)" for column in ours)
         groups = "LIMIT 0"
         if "genre" in columns:
@@ -1389,9 +1396,7 @@ def _create_table(cursor, name: str) -> None:
         "explicit": "boolean",
         "track_id": 'text COLLATE "C" PRIMARY KEY',
     }
-    columns = ", ".join(
-        f"{column} {kinds.get(column, 'double precision')}" for column in REQUIRED + OPTIONAL
-    )
+    columns = ", ".join(f"{column} {kinds.get(column, 'double precision')}" for column in COLUMNS)
     cursor.execute(f"CREATE TABLE {name} ({columns})")
 
 
@@ -1400,7 +1405,7 @@ def _where_else(cursor, table: str) -> str:
     cursor.execute(
         "SELECT attrelid::regclass::text FROM pg_attribute WHERE attname = ANY(%s) "
         "GROUP BY attrelid HAVING count(*) = %s ORDER BY 1 LIMIT 10",
-        [list(NEEDED), len(NEEDED)],
+        [list(REQUIRED), len(REQUIRED)],
     )
     fitting = ", ".join(name for (name,) in cursor.fetchall())
     if fitting:

@@ -5,8 +5,8 @@
     python models.py predict songs.csv --out predicted.csv  # the rows with the predictions added
     python models.py rollback genre                         # put the previous version back
 
-A training function is plain: a DataFrame of songs (the columns of db.REQUIRED and whatever there is
-of db.OPTIONAL) goes in, a fitted estimator and a dict of metrics come out. It reads no file and
+A training function is plain: a DataFrame of songs (the columns of db.REQUIRED and what there is of
+db.COLUMNS) goes in, a fitted estimator and a dict of metrics come out. It reads no file and
 writes none; it says what it is doing through the logger "models".
 
 scikit-learn and pandas are imported where they are used: they take two seconds, and `similar` needs
@@ -47,7 +47,16 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 import db
-from db import MIN_GENRE_SONGS, MIN_SONGS, DataError, naming, write_atomically
+import notify
+from db import (
+    AUDIO,
+    MIN_GENRE_SONGS,
+    MIN_SONGS,
+    MORE_AUDIO,
+    DataError,
+    naming,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,26 +68,6 @@ ROOT = Path(__file__).resolve().parent
 MODELS_DIR = ROOT / "models"
 SEED = 20  # of every random choice: the same table gives the same models and the same metrics
 
-# What a song sounds like: seven features every table has, and those some have.
-AUDIO = (
-    "danceability",
-    "energy",
-    "loudness",
-    "speechiness",
-    "acousticness",
-    "instrumentalness",
-    "valence",
-)
-MORE_AUDIO = (
-    "liveness",
-    "tempo",
-    "key",
-    "mode",
-    "duration_ms",
-    "time_signature",
-    "explicit",
-    "year",
-)
 NUMBERS = ("popularity", *AUDIO, *MORE_AUDIO)
 
 # How a model is judged.
@@ -246,7 +235,7 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
 
     Raises DataError where there are fewer than `at_least`, or no such column.
     """
-    if name in db.REQUIRED:
+    if name in db.COLUMNS:
         if name not in songs:
             raise DataError(f"{name} needs the column {name}, which the table lacks")
         known = songs[name].notna() & (songs[name] != "")
@@ -1482,8 +1471,6 @@ def check_folder(folder: Path) -> list[tuple[str, str, str]]:
 
     Raises DataError where it is not writable.
     """
-    import notify
-
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
@@ -2051,15 +2038,11 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
     try:
         return publish(name, estimator, metrics, about, models_dir, force)
     except OSError as error:
-        import notify
-
         raise NotPublished(notify.explain(error)) from error
 
 
 def draw(run: Any, path: Path) -> None:
     """Draw the picture of a run; see notify.draw_report."""
-    import notify
-
     notify.draw_report(run, read_history(run.models_dir), path)
 
 
@@ -2258,8 +2241,6 @@ class _Sender(QueueHandler):
 
 def _attempt(step: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
     """Return (what the step returns, None) or (None, its error), which can be sent: no secrets."""
-    import notify
-
     result, error = notify.attempt(step, *arguments)
     if error is None:
         return result, None
@@ -2276,8 +2257,6 @@ def serve_forks(parent: int) -> int:
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
     import sklearn.pipeline  # noqa: F401
-
-    import notify
 
     notify.quiet_logs(keep_shares=True)
     logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
@@ -2312,8 +2291,6 @@ def die_with(parent: int) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print the current models; 2 if there is none."""
-    import notify
-
     rows = []
     reports = {}
     for name in MODELS:
@@ -2338,8 +2315,6 @@ def show(options: argparse.Namespace) -> int:
 
 
 def _row_of(name: str, report: Report, versions: int) -> tuple[Any, ...]:
-    import notify
-
     age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
     return (
         name,
@@ -2353,8 +2328,6 @@ def _row_of(name: str, report: Report, versions: int) -> tuple[Any, ...]:
 
 def similar(options: argparse.Namespace) -> int:
     """Print the songs most like one song."""
-    import notify
-
     index = load_model("similar", options.models_dir)["estimator"]
     row = _row_meant(index, options.song, options.artist)
     song = _song(index, row)
@@ -2444,7 +2417,7 @@ def predict_songs(options: argparse.Namespace) -> int:
 def _refuse_without_features(path: str, rows: pd.DataFrame, songs: pd.DataFrame) -> None:
     """Raise DataError where most features are missing; log what else is."""
     missing = []
-    for name in db.REQUIRED:
+    for name in ("track_id", "genre", "popularity", *db.REQUIRED):
         if songs[name].isna().all() or (songs[name] == "").all():
             missing.append(name)
     if len(set(missing) & set(AUDIO)) > len(AUDIO) / 2:
@@ -2462,8 +2435,6 @@ def _refuse_without_features(path: str, rows: pd.DataFrame, songs: pd.DataFrame)
 
 def _print_predictions(songs: pd.DataFrame, added: pd.DataFrame) -> None:
     """Print the first 20 songs with what is predicted of them."""
-    import notify
-
     names = {name: name.removesuffix("_predicted").removeprefix("genre_") for name in added}
     titles = songs[["track_name", "artist_name"]].set_axis(["title", "artist"], axis=1)
     shown = titles.join(added.rename(columns={name: names[name] + ">" for name in names})).head(20)

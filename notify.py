@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import signal
 import sys
 import textwrap
@@ -28,13 +29,22 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from db import Expected, redact, setting, write_atomically
+from db import DataError, Expected, redact, setting, write_atomically
 
 if TYPE_CHECKING:  # for annotations only: both are slow to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 log = logging.getLogger("notify")
+
+# Exit statuses
+TRAINED = 0
+PARTIAL = 1
+WRONG_INPUT = 2
+NOTHING_TRAINED = 3
+LOCKED = 75
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 
 # ---- A run: all there is to tell -----------------------------------------------------------------
 
@@ -121,6 +131,88 @@ def outcome_of(report: dict, folder: str | Path) -> Outcome:
 def failed(error: BaseException) -> Outcome:
     """Return what became of a model that there is none of."""
     return Outcome("failed", error=explain(error), heals=heals(error))
+
+
+def decide(run: Run, error: BaseException | None = None) -> None:
+    """Decide what the run was: status, exit status, message, and the command that finishes it.
+
+    `error`: what ended it early, if anything did.
+    """
+    if error:
+        run.error = explain(error)
+    trained = with_status(run, "trained")
+    if len(with_status(run, "failed")) == len(run.models):
+        run.status = "failed"
+        run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
+    elif error or len(trained) < len(run.asked):
+        run.status = "partial"
+        run.exit_status = PARTIAL
+    else:
+        run.status = "completed"
+        run.exit_status = TRAINED
+    if isinstance(error, Stopped):
+        run.exit_status = error.code
+    run.message = message_of(run)
+    missing = [name for name in run.asked if name not in run.models]
+    may_heal = [name for name, outcome in run.models.items() if outcome.heals]
+    if (missing or may_heal) and (error is None or heals(error)):
+        run.finish_command = finish_command(run)
+    run.seconds = seconds_since_start(run)
+
+
+def with_status(run: Run, status: str) -> list[str]:
+    """Return the names of the models with that status, in their usual order."""
+    return [name for name in run.asked if name in run.models and run.models[name].status == status]
+
+
+def message_of(run: Run) -> str:
+    """Return the run in a sentence."""
+    if not run.models:
+        return f"Nothing was trained: {run.error or 'no reason was given'}"
+    said = [f"{len(with_status(run, 'trained'))} of {len(run.asked)} models trained"]
+    for status, word in (("held_back", "held back"), ("failed", "failed")):
+        names = with_status(run, status)
+        if names:
+            said.append(f"{word}: {', '.join(names)}")
+    if run.error:
+        said.append(run.error)
+    return "; ".join(said)
+
+
+def finish_command(run: Run) -> str:
+    """Return the command that trains what this run has not, also where the CSV is not loaded."""
+    arguments = ["--failed"]
+    csv_path = run.parameters["csv_path"]
+    if csv_path and not run.csv:
+        if not re.match("https?://", csv_path):
+            csv_path = str(Path(csv_path).resolve())
+        arguments += ["--csv-path", csv_path]
+        if run.parameters["truncate_table"]:
+            arguments.append("--truncate")
+    return f"{run.command} {shlex.join(arguments)}"
+
+
+def seconds_since_start(run: Run) -> float:
+    return (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
+
+
+def history_line(run: Run, name: str, status: str, error: str | None = None) -> dict:
+    """Return the line of history.jsonl on a model of a run."""
+    outcome = run.models.get(name, Outcome(status))
+    metric, value = next(iter(outcome.metrics.items()), (None, None))
+    return {
+        "run": run.started_at,
+        "model": name,
+        "status": status,
+        "metric": metric,
+        "value": value,
+        "seconds": outcome.seconds,
+        "rows": run.rows,
+        "read_seconds": run.read_seconds,
+        "run_seconds": round(seconds_since_start(run), 2),
+        "peak_mb": run.peak_mb and round(run.peak_mb),
+        "error": error or outcome.error,
+    }
 
 
 # ---- Words ---------------------------------------------------------------------------------------

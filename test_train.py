@@ -445,7 +445,7 @@ def night(prefect, bad_run, tmp_path_factory):
     songs.loc[: len(HOSTILE) - 1, "track_name"] = HOSTILE
     broken = songs[20:22].assign(track_id=["a", "b"], energy=["much", 0.5], artist_name=["A", ""])
     odd = songs.astype(object)
-    odd.loc[30, ["popularity", *set(db.OPTIONAL) - {"album_name"}]] = "odd"
+    odd.loc[30, ["popularity", *db.MORE_AUDIO]] = "odd"
     pd.concat([odd, broken, songs.head(1)]).to_csv(folder / "songs.csv", index=False)
     with open(folder / "songs.csv", "a") as file:
         file.write("only,three,fields\n")
@@ -1323,7 +1323,7 @@ def test_dask_survives_a_worker_that_is_killed_amid_a_fit(table, tmp_path):
 
 
 # ---- The database --------------------------------------------------------------------------------
-HEADER = list(db.REQUIRED)
+HEADER = list(db.COLUMNS[:12])
 GOOD = ["id1", "Artist", "Title", "pop", "50", "0.5", "0.5", "-7.5", "0.1", "0.2", "0", "0.9"]
 IDLE_MS = 300
 
@@ -1979,7 +1979,7 @@ def test_round_trip(url, tmp_path):
         [f"id{number:03}", *rng.choices(texts, k=2), *GOOD[3:], *rng.choices(texts, k=9)]
         for number in range(500)
     ]
-    load(url, tmp_path, table, [*HEADER, *db.OPTIONAL])
+    load(url, tmp_path, table, list(db.COLUMNS))
     nobody = ("", "[]")
     good = [row[:3] for row in table if row[1].strip() not in nobody and row[2].strip()]
     assert (
@@ -2130,7 +2130,7 @@ MEANT = cells("""
 
 def test_what_people_write_in_a_csv(url, tmp_path):
     rows = [said_by(column, text) for column, text, _ in MEANT]
-    result = load(url, tmp_path, rows, [*HEADER, *db.OPTIONAL])
+    result = load(url, tmp_path, rows, list(db.COLUMNS))
     assert result["loaded"] == len(MEANT), result["rejected"]
     assert understood(db.load_songs(url, "songs")) == [meaning for *_, meaning in MEANT]
     assert result["unread"] == Counter(column for column, _, said in MEANT if said == "?")
@@ -2138,7 +2138,7 @@ def test_what_people_write_in_a_csv(url, tmp_path):
 
 
 def test_what_people_write_in_a_table(url):
-    columns = [*HEADER, *db.OPTIONAL]
+    columns = list(db.COLUMNS)
     execute(url, f"CREATE TABLE songs ({' text, '.join(columns)} text)")
     for column, text, _ in MEANT:
         execute(url, "INSERT INTO songs VALUES %s", tuple(said_by(column, text)))
@@ -2166,7 +2166,7 @@ def said_by(column, text):
     values = dict(zip(HEADER, GOOD)) | {"genre": "", "popularity": "", column: text}
     number = next(i for i, row in enumerate(MEANT) if row[:2] == [column, text])
     values["track_id"] = f"id{number:03}"
-    return [values.get(name, "") for name in (*HEADER, *db.OPTIONAL)]
+    return [values.get(name, "") for name in db.COLUMNS]
 
 
 def understood(songs):
@@ -2429,7 +2429,7 @@ def test_a_table_of_predictions_of_old_is_refused_with_what_mends_it(url):
 
 def test_demo_songs(url):
     songs = db.demo_songs(3000)
-    assert list(songs) == [*db.REQUIRED, *db.OPTIONAL]
+    assert list(songs) == [*db.COLUMNS]
     assert songs.equals(db.demo_songs(3000))
     assert len(db.demo_songs(3)) == 3
     assert [db.load_demo(count, url, "songs")["loaded"] for count in (500, 3000)] == [500, 3000]
@@ -2597,16 +2597,16 @@ def test_what_a_model_leans_on_is_how_far_its_metric_falls_when_a_column_is_shuf
 
 
 LOOKED_AT = {
-    "genre": {"artist", "album", "title", "popularity", *models.AUDIO},
-    "energy": {"artist", "album", "genre", *models.AUDIO} - {"energy"},
-    "popularity": {"artist", "album", "title", "genre", *models.AUDIO},
+    "genre": {"artist", "album", "title", "popularity", *db.AUDIO},
+    "energy": {"artist", "album", "genre", *db.AUDIO} - {"energy"},
+    "popularity": {"artist", "album", "title", "genre", *db.AUDIO},
 }
 
 
 @pytest.mark.parametrize("name", list(LOOKED_AT))
 def test_leans_on_has_each_column_looked_at_once_the_largest_fall_first(songs, trained, name):
     leans = trained[name][1]["leans_on"]
-    assert LOOKED_AT[name] | {*models.present(songs, models.MORE_AUDIO)} == set(leans)
+    assert LOOKED_AT[name] | {*models.present(songs, db.MORE_AUDIO)} == set(leans)
     assert list(leans.values()) == sorted(leans.values(), reverse=True)
     assert all(fall == round(fall, 4) for fall in leans.values())
 
@@ -2645,7 +2645,7 @@ def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
 def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(songs, name):
     few = songs.head(150)
     repeated = pd.concat([few, few], ignore_index=True)  # repeated track_ids count once
-    some = (few, repeated, few[list(db.REQUIRED)])
+    some = (few, repeated, few[HEADER])
     first, again, bare = (
         json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
         for rows in some
@@ -2715,7 +2715,7 @@ def test_the_genre_network_gradient_is_that_of_its_loss(songs):
         (
             "clusters",
             600,
-            dict.fromkeys(models.AUDIO, 0.5),
+            dict.fromkeys(db.AUDIO, 0.5),
             "clusters needs at least 2 distinct songs for 2 clusters; the table has 1",
         ),
         (
@@ -2733,7 +2733,7 @@ def test_too_little_data_is_said(songs, name, rows, change, sentence):
 
 def test_clusters(songs, trained):
     pipeline, metrics = trained["clusters"]
-    features = songs[list(models.AUDIO)].astype(np.float64)
+    features = songs[list(db.AUDIO)].astype(np.float64)
     labels = pipeline.predict(features)
     scaled = (features - features.mean()) / features.std(ddof=0)
     assert (
@@ -3077,7 +3077,7 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
 
 
 def test_predict_refuses_what_it_cannot_answer(songs, tmp_path, ask):
-    songs.head(30).drop(columns=list(models.AUDIO[:4])).to_csv(tmp_path / "in.csv", index=False)
+    songs.head(30).drop(columns=list(db.AUDIO[:4])).to_csv(tmp_path / "in.csv", index=False)
     assert "in.csv lacks most of what the models listen to: danceability" in ask(
         "predict", tmp_path / "in.csv", status=2
     )
@@ -3265,7 +3265,6 @@ def told(night):
     {"genre": {"status": ...}} changes its outcome, {"genre": None}: it was not asked for. Names are
     fields of the run, or `table`.
     """
-    import train
 
     def told(changed=(), error=None, table=None, **more):
         run = run_of(night.models)
@@ -3279,7 +3278,7 @@ def told(night):
         run = dataclasses.replace(run, asked=list(run.models or NONE), exit_status=None, **more)
         run.host = more.get("host", "musicbox")
         run.parameters["table_name"] = table or run.table
-        train.decide(run, error)
+        notify.decide(run, error)
         return dataclasses.replace(run, **more)
 
     return told

@@ -25,7 +25,6 @@ import os
 import re
 import resource
 import runpy
-import shlex
 import signal
 import socket
 import subprocess
@@ -69,7 +68,7 @@ import models
 import notify
 from db import DataError
 from models import Killed, Locked, NotPublished
-from notify import Outcome, Run, Stopped
+from notify import INTERRUPTED, LOCKED, TERMINATED, TRAINED, WRONG_INPUT, Run, Stopped
 
 NAME = "ml-training-pipeline"
 LOCAL_PREFECT = "http://127.0.0.1:4200/api"  # where `prefect server start` listens
@@ -80,15 +79,6 @@ DASK_SECONDS = 30  # for a Dask cluster to answer and to have a worker
 CHECK_SECONDS = 4  # for all that --check looks at, side by side
 MEMORY_SECONDS = 0.5  # between two looks at the memory of a run
 JITTER = 0.5  # a retry's pause is up to so much longer, or shorter by less: runs come apart
-
-# Exit statuses
-TRAINED = 0
-PARTIAL = 1
-WRONG_INPUT = 2
-NOTHING_TRAINED = 3
-LOCKED = 75
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
 
 log = logging.getLogger("train")
 
@@ -352,76 +342,13 @@ def conclude(run: Run, error: BaseException | None, *steps: Callable[[Run], None
     """Decide what the run was, take the steps, tell everybody: once. What fails is a warning."""
     if run.exit_status is not None:
         return
-    decide(run, error)
+    notify.decide(run, error)
     for step in steps:
         _, trouble = notify.attempt(step, run)
         if trouble:
             run.warnings.append(f"{step.__name__} failed: {notify.explain(trouble)}")
     tell(run, stopped=isinstance(error, Stopped))
     notify.attempt(models.write_json, Path(run.models_dir, "metrics", "run.json"), asdict(run))
-
-
-def decide(run: Run, error: BaseException | None = None) -> None:
-    """Decide what the run was: status, exit status, message, and the command that finishes it.
-
-    `error`: what ended it early, if anything did.
-    """
-    if error:
-        run.error = notify.explain(error)
-    trained = with_status(run, "trained")
-    if len(with_status(run, "failed")) == len(run.models):
-        run.status = "failed"
-        run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
-    elif error or len(trained) < len(run.asked):
-        run.status = "partial"
-        run.exit_status = PARTIAL
-    else:
-        run.status = "completed"
-        run.exit_status = TRAINED
-    if isinstance(error, Stopped):
-        run.exit_status = error.code
-    run.message = message_of(run)
-    missing = [name for name in run.asked if name not in run.models]
-    heals = [name for name, outcome in run.models.items() if outcome.heals]
-    if (missing or heals) and (error is None or notify.heals(error)):
-        run.finish_command = finish_command(run)
-    run.seconds = seconds_since_start(run)
-
-
-def with_status(run: Run, status: str) -> list[str]:
-    """Return the names of the models with that status, in their usual order."""
-    return [name for name in run.asked if name in run.models and run.models[name].status == status]
-
-
-def message_of(run: Run) -> str:
-    """Return the run in a sentence."""
-    if not run.models:
-        return f"Nothing was trained: {run.error or 'no reason was given'}"
-    said = [f"{len(with_status(run, 'trained'))} of {len(run.asked)} models trained"]
-    for status, word in (("held_back", "held back"), ("failed", "failed")):
-        names = with_status(run, status)
-        if names:
-            said.append(f"{word}: {', '.join(names)}")
-    if run.error:
-        said.append(run.error)
-    return "; ".join(said)
-
-
-def finish_command(run: Run) -> str:
-    """Return the command that trains what this run has not, also where the CSV is not loaded."""
-    arguments = ["--failed"]
-    csv_path = run.parameters["csv_path"]
-    if csv_path and not run.csv:
-        if not re.match("https?://", csv_path):
-            csv_path = str(Path(csv_path).resolve())
-        arguments += ["--csv-path", csv_path]
-        if run.parameters["truncate_table"]:
-            arguments.append("--truncate")
-    return f"{run.command} {shlex.join(arguments)}"
-
-
-def seconds_since_start(run: Run) -> float:
-    return (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
 
 
 def tell(run: Run, stopped: bool) -> None:
@@ -447,27 +374,8 @@ def write_history(run: Run, names: list[str], status: str, error: str | None = N
 
     One at the start, so that a run that is killed is known to owe them, and one at the end.
     """
-    lines = [history_line(run, name, status, error) for name in names]
+    lines = [notify.history_line(run, name, status, error) for name in names]
     models.append_history(run.models_dir, lines)
-
-
-def history_line(run: Run, name: str, status: str, error: str | None = None) -> dict:
-    """Return the line of history.jsonl on a model of a run."""
-    outcome = run.models.get(name, Outcome(status))
-    metric, value = next(iter(outcome.metrics.items()), (None, None))
-    return {
-        "run": run.started_at,
-        "model": name,
-        "status": status,
-        "metric": metric,
-        "value": value,
-        "seconds": outcome.seconds,
-        "rows": run.rows,
-        "read_seconds": run.read_seconds,
-        "run_seconds": round(seconds_since_start(run), 2),
-        "peak_mb": run.peak_mb and round(run.peak_mb),
-        "error": error or outcome.error,
-    }
 
 
 # ---- Which Prefect -------------------------------------------------------------------------------
