@@ -754,7 +754,7 @@ def why_it_ended(said: str) -> str:
 
 
 SERVER_ADVICE = {
-    "unable to open|permission denied|readonly|read-only": (
+    "unable to open|permission denied|read-?only|not a directory": (
         "{home} cannot be written to; make it writable for this user or set PREFECT_HOME"
     ),
     "is not a database|malformed": "its database is damaged; move it away: {home}/prefect.db",
