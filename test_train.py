@@ -311,11 +311,11 @@ class Run:
     `text` is what it has written, `left` what it started and still runs.
     """
 
-    def __init__(self, line="", program=TRAIN, cwd="/", **environment):
+    def __init__(self, line="", program=TRAIN, cwd="/", under="", **environment):
         self.log = Path(tempfile.mkstemp(dir=PLACE.name)[1])
         given = os.environ | environment | {"MARK": self.log}
         self.process = subprocess.Popen(
-            [sys.executable, program, *shlex.split(line)],
+            [*shlex.split(under), sys.executable, program, *shlex.split(line)],
             cwd=cwd,
             start_new_session=True,
             stdout=self.log.open("w"),
@@ -1300,6 +1300,68 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     assert sorted(run.process.wait(200) for run in runs) == [0] * 3 + [75] * 7, [
         run.text for run in runs
     ]
+
+
+# ---- A night in which a system call fails --------------------------------------------------------
+# Which calls, what becomes of the one of that number in every process that comes so far, and
+# whether the heartbeat may be lost with it.
+FAULTS = cells("""
+    openat                    | error=EMFILE     | 900 |
+    openat                    | error=ENOSPC     | 2000 |
+    write,writev,pwrite64     | error=ENOSPC     | 12  | x
+    write,writev,pwrite64     | error=EIO        | 40  | x
+    rename,renameat,renameat2 | error=EIO        | 1   |
+    link,linkat               | error=EPERM      | 1   |
+    unlink,unlinkat           | error=EACCES     | 2   |
+    clone,clone3,fork,vfork   | error=EAGAIN     | 3   |
+    mmap                      | error=ENOMEM     | 450 |
+    read                      | error=EIO        | 150 | x
+    openat                    | signal=SIGKILL   | 700 | x
+    write                     | signal=SIGSEGV   | 30  | x
+""")
+
+
+@pytest.fixture(scope="module")
+def ordinary_night(tmp_path_factory):
+    """The folder of a program that has trained on its own database, and its Prefect's home."""
+    if not shutil.which("strace") and not os.environ.get("CI"):
+        pytest.skip("needs strace")
+    with server_folder() as folder:
+        folder.mkdir(mode=0o755)
+        program = copied(folder)
+        own = {"PREFECT_API_URL": None, "PREFECT_HOME": folder / "prefect"}
+        Run("--demo 500 --only clusters", program, **own).end()
+        yield program
+
+
+@slow
+@pytest.mark.parametrize("calls, fault, number, may_be_lost", FAULTS)
+def test_a_night_in_which_a_system_call_fails(
+    ordinary_night, tmp_path, pulse, calls, fault, number, may_be_lost
+):
+    """0 is only said with a new model that loads; whatever ended it, a model loads and all is over.
+
+    As SQLite is tested: https://sqlite.org/testing.html#anomaly_testing.
+    """
+    folder = tmp_path / "models"
+    shutil.copytree(ordinary_night.parent / "demo" / "models", folder)
+    shutil.copytree(ordinary_night.parent / "prefect", tmp_path / "prefect")
+    before = models.load_model("clusters", folder)["trained_at"]
+    night = f"--demo 500 --only clusters --force --models-dir {folder}"
+    own = {"PREFECT_API_URL": None, "PREFECT_HOME": tmp_path / "prefect"}
+    inject = f"inject={calls}:{fault}:when={number}"
+    strace = f"strace -f -qq -o /dev/null --seccomp-bpf -e trace={calls} -e signal=none -e {inject}"
+    url = pulse.url.replace("REPLIES", "200")
+    run = Run(night, ordinary_night, "/", strace, HEARTBEAT_URL=url, **own)
+    status = run.process.wait(120)
+    after = models.load_model("clusters", folder)["trained_at"]
+    if status == 0:
+        assert after > before, run.text
+        assert json.loads((folder / "metrics" / "run.json").read_text())["exit_status"] == 0
+    if pulse.got[:1] == ["/start"] and not may_be_lost:
+        assert pulse.got[-1] == ("" if status == 0 else "/fail")
+    assert wait_until(lambda: not run.left), run.left
+    Run(night, ordinary_night, **own).end()
 
 
 # ---- Beyond one machine: a Prefect server on its port, its scheduler, a work pool, Dask ----------
