@@ -1852,15 +1852,27 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call write(file) on a temporary file beside path; put it in path's place once it is safe."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # what a killed process left may be a link to another file
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with naming(path), open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder outlive a power failure, where its file system can."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        number = os.open(folder, os.O_RDONLY)
+        opened.callback(os.close, number)
+        os.fsync(number)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import email
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -2886,9 +2887,9 @@ ROLL_BACK = (
 def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, damage, answer):
     for value in (0.1, 0.2):
         publish(tmp_path, value)
-    # It is a second name of the version: what is written into it would be written into both.
-    (tmp_path / file).unlink()
-    if damage is not None:
+    if damage is None:
+        (tmp_path / file).unlink()
+    else:  # written into the file itself: its version is another one
         (tmp_path / file).write_bytes(damage)
     if not answer:
         assert current(tmp_path) == 0.2, "its version has the same report"
@@ -2925,6 +2926,248 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
             hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
             for path, report in models.list_versions("energy", tmp_path)
         )
+
+
+class Disk:
+    """A folder's disk, of which the n-th call fails, or every call from the n-th on.
+
+    Counted are the calls that name the folder and those on files opened in it.
+    """
+
+    def __init__(self, patch, folder, at, lasting, number):
+        self.folder = str(folder)
+        self.at = at
+        self.lasting = lasting
+        self.number = number
+        self.calls = 0
+        for name in [
+            "replace",
+            "link",
+            "unlink",
+            "mkdir",
+            "stat",
+            "lstat",
+            "scandir",
+            "listdir",
+            "truncate",
+            "fsync",
+        ]:
+            patch.setattr(os, name, self.faulty(getattr(os, name), name == "fsync"))
+        patch.setattr(os, "open", self.faulty(os.open))
+        for module in io, models, db:
+            patch.setattr(module, "open", self.open, raising=False)
+
+    def call(self):
+        self.calls += 1
+        if self.calls == self.at or (self.lasting and self.calls > self.at):
+            raise OSError(self.number, os.strerror(self.number), self.folder)
+
+    def faulty(self, function, always=False):
+        def wrapped(*arguments, **options):
+            if always or str(arguments[0]).startswith(self.folder):
+                self.call()
+            return function(*arguments, **options)
+
+        return wrapped
+
+    def open(self, path, mode="r", *more, **options):
+        if not str(path).startswith(self.folder):
+            return open(path, mode, *more, **options)
+        self.call()
+        disk = self
+
+        class Raw(io.FileIO):
+            def write(self, data):
+                disk.call()
+                return super().write(data)
+
+            def readinto(self, buffer):
+                disk.call()
+                return super().readinto(buffer)
+
+        raw = Raw(path, mode.replace("b", ""))
+        file = io.BufferedReader(raw) if mode in ("r", "rb") else io.BufferedWriter(raw)
+        return file if "b" in mode else io.TextIOWrapper(file)
+
+
+@pytest.mark.parametrize("lasting, number", [(False, errno.EIO), (True, errno.EACCES)])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda folder: publish(folder, 3.0),
+        lambda folder: publish(folder, 0.1),
+        lambda folder: models.rollback("energy", folder),
+    ],
+)
+def test_whatever_call_fails_the_old_model_stays_or_the_new_one_is_whole(
+    tmp_path, monkeypatch, act, lasting, number
+):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the calls are counted; this saves seconds
+    before = tmp_path / "before"
+    for value in (0.5, 1, 2):
+        publish(before, value)
+    reached = True
+    at = 0
+    while reached:
+        at += 1
+        folder = tmp_path / str(at)
+        shutil.copytree(before, folder)
+        expected = 2
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, folder, at, lasting, number)
+            with contextlib.suppress(OSError, models.ModelError):
+                report = act(folder)
+                if report["status"] == "trained":
+                    expected = report["metrics"]["r2"]
+            reached = disk.calls >= at
+        assert current(folder) == expected, f"call {at}"
+        for path, report in models.list_versions("energy", folder):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == report["sha256"], f"call {at}"
+        models.clean_up(folder)
+        assert not list(folder.rglob("*.tmp")), f"call {at}"
+        publish(folder, 4)
+        assert current(folder) == 4
+        shutil.rmtree(folder)
+    assert at > 25
+
+
+def test_a_rename_that_is_done_although_it_is_said_to_have_failed(tmp_path, monkeypatch):
+    """As a file server may, whose answer got lost."""
+    replace = os.replace
+
+    def done_and_failed(source, target):
+        replace(source, target)
+        if target.name == "energy.joblib":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    publish(tmp_path, 1)
+    monkeypatch.setattr(os, "replace", done_and_failed)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(tmp_path, 2)
+    assert current(tmp_path) == 2
+
+
+def test_only_files_that_the_program_has_written_are_removed(tmp_path, caplog, monkeypatch):
+    for value in range(9):
+        publish(tmp_path, value)
+    kept = sorted(path for path in tmp_path.rglob("*"))
+    stamp = "energy-20260101T000000.000000"
+    for name in f"versions/{stamp}.joblib", "versions/.energy.joblib.tmp", ".energy.joblib.tmp":
+        kept.append(tmp_path / name)
+        kept[-1].mkdir()
+    for name in (
+        ".draft.tmp",
+        "mine/.draft.tmp",
+        "mine/.energy.joblib.tmp",
+        "metrics/.notes.json.tmp",
+        "versions/notes.txt",
+        "versions/energy-best.joblib",
+        "versions/energy-notes.json",
+        "versions/tango-20260101T000000.000000.json",
+    ):
+        kept.append(tmp_path / name)
+        kept[-1].parent.mkdir(exist_ok=True)
+        kept[-1].write_text("{}")
+    ours = [
+        tmp_path / name
+        for name in (
+            ".genre.joblib.tmp",
+            ".report.png.tmp",
+            "metrics/.energy.json.tmp",
+            "metrics/.run.json.tmp",
+            f"versions/.{stamp}.joblib.tmp",
+            "versions/energy-20260101T000001.000000.joblib",
+            "versions/energy-20260101T000002.000000.json",
+        )
+    ]
+    for path in ours:
+        path.write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", mock_failure(errno.EACCES))
+        models.clean_up(tmp_path)
+        assert all(f"{path} is passed over: Permission denied" in caplog.text for path in ours)
+    models.clean_up(tmp_path)
+    assert not any(path.exists() for path in ours)
+    assert all(path.exists() for path in kept)
+    assert publish(tmp_path, 10)["status"] == "trained"
+    assert current(tmp_path) == 10
+
+
+def mock_failure(number):
+    def fail(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return fail
+
+
+def unreadable(path):
+    """Make it a file that not even root can open: a link to itself."""
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        ("metrics/energy.json", b"[1]"),
+        ("metrics/energy.json", b'{"sha256": 3}'),
+        ("metrics/energy.json", b"[" * 100_000),
+        ("metrics/energy.json", b"\xff"),
+        ("metrics/energy.json", Path.mkdir),
+        ("metrics/energy.json", unreadable),
+        ("metrics/history.jsonl", b'"abc"\n'),
+        ("metrics/history.jsonl", b'{}\n{"model": "energy", "run": "2", "status": "tr'),
+        ("metrics/history.jsonl", Path.mkdir),
+        ("metrics/history.jsonl", unreadable),
+        ("energy.joblib", unreadable),
+        ("versions/energy-20260101T000000.000000.json", Path.mkdir),
+        ("versions/energy-20260101T000000.000000.json", b"[1]"),
+    ],
+)
+def test_a_damaged_neighbour_is_named_once_and_costs_nothing_else(
+    tmp_path, songs, caplog, capsys, file, damage
+):
+    for value in (1.0, 2.0):
+        publish(tmp_path, value, data=models.describe(songs))
+    write_down(tmp_path, "energy", "trained")
+    good = models.read_history(tmp_path)
+    path = tmp_path / file
+    if isinstance(damage, bytes) and path.suffix == ".jsonl":
+        path.write_bytes(path.read_bytes() + damage)
+    else:
+        path.unlink(missing_ok=True)
+        path.write_bytes(damage) if isinstance(damage, bytes) else damage(path)
+
+    whole = file not in ("energy.joblib", "metrics/history.jsonl") or isinstance(damage, bytes)
+    assert models.main(["show", "--models-dir", str(tmp_path)]) == (
+        2 if path.suffix == ".joblib" else 0
+    )
+    assert ("energy" in models.owed(tmp_path)) != whole
+    assert models.drift_since(models.describe(songs), "songs", tmp_path) == []
+    history = models.read_history(tmp_path)
+    assert history == (good if whole else [] if path.suffix == ".jsonl" else good)
+    notify.report_figure(
+        notify.Run(
+            parameters={"table_name": "songs", "demo": None},
+            asked=["energy"],
+            models_dir=str(tmp_path),
+            command="train.py",
+            started_at="2026-12-01T00:00:00+00:00",
+            host="here",
+        ),
+        history,
+    )
+    if path.suffix == ".joblib":
+        refused("there is no", models.load_model, "energy", tmp_path, kind=models.ModelError)
+    else:
+        assert current(tmp_path) == 2
+    write_down(tmp_path, "energy", "failed", "3")
+    models.clean_up(tmp_path)
+    said = [line for line in caplog.text.splitlines() if f"{path}" in line]
+    assert len(said) == 1
+    assert "is passed over" in said[0]
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == (
+        2 if path.suffix == ".joblib" else 1
+    )
 
 
 def test_history_and_what_is_owed(tmp_path):
