@@ -99,6 +99,13 @@ def alive(folder):
     return any(folder.rglob("postmaster.pid"))
 
 
+def failure(number):
+    def fail(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return fail
+
+
 @contextlib.contextmanager
 def server_folder():
     """A folder for a server of PostgreSQL, gone when that has stopped.
@@ -1366,6 +1373,29 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("of", ["another encoding", "another user"])
+def test_an_env_file_that_cannot_be_read_is_said_and_hides_no_secret(tmp_path, monkeypatch, of):
+    monkeypatch.setattr(db, "ROOT", tmp_path)
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    (tmp_path / ".env").write_bytes("DATABASE_URL=postgresql://me:müsic@h/d\n".encode("latin-1"))
+    if of == "another user":
+        monkeypatch.setattr(db.dotenv, "dotenv_values", failure(errno.EACCES))
+    said = f"{tmp_path}/.env cannot be read .*save it as UTF-8, readable for the user who runs this"
+    refused(said, db.database_url)
+    assert db.redact("tok-en_9") == "***"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://h/d")
+    assert db.database_url() == "postgresql://h/d", "what is set needs no file"
+
+
+def test_a_command_line_says_what_is_wrong_with_the_env_file(tmp_path):
+    copied(tmp_path).with_name(".env").write_bytes(b"HEARTBEAT_URL=\xfc\n")
+    environment = {"DATABASE_URL": None, "HEARTBEAT_URL": None}
+    Run("predict --into said", tmp_path / "models.py", **environment).end(
+        2, f"{tmp_path}/.env cannot be read"
+    )
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -1442,6 +1472,58 @@ def test_unusual_places(folder):
     user.communicate("\n")
     assert folder.parent.stat().st_mode & 0o777 == (0o701 if root else 0o700)
     assert (folder / "data").stat().st_uid == folder.stat().st_uid != 0
+
+
+def programs(folder, initdb, postgres):
+    """Programs of PostgreSQL's names that do that, in the shell."""
+    for name, does in {"initdb": initdb, "postgres": postgres}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda at: (at / "keeper.lock").mkdir(), "Is a directory: 'keeper.lock'"),
+        (lambda at: (at / "users.lock").mkdir(), "Is a directory: '.*users.lock'"),
+        (lambda at: (at / "log").mkdir(), "Is a directory: '.*log'"),
+        (lambda at: programs(at, "echo no room >&2; exit 1", "true"), "no room"),
+        (lambda at: programs(at, "mkdir $7", "echo no room >&2; exit 1"), "no room"),
+        (lambda at: programs(at, "true", "true"), "No such file or directory: .*fresh"),
+    ],
+)
+def test_what_keeps_the_embedded_server_from_starting_is_said_at_once(
+    folder, monkeypatch, capfd, spoil, said
+):
+    folder.mkdir()
+    programs_of_its_own = spoil(folder)
+    if programs_of_its_own:
+        monkeypatch.setattr(db, "_binaries", lambda: programs_of_its_own)
+    start = time.monotonic()
+    with pytest.raises(
+        DataError, match=f"(?s)cannot be started: .*{said}.*or set DATABASE_URL"
+    ) as it:
+        db.start_server(folder, "music")
+    assert time.monotonic() - start < 10
+    assert "Traceback" not in str(it.value) + capfd.readouterr().err
+    db._servers.pop(folder, io.StringIO()).close()
+
+
+def test_a_database_that_cannot_be_made_is_said_at_once(folder):
+    refused("cannot be started: zero-length delimited identifier", db.start_server, folder, "")
+    db._servers.pop(folder).close()
+
+
+def test_a_path_too_long_for_a_socket_is_said(tmp_path):
+    place = tmp_path / ("long" * 25)
+    refused(
+        f"{place} is too long .*PostgreSQL's socket.*Move the project.*or set DATABASE_URL=",
+        db.start_server,
+        place,
+        "music",
+    )
+    assert not place.exists()
 
 
 @slow
@@ -3083,7 +3165,7 @@ def test_only_files_that_the_program_has_written_are_removed(tmp_path, caplog, m
     for path in ours:
         path.write_text("{}")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "unlink", mock_failure(errno.EACCES))
+        patch.setattr(os, "unlink", failure(errno.EACCES))
         models.clean_up(tmp_path)
         assert all(f"{path} is passed over: Permission denied" in caplog.text for path in ours)
     models.clean_up(tmp_path)
@@ -3091,13 +3173,6 @@ def test_only_files_that_the_program_has_written_are_removed(tmp_path, caplog, m
     assert all(path.exists() for path in kept)
     assert publish(tmp_path, 10)["status"] == "trained"
     assert current(tmp_path) == 10
-
-
-def mock_failure(number):
-    def fail(path, *_, **__):
-        raise OSError(number, os.strerror(number), str(path))
-
-    return fail
 
 
 def unreadable(path):
