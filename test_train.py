@@ -22,6 +22,7 @@ import os
 import pty
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -887,6 +888,16 @@ def test_a_second_run_goes_away_at_once(tmp_path):
             Run(f"-X importtime {TRAIN} --models-dir {tmp_path}", "-B").end(75, said)
         )
         Run(f"rollback energy --models-dir {tmp_path}", MODELS).end(75, said)
+
+
+def test_the_lock_holds_where_nothing_can_be_written(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with models.one_run_at_a_time(tmp_path):
+            refused("another run", next, models.one_run_at_a_time(tmp_path).gen, kind=models.Locked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
