@@ -1520,7 +1520,7 @@ def read_objects(path: Path, keys: set[str], by_line: bool = False) -> list[Repo
         if isinstance(found, dict) and keys <= found.keys():
             objects.append(found)
         else:
-            _pass_over(path, "it is damaged")
+            _pass_over(f"a line of {path}" if by_line else path, "it is damaged")
     return objects
 
 
@@ -1536,8 +1536,8 @@ def tolerant_of(path: Path) -> Iterator[None]:
 
 
 @lru_cache  # once a process
-def _pass_over(path: Path, why: str | None) -> None:
-    log.warning("%s is passed over: %s", path, why)
+def _pass_over(what: Path | str, why: str | None) -> None:
+    log.warning("%s is passed over: %s", what, why)
 
 
 def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None:
