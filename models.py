@@ -1617,8 +1617,6 @@ def publish(
     this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
-    import joblib
-
     for folder in ("metrics", "versions"):
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     report = _report(name, estimator, metrics, about)
@@ -1631,12 +1629,7 @@ def publish(
     report["previous"] = current["metrics"].get(next(iter(metrics))) if current else None
     version = _version(report, models_dir)
     try:
-        write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
-        report["sha256"] = _sha256(version)
-        if not report["sha256"]:
-            raise OSError(f"{version} cannot be read again")
-        report["bytes"] = version.stat().st_size
-        write_json(version.with_suffix(".json"), report)
+        _write_version(version, report, estimator)
         if not reason:
             _put_in_place(version, report, models_dir)
     except BaseException:
@@ -1645,6 +1638,18 @@ def publish(
         raise
     _prune(name, models_dir)
     return report
+
+
+def _write_version(version: Path, report: Report, estimator: Any) -> None:
+    """Write a model into versions/, its size and SHA-256 into its report, and that beside it."""
+    import joblib
+
+    write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
+    report["sha256"] = _sha256(version)
+    if not report["sha256"]:
+        raise OSError(f"{version} cannot be read again")
+    report["bytes"] = version.stat().st_size
+    write_json(version.with_suffix(".json"), report)
 
 
 def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:

@@ -3052,7 +3052,8 @@ class Disk:
 
     def call(self):
         self.calls += 1
-        if self.calls == self.at or (self.lasting and self.calls > self.at):
+        later = self.calls > self.at and self.lasting
+        if self.calls == self.at or later:
             raise OSError(self.number, os.strerror(self.number), self.folder)
 
     def faulty(self, function, always=False):
@@ -3140,50 +3141,52 @@ def test_a_rename_that_is_done_although_it_is_said_to_have_failed(tmp_path, monk
     assert current(tmp_path) == 2
 
 
+STAMP = "20260101T000000.000000"
+OURS = [
+    ".energy.joblib.tmp",
+    ".report.png.tmp",
+    "metrics/.energy.json.7.tmp",
+    "metrics/.run.json.7.tmp",
+    f"versions/.energy-{STAMP}.joblib.7.tmp",
+    f"versions/energy-{STAMP}.joblib",
+    f"versions/genre-{STAMP}.json",
+]
+THEIRS = [
+    ".draft.tmp",
+    "mine/.draft.tmp",
+    "mine/.energy.joblib.tmp",
+    "metrics/.notes.json.tmp",
+    "versions/notes.txt",
+    "versions/energy-best.joblib",
+    "versions/energy-notes.json",
+    f"versions/tango-{STAMP}.json",
+]
+
+
 def test_only_files_that_the_program_has_written_are_removed(tmp_path, caplog, monkeypatch):
     for value in range(9):
         publish(tmp_path, value)
-    kept = sorted(path for path in tmp_path.rglob("*"))
-    stamp = "energy-20260101T000000.000000"
-    for name in f"versions/{stamp}.joblib", "versions/.energy.joblib.tmp", ".energy.joblib.tmp":
-        kept.append(tmp_path / name)
-        kept[-1].mkdir()
-    for name in (
-        ".draft.tmp",
-        "mine/.draft.tmp",
-        "mine/.energy.joblib.tmp",
-        "metrics/.notes.json.tmp",
-        "versions/notes.txt",
-        "versions/energy-best.joblib",
-        "versions/energy-notes.json",
-        "versions/tango-20260101T000000.000000.json",
-    ):
-        kept.append(tmp_path / name)
-        kept[-1].parent.mkdir(exist_ok=True)
-        kept[-1].write_text("{}")
-    ours = [
-        tmp_path / name
-        for name in (
-            ".genre.joblib.tmp",
-            ".report.png.tmp",
-            "metrics/.energy.json.tmp",
-            "metrics/.run.json.tmp",
-            f"versions/.{stamp}.joblib.tmp",
-            "versions/energy-20260101T000001.000000.joblib",
-            "versions/energy-20260101T000002.000000.json",
-        )
-    ]
-    for path in ours:
-        path.write_text("{}")
+    folders = [tmp_path / ".genre.joblib.tmp", tmp_path / "versions" / f"similar-{STAMP}.json"]
+    for path in [*folders, tmp_path / "mine"]:
+        path.mkdir()
+    kept = [*tmp_path.rglob("*"), *(tmp_path / name for name in THEIRS)]
+    for name in OURS + THEIRS:
+        (tmp_path / name).write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", failure(errno.EACCES))
         models.clean_up(tmp_path)
-        assert all(f"{path} is passed over: Permission denied" in caplog.text for path in ours)
+    for name in OURS:
+        assert f"{tmp_path / name} is passed over: Permission denied" in caplog.text
     models.clean_up(tmp_path)
-    assert not any(path.exists() for path in ours)
-    assert all(path.exists() for path in kept)
-    assert publish(tmp_path, 10)["status"] == "trained"
-    assert current(tmp_path) == 10
+    assert sorted(tmp_path.rglob("*")) == sorted(kept)
+    for path in folders:
+        assert f"{path} is passed over: Is a directory" in caplog.text
+    publish(tmp_path, 10, "genre")
+    assert models.load_model("genre", tmp_path)["estimator"]["toy"] == 10
+
+
+def holding(content):
+    return lambda path: path.write_bytes(content)
 
 
 def unreadable(path):
@@ -3191,69 +3194,86 @@ def unreadable(path):
     path.symlink_to(path)
 
 
+def named_once(caplog, path):
+    (line,) = [line for line in caplog.text.splitlines() if str(path) in line]
+    return "is passed over" in line
+
+
+REPORT = "metrics/energy.json"
+VERSION = f"versions/energy-{STAMP}.json"
+
+
 @pytest.mark.parametrize(
     "file, damage",
     [
-        ("metrics/energy.json", b"[1]"),
-        ("metrics/energy.json", b'{"sha256": 3}'),
-        ("metrics/energy.json", b"[" * 100_000),
-        ("metrics/energy.json", b"\xff"),
-        ("metrics/energy.json", Path.mkdir),
-        ("metrics/energy.json", unreadable),
-        ("metrics/history.jsonl", b'"abc"\n'),
-        ("metrics/history.jsonl", b'{}\n{"model": "energy", "run": "2", "status": "tr'),
-        ("metrics/history.jsonl", Path.mkdir),
-        ("metrics/history.jsonl", unreadable),
-        ("energy.joblib", unreadable),
-        ("versions/energy-20260101T000000.000000.json", Path.mkdir),
-        ("versions/energy-20260101T000000.000000.json", b"[1]"),
+        (REPORT, holding(b"[1]")),
+        (REPORT, holding(b'{"sha256": 3}')),
+        (REPORT, holding(b"[" * 100_000)),
+        (REPORT, holding(b"\xff")),
+        (REPORT, holding(b"")),
+        (REPORT, Path.mkdir),
+        (REPORT, unreadable),
+        (VERSION, Path.mkdir),
+        (VERSION, holding(b"[1]")),
     ],
 )
-def test_a_damaged_neighbour_is_named_once_and_costs_nothing_else(
-    tmp_path, songs, caplog, capsys, file, damage
+def test_a_damaged_report_is_named_once_and_costs_nothing_else(
+    tmp_path, songs, caplog, file, damage
 ):
     for value in (1.0, 2.0):
         publish(tmp_path, value, data=models.describe(songs))
     write_down(tmp_path, "energy", "trained")
+    (tmp_path / file).unlink(missing_ok=True)
+    damage(tmp_path / file)
+    assert models.main(["show", "--models-dir", str(tmp_path)]) == 0
+    assert "energy" not in models.owed(tmp_path)
+    assert models.drift_since(models.describe(songs.head(1500)), "songs", tmp_path)
+    assert current(tmp_path) == 2
+    assert publish(tmp_path, 3)["previous"] == 2
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == current(tmp_path) == 2
+    assert named_once(caplog, tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    "damage, kept",
+    [
+        (b'"abc"\n', True),
+        (b'{}\n{"model": "energy", "run": "2", "status": "tr', True),
+        (Path.mkdir, False),
+        (unreadable, False),
+    ],
+)
+def test_a_damaged_history_is_named_once_and_costs_nothing_else(tmp_path, caplog, damage, kept):
+    publish(tmp_path, 1)
+    write_down(tmp_path, "energy", "trained")
     good = models.read_history(tmp_path)
-    path = tmp_path / file
-    if isinstance(damage, bytes) and path.suffix == ".jsonl":
+    path = tmp_path / "metrics" / "history.jsonl"
+    if kept:
         path.write_bytes(path.read_bytes() + damage)
     else:
-        path.unlink(missing_ok=True)
-        path.write_bytes(damage) if isinstance(damage, bytes) else damage(path)
-
-    whole = file not in ("energy.joblib", "metrics/history.jsonl") or isinstance(damage, bytes)
-    assert models.main(["show", "--models-dir", str(tmp_path)]) == (
-        2 if path.suffix == ".joblib" else 0
-    )
-    assert ("energy" in models.owed(tmp_path)) != whole
-    assert models.drift_since(models.describe(songs), "songs", tmp_path) == []
+        path.unlink()
+        damage(path)
+    write_down(tmp_path, "genre", "failed")
     history = models.read_history(tmp_path)
-    assert history == (good if whole else [] if path.suffix == ".jsonl" else good)
-    notify.report_figure(
-        notify.Run(
-            parameters={"table_name": "songs", "demo": None},
-            asked=["energy"],
-            models_dir=str(tmp_path),
-            command="train.py",
-            started_at="2026-12-01T00:00:00+00:00",
-            host="here",
-        ),
-        history,
-    )
-    if path.suffix == ".joblib":
-        refused("there is no", models.load_model, "energy", tmp_path, kind=models.ModelError)
-    else:
-        assert current(tmp_path) == 2
-    write_down(tmp_path, "energy", "failed", "3")
-    models.clean_up(tmp_path)
-    said = [line for line in caplog.text.splitlines() if f"{path}" in line]
-    assert len(said) == 1
-    assert "is passed over" in said[0]
-    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == (
-        2 if path.suffix == ".joblib" else 1
-    )
+    assert [line["model"] for line in history] == (["energy", "genre"] if kept else [])
+    assert ("energy" in models.owed(tmp_path)) != kept
+    assert history[:1] == (good if kept else [])
+    run = notify.Run({"table_name": "t", "demo": None}, [], "", "", "2026-12-01T00:00:00Z", "here")
+    assert notify.report_figure(run, history)
+    assert named_once(caplog, path)
+
+
+def test_a_model_that_cannot_be_read_is_named_once_and_trained_anew(tmp_path, caplog):
+    publish(tmp_path, 2, data={"rows": 1})
+    path = tmp_path / "energy.joblib"
+    path.unlink()
+    unreadable(path)
+    assert models.main(["show", "--models-dir", str(tmp_path)]) == 2
+    assert "energy" in models.owed(tmp_path)
+    assert models.drift_since({}, "songs", tmp_path) == []
+    assert publish(tmp_path, 1)["status"] == "trained"
+    assert current(tmp_path) == 1
+    assert named_once(caplog, path)
 
 
 def test_history_and_what_is_owed(tmp_path):
