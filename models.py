@@ -1425,7 +1425,7 @@ def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: five models, their versions and a picture
 
 Report = dict[str, Any]
-# What a report and a line of the history have at least
+# The keys that a report and a line of the history have at least.
 REPORT = {
     "model",
     "run",
