@@ -1633,7 +1633,8 @@ def publish(
         if not reason:
             _put_in_place(version, report, models_dir)
     except BaseException:
-        if read_report(name, models_dir) == current:  # a rename may fail and be done all the same
+        in_place = _sha256(_paths(name, models_dir)[0])
+        if in_place != report.get("sha256"):  # a rename may fail and be done all the same
             _remove(version, version.with_suffix(".json"))
         raise
     _prune(name, models_dir)
