@@ -337,22 +337,24 @@ def size(count: int | None) -> str:
 def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
     """Return the primary metric and its change, such as ("accuracy 0.713", "+0.004").
 
-    The change is "first" where nothing came before; both are "" where there are no metrics.
+    The change is "first" where nothing came before, "was 0.709" where the metric is not known now;
+    both are "" where there are no metrics.
     """
     if not metrics:
         return "", ""
     value = next(iter(metrics.values()))
     change = "first"
-    if value is not None and previous is not None:
-        change = f"{value - previous:+.3f}"
+    if previous is not None:
+        change = f"was {number(previous)}" if value is None else f"{value - previous:+.3f}"
     return figures(metrics)[0], change
 
 
 def figures(metrics: dict) -> list[str]:
-    """Return the metrics as people say them, the primary one first: "R² 0.826"."""
-    primary, *further = metrics
+    """Return the metrics that are known as people say them, the primary one first: "R² 0.826"."""
+    primary = next(iter(metrics))
     name = METRICS.get(primary, plain(primary).replace("_", " "))
-    told = [f"{METRICS[key]} {number(metrics[key])}" for key in METRICS if key in further]
+    further = [key for key in METRICS if key != primary and metrics.get(key) is not None]
+    told = [f"{METRICS[key]} {number(metrics[key])}" for key in further]
     return [f"{name} {number(metrics[primary])}", *told]
 
 
@@ -399,7 +401,7 @@ def table_row(name: str, outcome: Outcome) -> dict[str, str]:
     """Return a model as a row of a table; the columns are its keys."""
     metric, change = metric_and_change(outcome.metrics, outcome.previous)
     return {
-        "model": plain(name, 20),
+        "model": name,
         "status": LOOKS[outcome.status].word,
         "metric": metric,
         "change": change,
@@ -1014,8 +1016,11 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
     """Draw the primary metric of every model over the last runs."""
     runs = sorted({line["run"] for line in history})[-RUNS_SHOWN:]
     for at, name in enumerate(names[: len(PALETTE)]):
-        of_model = [line for line in history if line["model"] == name]
-        lines = {runs.index(line["run"]): line for line in of_model if line["run"] in runs}
+        lines = {
+            runs.index(line["run"]): line
+            for line in history
+            if line["model"] == name and line["run"] in runs
+        }
         if lines:
             _draw_line_of_history(axes, name, lines, at)
     axes.set_title(
@@ -1143,7 +1148,11 @@ def check_discord(enabled: bool) -> list[tuple[str, str, str]]:
         return [("Discord", "ok", "--no-notify: nothing is posted")]
     if not url:
         return [("Discord", "ok", "DISCORD_WEBHOOK_URL is not set: nothing is posted")]
-    trouble = _trouble(url, NO_WEBHOOK, CHECK_SECONDS, _get_webhook, url)
+
+    def get_webhook() -> None:
+        _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
+
+    trouble = _trouble(url, NO_WEBHOOK, CHECK_SECONDS, get_webhook)
     if trouble:
         return [("Discord", "problem", trouble)]
     return [("Discord", "ok", "the Discord webhook answers")]
@@ -1250,10 +1259,6 @@ def _send(url: str, deadline: float, body: bytes, kind: str) -> "Reply":
             return reply
         log.info("Discord answered %s; next try in %.1f s", reply.status or "nothing", wait)
         time.sleep(wait)
-
-
-def _get_webhook(url: str) -> None:
-    _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
 
 
 # ---- Heartbeat -----------------------------------------------------------------------------------

@@ -3468,6 +3468,7 @@ MIXED_RUN = SimpleNamespace(
         "clusters": None,
         "energy": HELD,
         "popularity": {"guessing": True},
+        "similar": {"metrics": {"same_genre_at_10": None}, "plot": {}, "previous": 0.7},
     },
     more={"warnings": ["x"], "crashes": ["ended by SIGKILL"]},
     nights=1,
@@ -3478,6 +3479,8 @@ MIXED_RUN = SimpleNamespace(
         "held back: it fell",
         "no better than guessing",
         "warning: ended by SIGKILL",
+        "same genre not known",
+        "was 0.700",
     ],
     draws=["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"],
 )
