@@ -317,12 +317,17 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as "41.2 s" or "12 min 34 s"; "" for none."""
+    """Return seconds as "41.2 s", "12 min 34 s", "7.1 h" or "3 days"; "" for none."""
     if not seconds:
         return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    if minutes < 48 * 60:
+        return f"{minutes / 60:.1f} h"
+    return f"{minutes // (24 * 60)} days"
 
 
 def size(count: int | None) -> str:
@@ -668,8 +673,9 @@ def print_summary(run: Run, file: IO[str] | None = None) -> None:
         lines += [f"to go on: {line}" for line in what_next(run)]
     if run.finish_command:
         lines.append((f"to finish the job: {run.finish_command}", "bold"))
-    columns = ("model", "status", "metric", "change>", "time>", "size>")
-    print_table(columns, rows, below=lines, file=file)
+    print_table(
+        ("model", "status", "metric", "change>", "time>", "size>"), rows, below=lines, file=file
+    )
 
 
 def print_table(
@@ -822,7 +828,6 @@ HEADER_INCHES = 1.5
 # Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dvp*X"
-GREY = "#707070"
 HEADLINE_PAD = 50  # points between a panel's headline and its frame, for three lines of details
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -877,18 +882,16 @@ def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figur
 
 
 def _write_headline(figure: "Figure", run: Run) -> None:
-    """Write what the run was, when, on what, and the first warning above the panels."""
+    """Write what the run was, when, on what, and the warnings there is room for."""
     started = datetime.fromisoformat(run.started_at).astimezone(UTC)
     about = " · ".join([f"{started:%Y-%m-%d %H:%M} UTC", *facts(run)])
     written = [
         (0.62, _cut(run.message, 95), 25, LOOKS[run.status].colour),
         (0.95, _drawable(about), 14 * min(1, 135 / len(about)), "black"),  # a table's name is long
     ]
-    warnings = warnings_of(run)
+    warnings = "; ".join(warnings_of(run))
     if warnings:
-        more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
-        first = _cut(f"warning: {warnings[0]}", 120)
-        written.append((1.25, first + more, 14, WARNING_COLOUR))
+        written.append((1.25, _cut(f"warning: {warnings}", 135), 14, WARNING_COLOUR))
     for inches, text, size, colour in written:
         figure.text(0.015, 1 - inches / figure.get_figheight(), text, size=size, color=colour)
 
@@ -897,21 +900,18 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
     draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
     metric, change = metric_and_change(outcome.metrics, outcome.previous)
+    good = outcome.status == "trained"
     look = LOOKS[outcome.status]
-    headline = look.word
-    if outcome.status == "trained":
-        headline = f"{metric} ({change})"
-    elif metric:
-        headline = f"{look.word} at {metric}"
+    headline = f"{metric} ({change})" if good else look.word
     axes.set_title(
         _drawable(f"{name}: {headline}", 60),
-        color="black" if outcome.status == "trained" else look.colour,
+        color="black" if good else look.colour,
     )
     details = reason(outcome)
-    colour = WARNING_COLOUR if outcome.status == "trained" else look.colour
+    colour = WARNING_COLOUR if good else look.colour
     if not details:
         details = ", ".join(figures(outcome.metrics)[1:])
-        colour = GREY
+        colour = "#707070"
     size, width, lines = (10, 62, 2) if draw else (14, 44, 12)
     axes.annotate(
         f"{_cut(details, width, lines)}\n{_cut(leans_on(outcome.metrics), width)}".strip(),
@@ -1168,8 +1168,8 @@ def discord_payload(run: Run) -> dict:
         finish = plain(run.finish_command).replace("`", "'").replace("@", MENTION)
         lines.append(f"to finish the job: `{finish}`")
     models = list(run.models.items())[:FIELDS]
-    for_fields = EMBED - TITLE - FOOTER - DESCRIPTION
-    room = min(VALUE, for_fields // max(1, len(models)) - NAME)
+    share = (EMBED - TITLE - FOOTER - DESCRIPTION) // max(1, len(models))
+    room = min(VALUE, share - NAME)
     fields = [
         {
             "name": fit(f"{LOOKS[outcome.status].sign} {escape(name)}", NAME),

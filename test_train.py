@@ -3249,7 +3249,8 @@ def test_similar_imports_nothing_it_does_not_need(models_dir):
 def test_show_and_rollback(models_dir, tmp_path, ask):
     assert ask("show", status=2, folder=tmp_path).count("not trained") == 5
     publish(models_dir, 1.0)
-    assert re.search("^energy +R² 1.000 .* 10  songs .* ago", ask("show"), re.M), "the table"
+    shown = ask("show")
+    assert re.search(r"^energy +R² 1.000 .* 10  songs +0.\d s ago", shown, re.M), "the table"
     said = ask("rollback", "energy")
     assert re.search(r"^energy is again the version trained 20.* \(R² 0\.\d{3}\)$", said, re.M)
     assert "there is no earlier version of genre" in ask("rollback", "genre", status=2)
@@ -3456,10 +3457,10 @@ HARD = {
 }
 GOOD_RUN = SimpleNamespace(
     changed={"genre": {"previous": 0.5}},
-    more={},
+    more={"seconds": 25_500.0},
     nights=30,
     colour=GREEN,
-    says=["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "musicbox"],
+    says=["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "7.1 h", "musicbox"],
     draws=["genre: accuracy", " → demo-", "last 30 runs", "by chance"],
 )
 MIXED_RUN = SimpleNamespace(
@@ -3470,7 +3471,7 @@ MIXED_RUN = SimpleNamespace(
         "popularity": {"guessing": True},
         "similar": {"metrics": {"same_genre_at_10": None}, "plot": {}, "previous": 0.7},
     },
-    more={"warnings": ["x"], "crashes": ["ended by SIGKILL"]},
+    more={"warnings": ["x"], "crashes": ["ended by SIGKILL"], "seconds": 2159.7},
     nights=1,
     colour=YELLOW,
     says=[
@@ -3481,8 +3482,9 @@ MIXED_RUN = SimpleNamespace(
         "warning: ended by SIGKILL",
         "same genre not known",
         "was 0.700",
+        "36 min 0 s in all",
     ],
-    draws=["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"],
+    draws=["genre: failed", "energy: held back", "first run", "warning: ended by SIGKILL; x"],
 )
 HARD_RUN = SimpleNamespace(
     changed=HARD,
@@ -3675,7 +3677,7 @@ def test_the_picture_cuts_no_command_and_no_table(told):
     figure.draw_without_rendering()
     drawn = words_of(figure)
     assert "the current model has 0.8 …" in drawn
-    assert " moved … (and 1 more)" in drawn
+    assert f"warning: {long} moved …" in drawn
     assert drawn.count("--force") == 1, "where there is room for it"
     assert f"500 songs of {long}.{long}" in drawn
     assert max(text.get_window_extent().x1 for text in figure.texts) <= 1600
