@@ -356,7 +356,7 @@ def tell(run: Run, stopped: bool) -> None:
     picture: Path | None = None
     if run.models and not stopped:
         picture = Path(run.models_dir, "report.png")
-        _, trouble = notify.attempt(models.take, "draw", run, picture)
+        _, trouble = notify.attempt(models.take, models.draw, run, picture)
         if trouble:
             picture = None
             run.warnings.append(f"the picture could not be made: {notify.explain(trouble)}")
@@ -692,23 +692,23 @@ def training_can_heal(task: Any, task_run: Any, state: State) -> bool:
 
 
 def load_csv(csv_path: str, url: str, table: str, truncate: bool, rejected_path: str) -> dict:
-    return models.take("load_csv", csv_path, url, table, truncate, rejected_path)
+    return models.take(db.load_csv, csv_path, url, table, truncate, rejected_path)
 
 
 def load_demo(count: int, url: str, table: str) -> dict:
-    return models.take("load_demo", count, url, table)
+    return models.take(db.load_demo, count, url, table)
 
 
 def load_songs(url: str, table: str, models_dir: str) -> dict:
-    return models.take("read_songs", url, table, models_dir)
+    return models.take(models.read_songs, url, table, models_dir)
 
 
 def train_model(name: str, url: str | None, about: dict, models_dir: str, force: bool) -> dict:
-    return models.take("train", name, url, about, models_dir, force)
+    return models.take(models.train, name, url, about, models_dir, force)
 
 
 def write_predictions(url: str, table: str, into: str, models_dir: str) -> int:
-    return models.take("predict_table", url, table, into, models_dir)
+    return models.take(models.predict_table, url, table, into, models_dir)
 
 
 # NO_CACHE: Prefect's default would hash what every task is given.
