@@ -77,7 +77,7 @@ SERVER_STARTS = 5  # how often Prefect's temporary server is started in a run, s
 STOP_SECONDS = 1.5  # from a stop to the end of the process, whatever still waits in it
 DASK_SECONDS = 30  # for a Dask cluster to answer and to have a worker
 CHECK_SECONDS = 4  # for all that --check looks at, side by side
-MEMORY_SECONDS = 0.5  # between two looks at the memory of a run
+MEMORY_SECONDS = 1  # between two looks at the memory of a run: each costs 3 ms a process
 JITTER = 0.5  # a retry's pause is up to so much longer, or shorter by less: runs come apart
 
 log = logging.getLogger("train")
