@@ -542,8 +542,11 @@ class _Progress:
         self.done = sum(self.shares) / len(self.shares)
         takes_long = time.monotonic() - self.began > PROGRESS_SECONDS
         another_quarter = quarter < int(4 * self.done) < 4
-        says_so = share == 0 or (takes_long and another_quarter)
-        level = logging.INFO if says_so else logging.DEBUG
+        level = logging.DEBUG
+        if takes_long and another_quarter:
+            level = logging.INFO
+        if share == 0:
+            level = logging.INFO
         phase = self.phases[part]
         extra = {"model": self.name, "phase": phase, "share": round(self.done, 4)}
         log.log(level, "%s: %s, %.0f %%", self.name, phase, 100 * self.done, extra=extra)
@@ -1370,7 +1373,10 @@ def _end_to_end(parts: Sequence[Answers]) -> Answers:
     some = [part for part in parts if part]
     if not some:
         return {}
-    return {key: np.concatenate([part[key] for part in some]) for key in some[0]}
+    whole = {}
+    for key in some[0]:
+        whole[key] = np.concatenate([part[key] for part in some])
+    return whole
 
 
 def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> dict[str, float]:
