@@ -591,12 +591,13 @@ def stop(run: Run, why: Stopped) -> None:
     notify.decide(run, why)
     tell(run)
     if RUN:
-        notify.attempt(tell_prefect, why)
         notify.print_summary(run)
     if RUN or why.code == TERMINATED:
         timer = threading.Timer(STOP_SECONDS, os._exit, [why.code])
         timer.daemon = True
         timer.start()
+    if RUN:
+        notify.attempt(tell_prefect, why)
 
 
 def tell_prefect(why: Stopped) -> None:
