@@ -707,7 +707,7 @@ def train_model(name: str, url: str | None, about: dict, models_dir: str, force:
     return models.take("train", name, url, about, models_dir, force)
 
 
-def write_predictions(url: str, table: str, into: str, models_dir: str) -> int:
+def write_predictions(url: str, table: str, into: str, models_dir: str) -> dict:
     return models.take("predict_table", url, table, into, models_dir)
 
 
@@ -885,7 +885,7 @@ def train_and_publish(run: Run) -> None:
             train_all(run, runner, url)
         into = run.parameters["predict_into"]
         if into:
-            predict_task(url, run.table, into, run.models_dir)
+            run.predicted = predict_task(url, run.table, into, run.models_dir)
 
 
 def train_all(run: Run, runner: Any, url: str) -> None:
