@@ -5,15 +5,18 @@ message and run.json are made from it alone, so that they never disagree. Nothin
 trained model: what cannot be told is a warning.
 """
 
+import argparse
 import contextlib
 import errno
 import http.client
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -22,14 +25,14 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from db import DataError, Expected, redact, setting, write_atomically
+from db import ROOT, DataError, Expected, command, redact, setting, write_atomically
 
 if TYPE_CHECKING:  # for annotations only: both are slow to import
     from matplotlib.axes import Axes
@@ -88,7 +91,8 @@ class Run:
     status: str = "failed"  # "completed", "partial" or "failed"
     message: str = ""  # the run in a sentence
     error: str | None = None  # what ended it
-    exit_status: int | None = None  # None until the run is concluded
+    exit_status: int | None = None  # None until it is decided
+    begun: bool = False  # the history knows what was asked for
     finish_command: str | None = None  # trains what this run has not, where a command can
 
     @property
@@ -143,7 +147,7 @@ def decide(run: Run, error: BaseException | None = None) -> None:
     if error:
         run.error = explain(error)
     trained = with_status(run, "trained")
-    if len(with_status(run, "failed")) == len(run.models):
+    if not trained:
         run.status = "failed"
         run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
     elif error or len(trained) < len(run.asked):
@@ -157,9 +161,55 @@ def decide(run: Run, error: BaseException | None = None) -> None:
     run.message = message_of(run)
     missing = [name for name in run.asked if name not in run.models]
     may_heal = [name for name, outcome in run.models.items() if outcome.heals]
-    if (missing or may_heal) and (error is None or heals(error)):
+    if run.begun and (missing or may_heal) and (error is None or heals(error)):
         run.finish_command = finish_command(run)
     run.seconds = seconds_since_start(run)
+
+
+def write_run(run: Run) -> None:
+    """Write metrics/run.json, the run as it stands. Raises OSError."""
+    path = Path(run.models_dir, "metrics", "run.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(run), indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
+    """Tell everybody that no run can begin where Prefect cannot be imported; exit with 3.
+
+    `arguments` are those of train.py. Who only looks (--check, --help) is told alone: exit 2.
+    """
+    cause = Expected(
+        f"Prefect cannot be imported ({type(error).__name__}: {error}); correct the variable "
+        "PREFECT_... or the file it names, or install again: pip install -r requirements.txt"
+    )
+    if {"--check", "--help", "-h", "--serve"} & {*arguments}:
+        print(f"train.py: error: {explain(cause)}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--table-name", default="spotify_songs")
+    parser.add_argument("--demo", nargs="?", type=int, const=10_000)
+    parser.add_argument("--no-notify", dest="enable_notifications", action="store_false")
+    parser.add_argument("--models-dir")
+    options, _ = parser.parse_known_args(arguments)
+    default = ROOT / "models" if options.demo is None else ROOT / "demo" / "models"
+    run = Run(
+        parameters=vars(options),
+        asked=[],
+        models_dir=str(Path(options.models_dir or default).resolve()),
+        command=command("train.py", *arguments),
+        started_at=datetime.now(UTC).isoformat(),
+        host=socket.gethostname(),
+    )
+    decide(run, cause)
+    attempt(write_run, run)
+    if run.enable_notifications:
+        heartbeat("fail")
+        url = setting("DISCORD_WEBHOOK_URL")
+        if url:
+            post_discord(run, url)
+    print_summary(run)
+    sys.exit(run.exit_status)
 
 
 def with_status(run: Run, status: str) -> list[str]:
@@ -557,6 +607,39 @@ def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
 
 
 # ---- Terminal ------------------------------------------------------------------------------------
+
+
+def never_break_off() -> None:
+    """Let stdout and stderr be closed, on a full disk, or a pipe that nobody reads any more.
+
+    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe.
+    """
+    sys.stdout = _Forgiving(sys.stdout)
+    sys.stderr = _Forgiving(sys.stderr)
+    for name in ["", *logging.root.manager.loggerDict]:
+        for handler in logging.getLogger(name).handlers:
+            if hasattr(handler, "console"):  # Prefect's, which has the old one
+                handler.console.file = sys.stderr
+
+
+class _Forgiving:
+    """A stream of text as it is, but for errors of writing, which are passed over."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 (held until this process ends)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
 
 PLAIN_WIDTH = 160  # columns of a table where there is no terminal to ask
 BAR_WIDTH = 16
@@ -1414,8 +1497,11 @@ def _trouble(url: str, seconds: float, step: Callable, *arguments: Any) -> str |
         errors.append(error)
 
     thread = threading.Thread(target=take_step, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    try:
+        thread.start()
+        thread.join(seconds)
+    except RuntimeError:  # no more threads can be started
+        take_step()
     error = errors[0] if errors else TimeoutError(f"no answer within {seconds:.0f} s")
     if error is None:
         return None
