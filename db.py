@@ -381,10 +381,12 @@ def read_rows(rows: Any, where: str = "the DataFrame") -> pd.DataFrame:
     return songs
 
 
-def demand_sound(names: Iterable[str], found: list[str], where: str) -> None:
+def demand_sound(
+    names: Iterable[str], found: Iterable[str] = (), where: str = "the DataFrame"
+) -> None:
     """Raise DataError if most of AUDIO is missing among `names`; `found` is what is there."""
-    if 2 * len(set(AUDIO).difference(names)) > len(AUDIO):
-        _demand(names, found, where, "found: {}. Rename or add them")
+    if 2 * len({*AUDIO}.difference(names)) > len(AUDIO):
+        _demand(names, list(found or names), where, "found: {}. Rename or add them")
 
 
 def _merge(cursor, table: str, columns: list[str], file: IO[str], truncate: bool) -> int:
@@ -1822,6 +1824,12 @@ def setting(name: str) -> str:
     return (os.environ.get(name, file.get(name)) or "").strip()
 
 
+# What may be a key in a URL: its password, or a part of the path or query, but for words of small
+# letters (nightly-songs) and dates.
+KEY = re.compile(r"(?<=:)[^/@]*(?=@)|(?<=[/=:])(?=[\w.@-]*[A-Z\d])(?=[\w.@-]*[A-Za-z])[\w.@-]{8,}")
+WITHOUT_KEYS = ("DATABASE_URL", "PREFECT_API_URL")  # of the first the password is known
+
+
 def redact(text: object, *secrets: str) -> str:
     """Return `text` without `secrets`, the password of DATABASE_URL and the keys in any setting.
 
@@ -1832,8 +1840,9 @@ def redact(text: object, *secrets: str) -> str:
     for name, value in (
         dotenv.dotenv_values(ROOT / ".env", interpolate=False) | os.environ
     ).items():
-        if name != "PREFECT_API_URL":  # which has none, and people follow it
-            hidden += _keys_in(value or "")
+        if name not in WITHOUT_KEYS:
+            keys = KEY.findall((value or "").partition("://")[2])
+            hidden += [key for key in keys if key not in str(ROOT)]
     with contextlib.suppress(psycopg2.Error):
         parts = psycopg2.extensions.parse_dsn(setting("DATABASE_URL"))
         hidden.append(parts.get("password", ""))
@@ -1850,19 +1859,6 @@ def redact(text: object, *secrets: str) -> str:
     ):
         text = re.sub(pattern, r"\1***", text)
     return text
-
-
-def _keys_in(value: str) -> list[str]:
-    """Return the password of a URL and what may be a key in the path of a web address.
-
-    A name like nightly-songs or spotify_songs is none, nor a date, nor a part of our own folder.
-    """
-    keys = re.findall("://[^/@]*:([^/@]*)@", value)
-    for path in re.findall("^https?://[^/]*(/.*)", value):
-        for part in re.findall(r"[\w-]{8,}", path):
-            if not re.fullmatch(r"[a-z_-]+|[\d-]+", part) and part not in str(ROOT):
-                keys.append(part)
-    return keys
 
 
 @contextlib.contextmanager

@@ -591,7 +591,7 @@ class GenreClassifier:
 
     def predict_proba(self, songs: pd.DataFrame) -> np.ndarray:
         """Return P(genre), float32, songs x classes_; DataError where songs lack most of AUDIO."""
-        db.demand_sound(songs, list(songs), "the DataFrame")
+        db.demand_sound(songs)
 
         def probabilities(part: pd.DataFrame) -> np.ndarray:
             return softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part))
@@ -944,7 +944,7 @@ class SongRegressor:
 
         Raises DataError where most of AUDIO is absent.
         """
-        db.demand_sound(songs, list(songs), "the DataFrame")
+        db.demand_sound(songs)
         if not len(songs):
             return np.zeros(0)
         known = [self._audio(songs)]
@@ -2360,11 +2360,9 @@ def show(options: argparse.Namespace) -> int:
     """Print the current models; 2 if there is none."""
     rows = []
     reports = {}
-    tables: dict[str, list[str]] = {}
     for name in MODELS:
         report = read_report(name, options.models_dir)
         if report:
-            tables.setdefault(report.get("table", "songs"), []).append(name)
             versions = len(list_versions(name, options.models_dir))
             told = {key: value for key, value in report.items() if key not in ("plot", "data")}
             reports[name] = {**told, "versions_kept": versions}
@@ -2379,7 +2377,6 @@ def show(options: argparse.Namespace) -> int:
             ("model", "metric", "change>", "songs>", "trained", "size>", "older>"),
             rows,
             above=[(f"Models in {options.models_dir}", "bold")],
-            below=[f"trained on {table}: {', '.join(names)}" for table, names in tables.items()],
         )
     return 0 if reports else 2
 
