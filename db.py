@@ -1853,7 +1853,7 @@ def redact(text: object, *secrets: str) -> str:
         # a password "music" must not eat into "musician"
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", "***", text)
     for pattern in (
-        r"(://[^\s:/@]*:)[^\s/]*(?=@)",
+        r"(://[^\s:/@]*:)(?!password@)[^\s/]*(?=@)",
         r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
         r"(/api/(?:v\d+/)?webhooks/\d+/|hooks\.slack\.com/services/)[\w/-]+",
     ):
