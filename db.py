@@ -354,16 +354,12 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return cells, read_rows(cells, str(path))
 
 
-def read_rows(rows: Any, where: str = "the DataFrame") -> pd.DataFrame:
-    """Return the songs that rows describe, for predictions: all our columns, the rows' own index.
+def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
+    """Return the songs that rows describe, for predictions: all our columns, a row each.
 
-    `rows` is a DataFrame as pandas reads it, or a list of dicts. Its names and values are
-    understood as those of a CSV file; what is missing or cannot be read is "" or NaN. Raises
-    DataError where most of AUDIO is missing, or a column has another scale.
+    Names and values are understood as those of a CSV file; what is missing or cannot be read is ""
+    or NaN. Raises DataError where most of AUDIO is missing, or a column has another scale.
     """
-    import pandas as pd
-
-    rows = pd.DataFrame(rows)
     header = [str(name) for name in rows]
     cells = rows.astype(object).where(rows.notna(), "").astype("str")
     fields = cells.to_numpy().tolist()
@@ -371,11 +367,13 @@ def read_rows(rows: Any, where: str = "the DataFrame") -> pd.DataFrame:
     songs = songs.reindex(columns=list(COLUMNS), fill_value="").astype("str")
     _read_values(songs, where, Counter())
     numbers = [name for name in songs if name not in TEXT]
-    songs = songs.astype(dict.fromkeys(numbers, "float32")).set_axis(rows.index)
+    songs = songs.astype(dict.fromkeys(numbers, "float32"))
+    if songs.empty:
+        return songs
     there = songs.columns[songs.notna().any() & (songs != "").any()]
     demand_sound(there, header, where)
     missing = [name for name in ("genre", "popularity", *REQUIRED) if name not in there]
-    if missing and len(songs):
+    if missing:
         said = "%s has nothing in the columns %s; that is treated as missing"
         log.warning(said, where, ", ".join(missing))
     return songs

@@ -1592,7 +1592,7 @@ def publish(
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
     report["in_place_of"] = None
-    if current and current.get("table") != report["table"]:  # figures of other songs
+    if current and current.get("table") != report.get("table"):  # figures of other songs
         report["in_place_of"] = current.get("table")
         current = None
     reason = None
@@ -1945,8 +1945,12 @@ def predict(
     missing genre as the predicted one, a song with a missing feature is in no cluster. Raises
     DataError where rows lack most of the sound, or ModelError where there is no model.
     """
+    import pandas as pd
+
+    rows = pd.DataFrame(rows)
     songs = db.read_rows(rows)
-    return _added(songs, loaded or load_models(models_dir, filter(adds, MODELS)))
+    said = _added(songs, loaded or load_models(models_dir, filter(adds, MODELS)))
+    return said.set_axis(rows.index)
 
 
 def _added(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFrame:

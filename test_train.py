@@ -512,7 +512,7 @@ def test_prefect_shows_the_run(night):
     assert run["state"]["name"] == "Completed"
     tasks = tasks_of(run)
     shown = {found["key"]: found["description"] for found in kept("artifacts", run)}
-    assert set(tasks) == {*models.MODELS, "load CSV", "load songs"}
+    assert set(tasks) == {*models.MODELS, "load CSV", "load songs", "predict"}
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
     assert logged(tasks["genre"], "genre: fitting on")
     assert set(shown) == {"metrics"} | {f"model-{name}" for name in models.MODELS}
@@ -3100,6 +3100,7 @@ def test_predict_does_without_a_column_and_a_model(songs, models_dir, tmp_path, 
 def test_rows_are_understood_as_those_of_a_csv(songs, models_dir, tmp_path):
     few = songs.tail(40).assign(explicit=lambda songs: songs.explicit == 1, year=1999.0)
     few.loc[few.index[:9], "tempo"] = np.nan
+    few.index = [7] * 40  # as after pd.concat
     expected = models.predict(few, models_dir)
     few.to_csv(tmp_path / "in.csv", index=False)
     of_a_file = models.predict(db.read_csv(tmp_path / "in.csv")[1], models_dir)
@@ -3115,6 +3116,7 @@ def test_rows_are_understood_as_those_of_a_csv(songs, models_dir, tmp_path):
     ).astype(object)
     others["playlist_genre"] = [[genre] for genre in few.genre]
     loaded = models.load_models(models_dir)
+    assert models.predict(few.head(0), loaded=loaded).columns.equals(expected.columns)
     pd.testing.assert_frame_equal(models.predict(others, loaded=loaded), expected)
     for said in of_a_file, models.predict(others.to_dict("records"), models_dir):
         pd.testing.assert_frame_equal(said, expected.reset_index(drop=True))
