@@ -1825,7 +1825,6 @@ def setting(name: str) -> str:
 # What may be a key in a URL: its password, or a part of the path or query, but for words of small
 # letters (nightly-songs) and dates.
 KEY = re.compile(r"(?<=:)[^/@]*(?=@)|(?<=[/=:])(?=[\w.@-]*[A-Z\d])(?=[\w.@-]*[A-Za-z])[\w.@-]{8,}")
-WITHOUT_KEYS = ("DATABASE_URL", "PREFECT_API_URL")  # of the first the password is known
 
 
 def redact(text: object, *secrets: str) -> str:
@@ -1838,7 +1837,7 @@ def redact(text: object, *secrets: str) -> str:
     for name, value in (
         dotenv.dotenv_values(ROOT / ".env", interpolate=False) | os.environ
     ).items():
-        if name not in WITHOUT_KEYS:
+        if name not in ("DATABASE_URL", "PREFECT_API_URL"):  # of the first the password is known
             keys = KEY.findall((value or "").partition("://")[2])
             hidden += [key for key in keys if key not in str(ROOT)]
     with contextlib.suppress(psycopg2.Error):

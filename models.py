@@ -1591,13 +1591,10 @@ def publish(
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
-    report["in_place_of"] = None
     if current and current.get("table") != report.get("table"):  # figures of other songs
         report["in_place_of"] = current.get("table")
         current = None
-    reason = None
-    if current and not force:
-        reason = _worse(report, current)
+    reason = _worse(report, current) if current and not force else None
     report["status"] = "held_back" if reason else "trained"
     report["error"] = reason
     report["previous"] = current["metrics"].get(next(iter(metrics))) if current else None
@@ -1913,10 +1910,6 @@ def _cluster(model: Any, songs: pd.DataFrame) -> Iterable:
     return [pd.Series(clusters, features.index, "Int64")]
 
 
-def _prediction(model: Any, songs: pd.DataFrame) -> Iterable:
-    return [model.predict(songs)]
-
-
 ADDS = {
     "genre": Adds({"genre_predicted": "text", "genre_confidence": "real"}, _genre_and_confidence),
     "clusters": Adds({"cluster": "integer"}, _cluster),
@@ -1928,13 +1921,13 @@ def adds(name: str) -> Adds | None:
 
     A model of a column of songs adds NAME_predicted, a number, unless ADDS has it otherwise.
     """
-    if name in db.COLUMNS:
-        return ADDS.get(name, Adds({f"{name}_predicted": "real"}, _prediction))
+    if name in db.COLUMNS and name not in ADDS:
+        return Adds({f"{name}_predicted": "real"}, lambda model, songs: [model.predict(songs)])
     return ADDS.get(name)
 
 
 def predict(
-    rows: Any, models_dir: Path | str = MODELS_DIR, loaded: dict[str, dict[str, Any]] | None = None
+    rows: Any, models_dir: Path | str = MODELS_DIR, loaded: dict | None = None
 ) -> pd.DataFrame:
     """Return what the models say of rows, a row each, under the rows' own index.
 
@@ -2473,24 +2466,17 @@ def predict_songs(options: argparse.Namespace) -> int:
         raise DataError(f"cannot write {out}; give --out a file in a folder that can be written to")
     if options.into:
         url = db.database_url()
-        return _tell(
-            options, predict_table(url, options.table_name, options.into, options.models_dir)
-        )
-    rows, songs = db.read_csv(options.csv)
-    complete = rows.assign(**_added(songs, load_models(options.models_dir, filter(adds, MODELS))))
-    if options.out:
-        write_atomically(out, partial(complete.to_csv, index=False))
-        seconds = time.monotonic() - start
-        return _tell(options, {"rows": len(rows), "into": str(out), "seconds": seconds})
-    if options.json:
-        print(complete.to_json(orient="records", lines=True, force_ascii=False), end="")
+        done = predict_table(url, options.table_name, options.into, options.models_dir)
     else:
-        complete.to_csv(sys.stdout, index=False)
-    return 0
-
-
-def _tell(options: argparse.Namespace, done: dict[str, Any]) -> int:
-    """Print what predicting did, a dict(rows, into, seconds); return the exit status."""
+        rows, songs = db.read_csv(options.csv)
+        loaded = load_models(options.models_dir, filter(adds, MODELS))
+        complete = rows.assign(**_added(songs, loaded))
+        if not options.out:
+            as_json = partial(complete.to_json, orient="records", lines=True, force_ascii=False)
+            print(as_json() if options.json else complete.to_csv(index=False), end="")
+            return 0
+        write_atomically(out, partial(complete.to_csv, index=False))
+        done = {"rows": len(rows), "into": str(out), "seconds": time.monotonic() - start}
     print(json.dumps(done) if options.json else notify.in_words(done))
     return 0
 
@@ -2553,8 +2539,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run is predict_songs and bool(options.csv) == bool(options.into):
         parser.error("predict needs a CSV file or --into TABLE")
-    if options.run is predict_songs and options.into and options.out:
-        parser.error("--out goes with a CSV file; leave it out beside --into")
     if options.run is similar and options.k < 1:
         parser.error(f"-k must be 1 or more; it is {options.k}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
