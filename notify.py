@@ -614,6 +614,11 @@ def never_break_off() -> None:
 
     Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe.
     """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: what is opened next would get its number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _Forgiving(sys.stdout)
     sys.stderr = _Forgiving(sys.stderr)
     for name in ["", *logging.root.manager.loggerDict]:

@@ -221,7 +221,8 @@ def train_and_publish(run: Run) -> None:
             train_all(run, runner, url)
         into = run.parameters["predict_into"]
         if into:
-            run.predicted = at_the_database(predict_task)(url, run.table, into, run.models_dir)
+            predicting = database_task("predict_task", "predict")
+            run.predicted = predicting("predict_table", url, run.table, into, run.models_dir)
 
 
 def read_songs(run: Run) -> str:
@@ -229,14 +230,17 @@ def read_songs(run: Run) -> str:
     given = run.parameters
     url = db.database_url(demo=run.demo is not None)
     if run.demo:
-        at_the_database(load_demo_task)(run.demo, url, run.table)
+        database_task("load_demo_task", "load demo songs")("load_demo", run.demo, url, run.table)
     elif given["csv_path"]:
         rejected = str(Path(run.models_dir, "rejected_rows.csv"))
-        load = at_the_database(load_csv_task)
-        run.csv = load(given["csv_path"], url, run.table, given["truncate_table"], rejected)
-        run.warnings += run.csv.get("warnings", [])
+        run.csv = database_task("load_csv_task", "load CSV")(
+            "load_csv", given["csv_path"], url, run.table, given["truncate_table"], rejected
+        )
+        run.warnings += run.csv["warnings"]
     start = time.monotonic()
-    songs = at_the_database(load_songs_task)(url, run.table, run.models_dir)
+    songs = database_task("load_songs_task", "load songs")(
+        "read_songs", url, run.table, run.models_dir
+    )
     run.rows = songs["rows"]
     run.read_seconds = time.monotonic() - start
     log.info("%s songs read from %s in %.1f s", f"{run.rows:,}", run.table, run.read_seconds)
@@ -276,14 +280,9 @@ def submit(runner: Any, run: Run, name: str, url: str) -> PrefectFuture:
     }
     # A worker on another machine has a DATABASE_URL of its own: the password stays here.
     elsewhere = run.parameters["dask"] and url == db.setting("DATABASE_URL")
-    parameters = {
-        "name": name,
-        "url": None if elsewhere else url,
-        "about": about,
-        "models_dir": run.models_dir,
-        "force": run.parameters["force"],
-    }
-    return runner.submit(training_task(name), parameters)
+    given = None if elsewhere else url
+    arguments = (name, given, about, run.models_dir, run.parameters["force"])
+    return runner.submit(training_task(name), {"step": "train", "arguments": arguments})
 
 
 def note(run: Run, name: str, report: dict | None, error: Any) -> None:
@@ -324,24 +323,9 @@ def write_artifacts(run: Run) -> None:
 # ---- The tasks: plain functions, decorated here and nowhere else ---------------------------------
 
 
-def load_csv(csv_path: str, url: str, table: str, truncate: bool, rejected_path: str) -> dict:
-    return models.take("load_csv", csv_path, url, table, truncate, rejected_path)
-
-
-def load_demo(count: int, url: str, table: str) -> dict:
-    return models.take("load_demo", count, url, table)
-
-
-def load_songs(url: str, table: str, models_dir: str) -> dict:
-    return models.take("read_songs", url, table, models_dir)
-
-
-def train_model(name: str, url: str | None, about: dict, models_dir: str, force: bool) -> dict:
-    return models.take("train", name, url, about, models_dir, force)
-
-
-def write_predictions(url: str, table: str, into: str, models_dir: str) -> dict:
-    return models.take("predict_table", url, table, into, models_dir)
+def take(step: str, *arguments: Any) -> Any:
+    """Have the fork server take a step; what it logs is logged here, in the task's thread."""
+    return models.take(step, *arguments)
 
 
 def can_heal(task: Any, task_run: Any, state: State) -> bool:
@@ -383,7 +367,6 @@ def training_can_heal(task: Any, task_run: Any, state: State) -> bool:
 
 # NO_CACHE: Prefect's default would hash what every task is given.
 every: Any = {"cache_policy": NO_CACHE, "persist_result": False}
-database: Any = {"retries": 2, "retry_condition_fn": can_heal, **every}
 training: Any = {
     "retries": 3,
     "retry_delay_seconds": [2, 4, 8],
@@ -391,27 +374,6 @@ training: Any = {
     "retry_condition_fn": training_can_heal,
     **every,
 }
-load_csv_task = task(name="load_csv_task", task_run_name="load CSV", **database)(load_csv)
-load_demo_task = task(name="load_demo_task", task_run_name="load demo songs", **database)(load_demo)
-load_songs_task = task(name="load_songs_task", task_run_name="load songs", **database)(load_songs)
-predict_task = task(name="predict_task", task_run_name="predict", **database)(write_predictions)
-
-
-def at_the_database(task: Any) -> Any:
-    """Return the task with the pause before the database is tried again."""
-    return task.with_options(retry_delay_seconds=[pause()] * task.retries)
-
-
-def pause() -> float:
-    """Return DATABASE_RETRY_SECONDS, 30 by default. Raises DataError where it is no number."""
-    text = db.setting("DATABASE_RETRY_SECONDS") or "30"
-    if not re.fullmatch(r"\d+\.?\d*", text):
-        raise DataError(
-            f"DATABASE_RETRY_SECONDS is {text!r}; write a number of seconds, such as 30"
-        )
-    return float(text)
-
-
 TASK_NAMES = {
     "clusters": "train_clustering_model_task",
     "energy": "train_energy_regression_model_task",
@@ -423,7 +385,29 @@ TASK_NAMES = {
 def training_task(model: str) -> Any:
     """Return the task that trains a model; its runs are named after the model."""
     name = TASK_NAMES.get(model, f"train_{model}_model_task")
-    return task(name=name, task_run_name=model, **training)(train_model)
+    return task(name=name, task_run_name=model, **training)(take)
+
+
+def database_task(name: str, run_name: str) -> Any:
+    """Return a task that is tried three times, with DATABASE_RETRY_SECONDS between."""
+    return task(
+        name=name,
+        task_run_name=run_name,
+        retries=2,
+        retry_delay_seconds=[pause()] * 2,
+        retry_condition_fn=can_heal,
+        **every,
+    )(take)
+
+
+def pause() -> float:
+    """Return DATABASE_RETRY_SECONDS, 30 by default. Raises DataError where it is no number."""
+    text = db.setting("DATABASE_RETRY_SECONDS") or "30"
+    if not re.fullmatch(r"\d+\.?\d*", text):
+        raise DataError(
+            f"DATABASE_RETRY_SECONDS is {text!r}; write a number of seconds, such as 30"
+        )
+    return float(text)
 
 
 def task_runner(run: Run) -> Any:
@@ -754,7 +738,7 @@ def why_it_ended(said: str) -> str:
 
 
 SERVER_ADVICE = {
-    "unable to open|permission denied|readonly|read-only": (
+    "unable to open|permission denied|read-?only|not a directory": (
         "{home} cannot be written to; make it writable for this user or set PREFECT_HOME"
     ),
     "is not a database|malformed": "its database is damaged; move it away: {home}/prefect.db",
