@@ -1833,15 +1833,16 @@ def redact(text: object, *secrets: str) -> str:
     Whatever else looks like either is left out as well.
     """
     text = str(text)
-    hidden = [*secrets, setting("PGPASSWORD")]
-    for name, value in (
-        dotenv.dotenv_values(ROOT / ".env", interpolate=False) | os.environ
-    ).items():
+    settings: dict[str, Any] = dict(os.environ)
+    with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is said elsewhere
+        settings = dotenv.dotenv_values(ROOT / ".env", interpolate=False) | settings
+    hidden = [*secrets, settings.get("PGPASSWORD") or ""]
+    for name, value in settings.items():
         if name not in ("DATABASE_URL", "PREFECT_API_URL"):  # of the first the password is known
             keys = KEY.findall((value or "").partition("://")[2])
             hidden += [key for key in keys if key not in str(ROOT)]
     with contextlib.suppress(psycopg2.Error):
-        parts = psycopg2.extensions.parse_dsn(setting("DATABASE_URL"))
+        parts = psycopg2.extensions.parse_dsn(settings.get("DATABASE_URL") or "")
         hidden.append(parts.get("password", ""))
     forms = set()
     for secret in hidden:
