@@ -221,9 +221,8 @@ def train_and_publish(run: Run) -> None:
             train_all(run, runner, url)
         into = run.parameters["predict_into"]
         if into:
-            database_task("predict_task", "predict")(
-                models.predict_table, url, run.table, into, run.models_dir
-            )
+            predicting = database_task("predict_task", "predict")
+            run.predicted = predicting(models.predict_table, url, run.table, into, run.models_dir)
 
 
 def read_songs(run: Run) -> str:
@@ -312,7 +311,8 @@ def note_crash(run: Run, name: str, error: Exception) -> None:
 
 def write_artifacts(run: Run) -> None:
     """Put the metrics where Prefect's UI shows them: a table of the run, a page for each model."""
-    history = models.read_history(run.models_dir)
+    lines = models.read_history(run.models_dir)
+    history = [line for line in lines if line.get("table", run.table) == run.table]
     for name, outcome in run.models.items():
         page = notify.model_page(name, outcome, history)
         description = notify.in_short(name, outcome)
