@@ -536,7 +536,7 @@ def test_prefect_shows_the_run(night):
     shown = {found["key"]: found["description"] for found in kept("artifacts", run)}
     assert set(tasks) == {*models.MODELS, "load CSV", "load songs", "predict"}
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
-    assert logged(tasks["genre"], "genre: fitting on")
+    assert logged(tasks["genre"], "genre: fitting")
     assert set(shown) == {"metrics"} | {f"model-{name}" for name in models.MODELS}
     assert "(first)" in shown["model-clusters"]
 
