@@ -68,6 +68,11 @@ class Outcome:
     path: str | None = None  # the model's file, where it was published
     heals: bool = False  # may trying again help?
 
+    @property
+    def word(self) -> str:
+        """The status as people say it."""
+        return self.status.replace("_", " ")
+
 
 @dataclass
 class Run:
@@ -117,11 +122,11 @@ def outcome_of(report: dict, folder: str | Path) -> Outcome:
 
     `folder`: the models directory.
     """
-    path = None
-    if report["status"] == "trained":
-        path = str(Path(folder) / f"{report['model']}.joblib")
-    told = ("error", "metrics", "plot", "previous", "bytes", "rows", "seconds", "guessing")
-    return Outcome(report["status"], path=path, **{name: report[name] for name in told})
+    known = {name: report[name] for name in Outcome.__annotations__ if name in report}
+    outcome = Outcome(**known)
+    if outcome.status == "trained":
+        outcome.path = str(Path(folder) / f"{report['model']}.joblib")
+    return outcome
 
 
 def failed(error: BaseException) -> Outcome:
@@ -149,9 +154,8 @@ def decide(run: Run, error: BaseException | None = None) -> None:
     if isinstance(error, Stopped):
         run.exit_status = error.code
     run.message = message_of(run)
-    missing = [name for name in run.asked if name not in run.models]
-    may_heal = [name for name, outcome in run.models.items() if outcome.heals]
-    if run.begun and (missing or may_heal) and (error is None or heals(error)):
+    owed = [name for name in run.asked if name not in run.models or run.models[name].heals]
+    if run.begun and owed and (error is None or heals(error)):
         run.finish_command = finish_command(run)
     run.seconds = seconds_since_start(run)
 
@@ -213,10 +217,10 @@ def message_of(run: Run) -> str:
     if not run.models:
         return f"Nothing was trained: {run.error or 'no reason was given'}"
     said = [f"{len(with_status(run, 'trained'))} of {len(run.asked)} models trained"]
-    for status, word in (("held_back", "held back"), ("failed", "failed")):
+    for status in ("held_back", "failed"):
         names = with_status(run, status)
         if names:
-            said.append(f"{word}: {', '.join(names)}")
+            said.append(f"{run.models[names[0]].word}: {', '.join(names)}")
     if run.error:
         said.append(run.error)
     return "; ".join(said)
@@ -265,20 +269,22 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
 class Look(NamedTuple):
     """How a status looks."""
 
-    word: str
     sign: str
     colour: str  # legible on black and on white, also to colour-blind eyes
     discord_colour: int
 
 
+GOOD = Look("✅", "#00795A", 0x2ECC71)
+WARNING = Look("⚠️", "#A86400", 0xF1C40F)
+BAD = Look("❌", "#C42B00", 0xE74C3C)
+# Of a run or a model
 LOOKS = {
-    "completed": Look("completed", "✅", "#00795A", 0x2ECC71),
-    "trained": Look("trained", "✅", "#00795A", 0x2ECC71),
-    "partial": Look("partial", "⚠️", "#A86400", 0xF1C40F),
-    "held_back": Look("held back", "⚠️", "#A86400", 0xF1C40F),
-    "failed": Look("failed", "❌", "#C42B00", 0xE74C3C),
+    "completed": GOOD,
+    "trained": GOOD,
+    "partial": WARNING,
+    "held_back": WARNING,
+    "failed": BAD,
 }
-WARNING_COLOUR = LOOKS["partial"].colour
 
 # Metrics as people say them, in the order in which they are told; what is not here is told only
 # where it is the primary metric.
@@ -299,7 +305,6 @@ COLUMNS = {"artist_name": "artist", "album_name": "album", "track_name": "title"
 LEANS_ON = 3  # columns named
 LEAST_FALL = 0.005  # of the primary metric: less is "0.00"
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
-UNITS = ("B", "kB", "MB", "GB")
 
 
 def plain(text: object, limit: int = 10_000) -> str:
@@ -336,11 +341,9 @@ def duration(seconds: float | None) -> str:
 
 def size(count: int | None) -> str:
     """Return bytes as "3.1 MB"; "" for none."""
-    if not count:
-        return ""
-    power = min(len(UNITS) - 1, int(math.log(count, 1000)))
-    digits = 1 if power else 0
-    return f"{count / 1000**power:.{digits}f} {UNITS[power]}"
+    from rich.filesize import decimal
+
+    return decimal(count) if count else ""
 
 
 def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
@@ -384,20 +387,17 @@ def reason(outcome: Outcome) -> str:
     """Return "failed: …", "held back: …" or "no better than guessing"; "" for a good model."""
     if outcome.status == "trained":
         return "no better than guessing" if outcome.guessing else ""
-    word = LOOKS[outcome.status].word
     error = plain(outcome.error or "no reason was given")
-    return f"{word}: {error.removeprefix(f'{word}: ')}"
+    return f"{outcome.word}: {error.removeprefix(f'{outcome.word}: ')}"
 
 
 def said_of(outcome: Outcome) -> str:
     """Return what became of a model: "accuracy 0.713 (+0.004)" if it was trained, the reason."""
-    said = []
-    if outcome.status == "trained":
-        metric, change = metric_and_change(outcome.metrics, outcome.previous)
-        said.append(f"{metric} ({change})")
-    if reason(outcome):
-        said.append(reason(outcome))
-    return ", ".join(said)
+    if outcome.status != "trained":
+        return reason(outcome)
+    metric, change = metric_and_change(outcome.metrics, outcome.previous)
+    said = f"{metric} ({change})"
+    return f"{said}, {reason(outcome)}" if outcome.guessing else said
 
 
 def in_short(name: str, outcome: Outcome) -> str:
@@ -411,7 +411,7 @@ def table_row(name: str, outcome: Outcome) -> dict[str, str]:
     metric, change = metric_and_change(outcome.metrics, outcome.previous)
     return {
         "model": name,
-        "status": LOOKS[outcome.status].word,
+        "status": outcome.word,
         "metric": metric,
         "change": change,
         "time": duration(outcome.seconds),
@@ -502,7 +502,7 @@ def model_page(name: str, outcome: Outcome, history: list[dict]) -> str:
 
 LOGGERS = ("train", "models", "db", "notify")
 # The exit statuses of a run that was stopped: 128 and the signal's number.
-STOPPED_BY = {128 + signal.SIGTERM: "SIGTERM", 128 + signal.SIGINT: "Ctrl-C"}
+STOPPED_BY = {TERMINATED: "SIGTERM", INTERRUPTED: "Ctrl-C"}
 SAY_IT_ALL = (Expected, OSError, MemoryError)  # errors of which nobody needs a traceback
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -520,20 +520,21 @@ class Stopped(Expected):
 
 def explain(error: BaseException) -> str:
     """Return an error as a sentence without secrets."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return redact(
-            f"there is no space left for {error.filename or 'a file'}; "
-            "make room on that disk and run it again"
-        )
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, SAY_IT_ALL):
+        said = str(error)
     if isinstance(error, MemoryError):
-        return (
+        said = (
             "there is not enough memory; raise the limit (ulimit -v, the container's), train "
             "fewer models at a time (--only), or name a view with a sample of the songs as "
             "--table-name"
         )
-    if isinstance(error, SAY_IT_ALL):
-        return redact(str(error))
-    return redact(f"{type(error).__name__}: {error}")
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        said = (
+            f"there is no space left for {error.filename or 'a file'}; "
+            "make room on that disk and run it again"
+        )
+    return redact(said)
 
 
 def heals(error: BaseException) -> bool:
@@ -582,23 +583,20 @@ def _without_secrets(record: logging.LogRecord) -> bool:
     record.args = ()
     if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
         record.exc_info = None
-        record.exc_text = None
-    elif record.exc_info:
-        record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
-    elif record.exc_text:
+    if record.exc_info:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+    if record.exc_text:
         record.exc_text = redact(record.exc_text)
     return True
 
 
-_live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
-
-
 def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
-    """A logging filter: show a record's share, let the record go on where a log wants it."""
-    if getattr(record, "share", None) is not None:
-        for lines in _live_lines:
-            lines.show(record)
-    return record.levelno >= logging.INFO
+    """A logging filter: a record below INFO moves a bar, if there is one, and goes no further."""
+    if record.levelno >= logging.INFO:
+        return True
+    for handler in logging.getLogger().handlers:
+        handler.filter(record)  # the terminal's has that of live_status
+    return False
 
 
 # ---- Terminal ------------------------------------------------------------------------------------
@@ -646,17 +644,17 @@ BAR_WIDTH = 16
 NAME_WIDTH = 12
 # Signs of the live lines, by phase; what has none here is at work.
 SIGNS = {
-    "done": f"[{LOOKS['trained'].colour}]✓[/]",
-    "failed": f"[{LOOKS['failed'].colour}]✗[/]",
-    "held_back": f"[{LOOKS['held_back'].colour}]![/]",
-    "retrying": f"[{LOOKS['partial'].colour}]↻[/]",
+    "done": f"[{GOOD.colour}]✓[/]",
+    "failed": f"[{BAD.colour}]✗[/]",
+    "held_back": f"[{WARNING.colour}]![/]",
+    "retrying": f"[{WARNING.colour}]↻[/]",
 }
 ENDED = ("done", "failed", "held_back")
 
 Cell = Any  # text, a number, or (text, rich style)
 
 
-def print_summary(run: Run, file: IO[str] | None = None) -> None:
+def print_summary(run: Run) -> None:
     """Print the table of a run and what there is to say below it."""
     rows: list[list[Cell]] = []
     lines: list[Cell] = [(run.message, f"bold {LOOKS[run.status].colour}")]
@@ -666,18 +664,17 @@ def print_summary(run: Run, file: IO[str] | None = None) -> None:
         rows.append([(model, "bold"), (status, colour), *others])
         if reason(outcome):
             trained = outcome.status == "trained"
-            lines.append((f"{name} {reason(outcome)}", WARNING_COLOUR if trained else colour))
+            lines.append((f"{name} {reason(outcome)}", WARNING.colour if trained else colour))
     for note in notes(run):
-        lines.append((note, WARNING_COLOUR if note.startswith("warning") else ""))
+        lines.append((note, WARNING.colour if note.startswith("warning") else ""))
     lines.append(", ".join(facts(run)))
-    if any(outcome.path for outcome in run.models.values()):
+    if with_status(run, "trained"):
         lines.append(f"models in {run.models_dir}")
         lines += [f"to go on: {line}" for line in what_next(run)]
     if run.finish_command:
         lines.append((f"to finish the job: {run.finish_command}", "bold"))
-    print_table(
-        ("model", "status", "metric", "change>", "time>", "size>"), rows, below=lines, file=file
-    )
+    columns = ("model", "status", "metric", "change>", "time>", "size>")
+    print_table(columns, rows, below=lines)
 
 
 def print_table(
@@ -685,7 +682,6 @@ def print_table(
     rows: Iterable[Sequence[Cell]],
     above: Iterable[Cell] = (),
     below: Iterable[Cell] = (),
-    file: IO[str] | None = None,
 ) -> None:
     """Print lines, a table, lines: in colour on a terminal, plain text anywhere else.
 
@@ -696,12 +692,11 @@ def print_table(
     from rich.console import Console
     from rich.table import Table
 
-    out = file or sys.stdout
-    on_terminal = out.isatty()
-    if hasattr(out, "reconfigure"):
-        out.reconfigure(errors="backslashreplace")  # where a terminal or a log knows only ASCII
+    on_terminal = sys.stdout.isatty()
+    if hasattr(sys.stdout, "reconfigure"):  # where a terminal or a log knows only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
     width = None if on_terminal else PLAIN_WIDTH
-    console = Console(file=out, width=width, force_terminal=on_terminal)
+    console = Console(width=width, force_terminal=on_terminal)
     style = box.SIMPLE_HEAD if on_terminal else None
     table = Table(box=style, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
@@ -742,28 +737,38 @@ def live_status(models: Iterable[str]) -> Iterator[None]:
     if not handler:
         yield
         return
-    with _progress(handler.console) as progress:
-        lines = _LiveLines(progress, models)
-        handler.addFilter(lines.show)
-        _live_lines.append(lines)
-        try:
+    lines = _LiveLines(handler.console, models)
+    handler.addFilter(lines.show)
+    try:
+        with lines.progress:
             yield
-        finally:
-            _live_lines.remove(lines)
-            handler.removeFilter(lines.show)
+    finally:
+        handler.removeFilter(lines.show)
 
 
 class _LiveLines:
-    """The lines of a rich Progress, by model; `show` takes log records and is a logging filter."""
+    """Lines on a rich console, by model: a clock, what is said, a bar where the share is known."""
 
-    def __init__(self, progress: Any, models: Iterable[str]):
-        self.progress = progress
+    def __init__(self, console: Any, models: Iterable[str]):
+        from rich.progress import Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
+
+        # A line that is too long would narrow all columns alike, clock and percent as well.
+        others = len("0:00:00 ") + len(" 100%") + 1 + BAR_WIDTH
+        said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - others))
+        self.progress = Progress(
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", table_column=said),
+            TextColumn("{task.fields[bar]}"),
+            console=console,
+            transient=True,
+        )
         self.lines: dict[str, Any] = {}
         for model in models:
             self._write(model, "·", "waiting")
 
     def show(self, record: logging.LogRecord) -> bool:
-        """Show a record that is about a model; return whether it goes into the log as well."""
+        """A logging filter: show what is about a model; return whether the log gets it as well."""
         model = getattr(record, "model", None)
         is_warning = record.levelno >= logging.WARNING
         if model is None:
@@ -790,23 +795,6 @@ class _LiveLines:
         self.progress.update(self.lines[model], description=text, bar=bar)
 
 
-def _progress(console: Any) -> Any:
-    """Return rich's Progress: a clock, what is said, and a bar where the share is known."""
-    from rich.progress import Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Column
-
-    # A line that is too long would narrow all columns alike, clock and percent as well.
-    others = len("0:00:00 ") + len(" 100%") + 1 + BAR_WIDTH
-    said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - others))
-    return Progress(
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", table_column=said),
-        TextColumn("{task.fields[bar]}"),
-        console=console,
-        transient=True,
-    )
-
-
 def _log_handler() -> Any:
     """Return the handler whose rich console writes the log to a terminal, as Prefect's does.
 
@@ -814,10 +802,8 @@ def _log_handler() -> Any:
     """
     for handler in logging.getLogger().handlers:
         console = getattr(handler, "console", None)
-        if not console or not console.file.isatty() or console.is_dumb_terminal:
-            continue
-        if "utf" in console.encoding:
-            return handler
+        if console and console.file.isatty() and not console.is_dumb_terminal:
+            return handler if "utf" in console.encoding else None
     return None
 
 
@@ -893,7 +879,7 @@ def _write_headline(figure: "Figure", run: Run) -> None:
     ]
     warnings = "; ".join(warnings_of(run))
     if warnings:
-        written.append((1.25, _cut(f"warning: {warnings}", 135), 14, WARNING_COLOUR))
+        written.append((1.25, _cut(f"warning: {warnings}", 135), 14, WARNING.colour))
     for inches, text, size, colour in written:
         figure.text(0.015, 1 - inches / figure.get_figheight(), text, size=size, color=colour)
 
@@ -901,19 +887,17 @@ def _write_headline(figure: "Figure", run: Run) -> None:
 def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
     draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
-    metric, change = metric_and_change(outcome.metrics, outcome.previous)
-    good = outcome.status == "trained"
-    look = LOOKS[outcome.status]
-    headline = f"{metric} ({change})" if good else look.word
-    axes.set_title(
-        _drawable(f"{name}: {headline}", 60),
-        color="black" if good else look.colour,
-    )
-    details = reason(outcome)
-    colour = WARNING_COLOUR if good else look.colour
-    if not details:
-        details = ", ".join(figures(outcome.metrics)[1:])
-        colour = "#707070"
+    if outcome.status == "trained":
+        metric, change = metric_and_change(outcome.metrics, outcome.previous)
+        headline = f"{metric} ({change})"
+        headline_colour = "black"
+        colour = WARNING.colour if outcome.guessing else "#707070"
+    else:
+        headline = outcome.word
+        headline_colour = LOOKS[outcome.status].colour
+        colour = headline_colour
+    axes.set_title(_drawable(f"{name}: {headline}", 60), color=headline_colour)
+    details = reason(outcome) or ", ".join(figures(outcome.metrics)[1:])
     size, width, lines = (10, 62, 2) if draw else (14, 44, 12)
     axes.annotate(
         f"{_cut(details, width, lines)}\n{_cut(leans_on(outcome.metrics), width)}".strip(),
@@ -1015,16 +999,37 @@ DRAWINGS: dict[str, Callable] = {
 
 
 def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> None:
-    """Draw the primary metric of every model over the last runs."""
-    runs = sorted({line["run"] for line in history})[-RUNS_SHOWN:]
+    """Draw the primary metric of every model over the last runs.
+
+    A line breaks where a run failed or was held back: a cross stands at the value that was held
+    back, or else at the last good one. Where lines lie on each other the later ones are narrower,
+    so that all are seen.
+    """
+    from pandas import DataFrame, to_numeric
+
+    table = DataFrame(history, columns=["run", "model", "status", "value"])
+    table = table.drop_duplicates(["run", "model"], keep="last")
+    runs = sorted(table["run"].unique())[-RUNS_SHOWN:]
     for at, name in enumerate(names[: len(PALETTE)]):
-        lines = {
-            runs.index(line["run"]): line
-            for line in history
-            if line["model"] == name and line["run"] in runs
-        }
-        if lines:
-            _draw_line_of_history(axes, name, lines, at)
+        lines = table[(table["model"] == name) & table["run"].isin(runs)]
+        if lines.empty:
+            continue
+        places = lines["run"].map(runs.index)
+        trained = lines["status"] == "trained"
+        found = to_numeric(lines["value"], errors="coerce")
+        values = found.where(trained)
+        crosses = found.fillna(values.ffill()).mask(trained)
+        axes.plot(
+            places,
+            values,
+            color=PALETTE[at],
+            linewidth=4.8 - 0.55 * at,
+            marker=MARKERS[at],
+            markersize=9.5 - 0.8 * at,
+            label=_drawable(name, 14),
+        )
+        # Above the lines
+        axes.plot(places, crosses, "x", color=PALETTE[at], ms=10, mew=2.5, zorder=3)
     axes.set_title(
         f"{f'last {len(runs)} runs' if len(runs) > 1 else 'first run'} (× failed or held back)",
     )
@@ -1032,44 +1037,6 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
         axes.legend(ncols=3, **LEGEND_BELOW)
         ticks = range(0, len(runs), len(runs) // 4 + 1)
         axes.set_xticks(ticks, [runs[tick][5:16].replace("T", " ") for tick in ticks])
-
-
-def _draw_line_of_history(axes: "Axes", name: str, lines: dict[int, dict], at: int) -> None:
-    """Draw the runs of the model whose place is `at`. `lines`: of the history, by run.
-
-    A line breaks where a run failed or was held back: a cross stands at the value that was held
-    back, or else at the last good one. Where lines lie on each other the later ones are narrower,
-    so that all are seen.
-    """
-    values: dict[int, Any] = {}
-    crosses: dict[int, Any] = {}
-    last = None
-    for run, line in lines.items():
-        value = line.get("value")
-        if line["status"] == "trained":
-            values[run] = value
-            last = value
-        else:
-            values[run] = None
-            crosses[run] = last if value is None else value
-    axes.plot(
-        list(values),
-        list(values.values()),
-        color=PALETTE[at],
-        linewidth=4.8 - 0.55 * at,
-        marker=MARKERS[at],
-        markersize=9.5 - 0.8 * at,
-        label=_drawable(name, 14),
-    )
-    axes.plot(
-        list(crosses),
-        list(crosses.values()),
-        "x",
-        color=PALETTE[at],
-        markersize=10,
-        markeredgewidth=2.5,
-        zorder=3,  # above the lines
-    )
 
 
 def _drawable(text: object, limit: int = 1000) -> str:
@@ -1134,30 +1101,31 @@ def post_discord(
     the network does: a message must not cost a model.
     """
     deadline = time.monotonic() + seconds
-    trouble = _trouble(url, NO_WEBHOOK, seconds, _post, url, run, picture, deadline)
+    trouble = _trouble(url, NO_WEBHOOK, seconds, _post, run, picture, deadline)
     if trouble:
         log.warning("Discord was not told: %s", trouble)
     return trouble is None
 
 
 def check_discord(enabled: bool) -> list[tuple[str, str, str]]:
-    """Return the lines of --check after a GET of the webhook, which posts nothing.
+    """Return the line of --check after a GET of the webhook, which posts nothing.
 
     A line is (what, "ok" or "problem", sentence).
     """
     url = setting("DISCORD_WEBHOOK_URL")
+    trouble = None
+    said = "the Discord webhook answers"
     if not enabled:
-        return [("Discord", "ok", "--no-notify: nothing is posted")]
-    if not url:
-        return [("Discord", "ok", "DISCORD_WEBHOOK_URL is not set: nothing is posted")]
+        said = "--no-notify: nothing is posted"
+    elif not url:
+        said = "DISCORD_WEBHOOK_URL is not set: nothing is posted"
+    else:
+        trouble = _trouble(url, NO_WEBHOOK, CHECK_SECONDS, _look_at_webhook)
+    return [("Discord", "problem" if trouble else "ok", trouble or said)]
 
-    def get_webhook() -> None:
-        _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
 
-    trouble = _trouble(url, NO_WEBHOOK, CHECK_SECONDS, get_webhook)
-    if trouble:
-        return [("Discord", "problem", trouble)]
-    return [("Discord", "ok", "the Discord webhook answers")]
+def _look_at_webhook(url: str) -> None:
+    _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
 
 
 def discord_payload(run: Run) -> dict:
@@ -1216,17 +1184,17 @@ def _post(url: str, run: Run, picture: str | Path | None, deadline: float) -> No
     """
     payload = discord_payload(run)
     if picture:
-        form, kind = _with_picture(payload, Path(picture).read_bytes())
-        reply = _send(url, deadline, form, kind)
+        reply = _send(_with_picture(url, payload, Path(picture).read_bytes()), deadline)
         if reply.status not in (400, 413):
             return _succeed(reply, DISCORD_SAYS)
         log.warning("Discord refused the picture (%d), trying without", reply.status)
     body = json.dumps(payload).encode()
-    return _succeed(_send(url, deadline, body, "application/json"), DISCORD_SAYS)
+    message = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    return _succeed(_send(message, deadline), DISCORD_SAYS)
 
 
-def _with_picture(payload: dict, image: bytes) -> tuple[bytes, str]:
-    """Return (body, content type) of a form with the picture, to which the embed refers."""
+def _with_picture(url: str, payload: dict, image: bytes) -> urllib.request.Request:
+    """Return the request that posts a form with the picture, to which the embed refers."""
     embed = payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}
     message = json.dumps(payload | {"embeds": [embed]})
     edge = uuid.uuid4().hex
@@ -1236,19 +1204,19 @@ def _with_picture(payload: dict, image: bytes) -> tuple[bytes, str]:
         f'--{edge}\r\n{part}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n'
     )
     body = head.encode() + image + f"\r\n--{edge}--\r\n".encode()
-    return body, f"multipart/form-data; boundary={edge}"
+    kind = f"multipart/form-data; boundary={edge}"
+    return urllib.request.Request(url, body, {"Content-Type": kind})
 
 
-def _send(url: str, deadline: float, body: bytes, kind: str) -> "Reply":
-    """Return the reply to a POST.
+def _send(message: urllib.request.Request, deadline: float) -> "Reply":
+    """Return the reply to a message.
 
     A 429 is obeyed and what may heal is tried again, as long as `deadline` allows.
     """
     failures = 0
     limited = 0
     while True:
-        timeout = max(0.1, min(TIMEOUT, deadline - time.monotonic()))
-        reply = _request(url, timeout, body, kind)
+        reply = _request(message, TIMEOUT)
         if reply.status == TOO_MANY and limited < RATE_LIMITED:
             limited += 1
             wait = reply.wait
@@ -1267,7 +1235,7 @@ def _send(url: str, deadline: float, body: bytes, kind: str) -> "Reply":
 # A machine that is down at night tells nobody: a service that waits for a sign of life does.
 
 HEARTBEAT_SECONDS = 5  # for a heartbeat, both tries
-HEARTBEAT_TRY = 2  # seconds for the first
+HEARTBEAT_TRY = 2  # seconds for each
 HEARTBEAT_PAUSE = 1
 NO_HEARTBEAT = (
     "HEARTBEAT_URL is not a web address (https://hc-ping.com/...): copy the check's ping URL, "
@@ -1284,7 +1252,7 @@ def heartbeat(kind: str) -> None:
     url = setting("HEARTBEAT_URL")
     if not url:
         return
-    trouble = _trouble(url, NO_HEARTBEAT, HEARTBEAT_SECONDS, _beat, url, kind)
+    trouble = _trouble(url, NO_HEARTBEAT, HEARTBEAT_SECONDS, _beat, kind)
     if trouble:
         log.warning("the heartbeat was not sent: %s", trouble)
 
@@ -1297,17 +1265,18 @@ def heartbeat_address(url: str, kind: str) -> str | None:
     good end.
     """
     parts = urlsplit(url)
-    is_uptime_kuma = "/api/push/" in parts.path
-    is_cronitor = parts.hostname == "cronitor.link" or "state=" in parts.query
-    if is_uptime_kuma and kind == "start":
+    states = None
+    if "/api/push/" in parts.path:
+        states = UPTIME_KUMA
+    elif parts.hostname == "cronitor.link" or "state=" in parts.query:
+        states = CRONITOR
+    if states is None:
+        path = f"{parts.path.rstrip('/')}/{kind}" if kind else parts.path
+        return urlunsplit(parts._replace(path=path))
+    if kind not in states:
         return None
-    if is_uptime_kuma or is_cronitor:
-        query = dict(parse_qsl(parts.query, keep_blank_values=True))
-        query |= UPTIME_KUMA[kind] if is_uptime_kuma else CRONITOR[kind]
-        return urlunsplit(parts._replace(query=urlencode(query)))
-    if kind:
-        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{kind}"))
-    return url
+    query = dict(parse_qsl(parts.query, keep_blank_values=True)) | states[kind]
+    return urlunsplit(parts._replace(query=urlencode(query)))
 
 
 UPTIME_KUMA = {
@@ -1320,26 +1289,27 @@ CRONITOR = {"start": {"state": "run"}, "": {"state": "complete"}, "fail": {"stat
 def check_heartbeat(enabled: bool) -> list[tuple[str, str, str]]:
     """Return the line of --check on HEARTBEAT_URL, which is not called: (what, state, sentence)."""
     url = setting("HEARTBEAT_URL")
+    state = "ok"
+    said = "HEARTBEAT_URL is set and well formed; only a run calls it"
     if not enabled:
-        return [("heartbeat", "ok", "--no-notify: none is sent")]
-    if not url:
+        said = "--no-notify: none is sent"
+    elif not url:
         said = "HEARTBEAT_URL is not set: nobody is told when no run begins"
-        return [("heartbeat", "ok", said)]
-    if not ADDRESS.fullmatch(url):
-        return [("heartbeat", "problem", NO_HEARTBEAT)]
-    return [("heartbeat", "ok", "HEARTBEAT_URL is set and well formed; only a run calls it")]
+    elif not ADDRESS.fullmatch(url):
+        state = "problem"
+        said = NO_HEARTBEAT
+    return [("heartbeat", state, said)]
 
 
 def _beat(url: str, kind: str) -> None:
     """Call the address, a second time where that may help; raise Expected where neither does."""
-    deadline = time.monotonic() + HEARTBEAT_SECONDS
     address = heartbeat_address(url, kind)
     if not address:
         return
     reply = _request(address, HEARTBEAT_TRY)
     if reply.may_heal or reply.status in (TIMED_OUT, TOO_MANY):
         time.sleep(HEARTBEAT_PAUSE)
-        reply = _request(address, max(0.1, deadline - time.monotonic()))
+        reply = _request(address, HEARTBEAT_TRY)
     _succeed(reply, {})
 
 
@@ -1366,36 +1336,32 @@ class Reply(NamedTuple):
         return self.status == NO_CONNECTION or self.status >= 500
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Return None: urllib would turn a POST into a GET, lose the message, call it a success."""
+class _AnyStatus(urllib.request.HTTPErrorProcessor):
+    def http_response(self, request: Any, response: Any) -> Any:
+        """Return an answer as it is, and follow no redirect.
+
+        urllib would turn a POST into a GET, lose the message, call it a success.
+        """
+        return response
+
+    https_response = http_response
 
 
-def _request(
-    url: str, timeout: float, body: bytes | None = None, kind: str = "text/plain"
-) -> Reply:
-    """Return the reply to a POST of the body, or to a GET."""
-    request = urllib.request.Request(url, body, {"User-Agent": USER_AGENT, "Content-Type": kind})
-    answer: Any
+def _request(request: str | urllib.request.Request, timeout: float) -> Reply:
+    """Return the reply to a request; an address alone is one for GET."""
+    opener = urllib.request.build_opener(_AnyStatus)
+    opener.addheaders = [("User-Agent", USER_AGENT)]
     try:
-        try:
-            answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
-        except urllib.error.HTTPError as error:
-            answer = error
-        with answer:
+        with opener.open(request, timeout=timeout) as answer:
             text = answer.read(2000).decode("utf-8", "replace")
     except TimeoutError:
         return Reply(TIMED_OUT, "")
     except (OSError, http.client.HTTPException) as error:
         return Reply(NO_CONNECTION, str(error))
-    return Reply(answer.status, text, _seconds_to_wait(text, answer.headers))
-
-
-def _seconds_to_wait(text: str, headers: Any) -> float:
-    """Return how long a 429 asks to wait: Discord says it in the body, others in a header."""
-    match = re.search(r'"retry_after": ?(\d+\.?\d*)', text)
-    wait = match[1] if match else headers.get("Retry-After", "")
-    return float(wait) if re.fullmatch(r"\d+\.?\d*", wait) else 1.0
+    # Discord says in the body how long to wait, others in a header.
+    asked = re.search(r'"retry_after": ?(\d+\.?\d*)', text)
+    asked = asked or re.match(r"(\d+\.?\d*)$", answer.headers.get("Retry-After", ""))
+    return Reply(answer.status, text, float(asked[1]) if asked else 1.0)
 
 
 def _succeed(reply: Reply, sentences: dict[int, str]) -> None:
@@ -1412,7 +1378,7 @@ def _succeed(reply: Reply, sentences: dict[int, str]) -> None:
 def _trouble(
     url: str, no_address: str, seconds: float, step: Callable, *arguments: Any
 ) -> str | None:
-    """Return why a step with a secret address failed, without the secret; None where it did not.
+    """Return why step(url, *arguments) failed, without secrets; None if it did not.
 
     `no_address` is said where the URL is none. The step is given up after `seconds`: looking up a
     name knows no timeout of its own.
@@ -1422,7 +1388,7 @@ def _trouble(
     errors: list[Exception | None] = []  # what became of the step, once it has ended
 
     def take_step() -> None:
-        _, error = attempt(step, *arguments)
+        _, error = attempt(step, url, *arguments)
         errors.append(error)
 
     thread = threading.Thread(target=take_step, daemon=True)
@@ -1432,9 +1398,4 @@ def _trouble(
     except RuntimeError:  # no more threads can be started
         take_step()
     error = errors[0] if errors else TimeoutError(f"no answer within {seconds:.0f} s")
-    if error is None:
-        return None
-    said = plain(explain(error), 600)
-    for secret in re.findall(r"[\w-]{12,}", url):
-        said = said.replace(secret, "***")
-    return said
+    return plain(explain(error), 600) if error else None

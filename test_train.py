@@ -995,12 +995,14 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(table, tmp_path):
         )
 
 
-def test_a_message_is_sent_where_no_thread_can_be_started(webhook, told, monkeypatch):
+def test_a_message_is_sent_where_no_thread_can_be_started(caplog, monkeypatch):
     def start(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    assert notify._trouble(webhook.url, 5, lambda: None) is None
+    monkeypatch.setenv("HEARTBEAT_URL", DEAD)
+    notify.heartbeat("fail")
+    assert "no connection" in caplog.text, "it was tried"
 
 
 # ---- From Python, night after night --------------------------------------------------------------
@@ -4070,8 +4072,8 @@ def in_discord(run):
 
 
 def in_summary(run):
-    out = io.StringIO()
-    notify.print_summary(run, out)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        notify.print_summary(run)
     return out.getvalue()
 
 
@@ -4378,7 +4380,8 @@ def test_the_terminal_and_ascii_files_get_a_plain_summary(told, monkeypatch):
     loaded = {"read": 9, "loaded": 6, "repeated": 1, "rejected": {"no title": 2}}
     run = told({"genre": OSError("[bold]no\x1b[31m")}, csv=loaded)
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    notify.print_summary(run, file)
+    with contextlib.redirect_stdout(file):
+        notify.print_summary(run)
     file.seek(0)
     text = file.read()
     assert "\x1b" not in text
