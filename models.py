@@ -959,6 +959,7 @@ class SongRegressor:
         rate = self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_)
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
+        self.weights_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
                 learning_rate=rate,
@@ -967,8 +968,8 @@ class SongRegressor:
                 **self.TREES,
             )
             self.trees_.append(trees.fit(X, residual[rows]))
+            self.weights_.append(1 - extra_weight)
             progress((fit + 1) / self.fits)
-        self.weights_ = [1 - extra_weight] * self.fits
         if extra_weight:
             extra = ExtraTreesRegressor(random_state=SEED, **self.EXTRA_TREES)
             self.trees_.append(extra.fit(X, residual[rows]))
