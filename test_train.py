@@ -3593,36 +3593,71 @@ def test_drift_is_in_figures_people_read(songs, tmp_path):
     assert re.match(r"mean year is 2011\.0; it was 20\d\d\.\d ", later)
 
 
-# ---- Models: files of the earlier edition --------------------------------------------------------
-def test_a_genre_model_of_the_earlier_edition_loads(songs, trained):
-    """It called tokens words."""
-    estimator = trained["genre"][0]
-    state = dict(estimator.__dict__)
-    state["words_"] = state.pop("tokens_")
-    state["network_"] = dict(state["network_"])
-    state["network_"]["words"] = state["network_"].pop("tokens")
-    loaded = models.GenreClassifier.__new__(models.GenreClassifier)
-    loaded.__setstate__(state)
-    few = songs.head(50)
-    assert (loaded.predict_proba(few) == estimator.predict_proba(few)).all()
+# ---- Models: small tables, and any column --------------------------------------------------------
+def test_a_small_table_is_predicted_by_the_weighted_mean_of_boosting_and_extra_trees(
+    songs, monkeypatch
+):
+    """Half way between the sizes where the second model counts in full and not at all."""
+    monkeypatch.setattr(models, "SMALL_TABLE", 1_000)
+    monkeypatch.setattr(models.SongRegressor, "EXTRA_NONE", 4_000)
+
+    def predicted(weight, at_once=2):
+        monkeypatch.setattr(models.SongRegressor, "EXTRA_WEIGHT", weight)
+        estimator = models.SongRegressor("energy", at_once, table_songs=2_000)
+        return estimator.fit(songs.head(400), songs.energy.head(400)).predict(songs.tail(400))
+
+    boosting, extra_trees = predicted(0.0), predicted(2.0, 1)
+    low, high = songs.energy.head(400).agg(["min", "max"])
+    both = np.stack([boosting, extra_trees])
+    unclipped = ((both > low) & (both < high)).all(axis=0)
+    assert unclipped.sum() > 300
+    assert np.abs(boosting - extra_trees).max() > 0.01
+    expected = 0.8 * boosting + 0.2 * extra_trees
+    assert predicted(0.4)[unclipped] == pytest.approx(expected[unclipped])
 
 
-def test_a_popularity_model_of_the_earlier_edition_loads(songs):
-    """It called tokens words, and its residuals began at a quadratic, as energy's still do."""
-    few = songs.head(100)
-    estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
-    state = dict(estimator.__dict__)
-    state["words"] = state.pop("uses_tokens")
-    quadratic = estimator._quadratic()
-    state["curve_"] = quadratic.fit(estimator._plane(songs), songs.popularity)
-    loaded = models.SongRegressor.__new__(models.SongRegressor)
-    loaded.__setstate__(state)
-    assert loaded._start(few) == pytest.approx(
-        state["curve_"].predict(estimator._plane(few)).clip(*estimator.range_)
-    )
-    assert np.isfinite(loaded.predict(few)).all()
+def test_what_hangs_on_the_size_of_a_table_has_no_jump_and_is_gone_of_a_large_one(songs):
+    sizes = range(20, 30_000)
+    shares = np.array([models.fewness(size) for size in sizes])
+    assert (np.diff(shares) <= 0).all()
+    assert np.abs(np.diff(shares)).max() < 0.001
+    assert (shares[0], shares[-1], models.fewness(20_000)) == (1, 0, 0)
+    few = songs.head(200)
+    large = models.SongRegressor("energy", 3, table_songs=20_000).fit(few, few.energy)
+    assert [trees.learning_rate for trees in large.trees_] == [0.1] * 3, "boosting alone"
+    assert large.weights_ == [1, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["genre", "energy", "popularity"])
+def test_what_is_judged_is_learnt_as_what_is_saved(songs, monkeypatch, name):
+    """By the size of the whole table, of which it is given a part."""
+    sizes = []
+
+    def fewness(size, none=0):
+        sizes.append(size)
+        return 0.0
+
+    monkeypatch.setattr(models, "fewness", fewness)
+    models.MODELS[name](songs.head(300))
+    assert len(sizes) >= models.SPLITS + 1
+    assert set(sizes) == {300}
+
+
+def test_any_column_of_numbers_can_be_learnt_also_one_with_holes(songs):
+    rng = np.random.default_rng(0)
+    tempo = 90 + 60 * songs.danceability + rng.normal(0, 3, len(songs))
+    some = songs.assign(tempo=tempo.where(songs.index % 5 != 0)).head(900)
+    estimator, metrics = models._train_regressor("tempo", some)
+    assert metrics["r2"] > 0.6
+    assert metrics["baseline_mae"] > 2 * metrics["mae"]
+    assert "tempo" not in metrics["leans_on"]
+    assert next(iter(metrics["leans_on"])) == "danceability"
+    assert np.abs(estimator.predict(songs.tail(100)) - tempo.tail(100)).mean() < 10
+    with pytest.raises(db.DataError, match="tempo needs the column tempo, which the table lacks"):
+        models._train_regressor("tempo", songs.drop(columns="tempo", errors="ignore"))
+
+
+# ---- Models: what popularity starts from ---------------------------------------------------------
 def test_popularity_starts_at_the_mean_of_its_genre(songs):
     estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
     prior = models.SongRegressor.PRIOR_SONGS
