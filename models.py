@@ -238,6 +238,19 @@ MODELS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
 }
 
 
+def chosen(only: list[str] | str | None) -> list[str]:
+    """Return the models asked for, in their usual order.
+
+    `only` is None for all, a name, or names with or without commas. Raises DataError for another.
+    """
+    text = ",".join(only) if isinstance(only, list) else only
+    names = [name.strip() for name in (text or ",".join(MODELS)).split(",")]
+    for name in filter(None, names):
+        if name not in MODELS:
+            raise DataError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+    return [name for name in MODELS if name in names]
+
+
 def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
     """Return the songs that have what the model of that name predicts, each track_id once.
 
@@ -1644,6 +1657,12 @@ def to_train(name: str, models_dir: Path | str) -> str:
     for last in read_objects(_paths(name, models_dir)[1], {"command"}):
         command = last["command"]
     return f"{command} --only {name}"
+
+
+def folder_for(models_dir: str | None, demo: int | None) -> Path:
+    """Return where the models go."""
+    default = MODELS_DIR if demo is None else db.ROOT / "demo" / "models"
+    return Path(models_dir or default).resolve()
 
 
 def in_folder(models_dir: Path | str) -> tuple[Any, ...]:

@@ -222,6 +222,26 @@ def message_of(run: Run) -> str:
     return "; ".join(said)
 
 
+def command_of(parameters: dict, models_dir: str) -> str:
+    """Return the command line of a run but for the models it trains and the CSV.
+
+    `parameters` are the flow's, `models_dir` the full path.
+    """
+    words: list[Any] = []
+    defaults = {"table_name": "spotify_songs", "n_clusters": 2}
+    for name in ("table_name", "n_clusters", "demo", "dask", "predict_into"):
+        value = parameters[name]
+        if value != defaults.get(name):
+            words += [f"--{name.replace('_', '-')}", value]
+    if parameters["models_dir"]:
+        words += ["--models-dir", models_dir]
+    if parameters["force"]:
+        words.append("--force")
+    if not parameters["enable_notifications"]:
+        words.append("--no-notify")
+    return command("train.py", *words)
+
+
 def finish_command(run: Run) -> str:
     """Return the command that trains what this run has not, also where the CSV is not loaded."""
     arguments = ["--failed"]

@@ -3847,7 +3847,6 @@ def test_a_sixth_model_is_a_function_and_a_line(
     execute(url, "GRANT SELECT ON said TO guest; CREATE VIEW seen AS SELECT * FROM said")
     monkeypatch.setitem(models.MODELS, "tempo", None)  # and all is put back in the end
     monkeypatch.setattr(models, "train_tempo", None, raising=False)
-    monkeypatch.setattr(models.SongRegressor, "LEARNING_RATE", {"tempo": 0.1}, raising=False)
     exec("from __future__ import annotations\n" + SIXTH, vars(models))
     train = models.MODELS["tempo"]
     refused(
