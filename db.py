@@ -349,12 +349,10 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     with _open_csv(path) as (file, _):
         header, rows = _read_rows(file, path)
-        fields = []
-        for row in rows:
-            missing = len(header) - len(row.fields)
-            fields.append(row.fields[: len(header)] + [""] * missing)
-    layout = _look_at(header, fields, str(path))
-    cells = pd.DataFrame(fields, columns=header, dtype="str")
+        cells = pd.DataFrame([row.fields for row in rows])
+    cells = cells.reindex(columns=range(len(header))).fillna("").astype("str")
+    cells.columns = header
+    layout = _look_at(header, cells.to_numpy().tolist(), str(path))
     songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
     _read_values(songs, layout, Counter())
     artists = _artists_of(Counter(songs["artist_name"]), layout, str(path))
@@ -726,7 +724,8 @@ SCALES = (
 )
 LENGTHS = (20_000, 3_600_000)  # milliseconds, between which a typical song lasts
 FEW = 2, 0.05  # so many cells, or this share, may have a comma that separates nothing
-TIGHT = r",(?! |\d{3}\b)"  # a comma between artists without a blank, not that of 10,000 Maniacs
+# A comma without a blank, but not that of 10,000 Maniacs.
+TIGHT = r",(?! )(?!(?<=\d,)\d{3}\b)"
 MOST = 0.9  # share of cells with a comma from which on it is part of a name: "Bach, Johann"
 REST_OF_NAME = r"(?i)(the|jr|sr)\b|.* (&|and|y|und|et|e) "  # The Creator, Wind & Fire
 
@@ -746,19 +745,10 @@ def _look_at(header: list[str], rows: list[list[str]], where: str) -> _Layout:
     Raises DataError where no song has audio features, or where their loudness is scaled.
     """
     cells = [list(map(str.strip, column)) for column in zip(*rows)] or [[] for _ in header]
-    columns = {}
-    for name, places in _candidates(header).items():
-        columns[name] = next((place for place in places if _has_values(cells[place])), places[0])
-        if columns[name] != places[0]:
-            words = where, header[places[0]], header[columns[name]], name
-            log.info('%s: "%s" is empty: "%s" is taken for %s', *words)
+    columns = _choose(header, cells, where)
     audio = [columns[name] for name in AUDIO if name in columns]
     if rows and audio and not any(_has_values(cells[place]) for place in audio):
         raise DataError(f"{where} has no audio features in any row: {WITHOUT_FEATURES}")
-    columns.pop("track_id", None)
-    place = _place_of_id(header, cells, columns, where)
-    if place is not None:
-        columns = {"track_id": place} | columns
     unit: float = 1
     if "duration_ms" in columns:
         place = columns["duration_ms"]
@@ -778,31 +768,37 @@ def _has_values(cells: list[str]) -> bool:
     return any(cell.lower() not in NO_GENRE for cell in cells)
 
 
-def _place_of_id(
-    header: list[str], cells: list[list[str]], columns: dict[str, int], where: str
-) -> int | None:
-    """Return the place of the most trusted column that tells songs apart, None if there is none.
+def _choose(header: list[str], cells: list[list[str]], where: str) -> dict[str, int]:
+    """Return {our column: position}: of those of its names the first that holds what it should."""
+    known = our_columns(header)
+    # links to tracks are ids, whatever they are called; an "id" alone is trusted less
+    names = ["track_url" if _are_links(cells[n]) else name for n, name in enumerate(header)]
+    candidates = _candidates(names)
+    titles = cells[candidates.get("track_name", [0])[0]]
+    columns = {}
+    for name, places in candidates.items():
+        fit = [place for place in places if _has_values(cells[place])] or places
+        if name == "track_id":
+            fit = [place for place in fit if _tell_apart(cells[place], titles)]
+        for place in fit[:1]:
+            columns[name] = place
+            if known.get(name) != place:
+                log.info('%s: "%s" is taken for %s', where, header[place], name)
+    if "track_id" not in columns:
+        log.info("%s has no track_id: one is made of artist, title and album", where)
+    return columns
 
-    A column of links to tracks is trusted less than one with a name for it, but more than "id".
-    """
-    places = _candidates(header).get("track_id", [])
-    named = [place for place in places if _plain(header[place]) != "id"]
-    links = []
-    for place, column in enumerate(cells):
-        texts = [cell for cell in column[:100] if cell]
-        if texts and all(re.match(SPOTIFY_TRACK, text) for text in texts):
-            links.append(place)
-    for place in dict.fromkeys([*named, *links, *places]):
-        titles = map(str.lower, cells[columns.get("track_name", place)])
-        songs = set(zip(cells[place], titles))
-        ids = Counter(name for name, _ in songs if name.lower() not in MISSING)
-        lost = ids.total() - len(ids)
-        if ids and lost <= max(MISTAKES[0], MANY * ids.total()):
-            if place not in places[:1]:
-                log.info('%s: track_id is "%s", which tells songs apart', where, header[place])
-            return place
-    log.info("%s has no track_id: one is made of artist, title and album", where)
-    return None
+
+def _are_links(cells: list[str]) -> bool:
+    texts = [cell for cell in cells[:100] if cell]
+    return bool(texts) and all(re.match(SPOTIFY_TRACK, text) for text in texts)
+
+
+def _tell_apart(ids: list[str], titles: list[str]) -> bool:
+    """Whether these may be ids of songs: not where one value stands for many titles."""
+    songs = set(zip(ids, map(str.lower, titles)))
+    known = Counter(name for name, _ in songs if name.lower() not in MISSING)
+    return known.total() - len(known) <= max(MISTAKES[0], MANY * known.total())
 
 
 def _readable(column: str, cells: list[str]) -> list[float]:
