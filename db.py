@@ -160,12 +160,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     if not songs["track_id"].is_monotonic_increasing:  # ids were made, or cut out of URIs
         songs = songs.sort_values("track_id", kind="stable")
     if not songs["track_id"].is_unique:
-        songs = songs.sort_values(list(songs))
-        repeated = songs.duplicated("track_id", keep="last")
-        same = songs.duplicated(["track_id", *AUDIO], keep="last")
-        left_out[REPEATED] = int((repeated & same).sum())
-        left_out[REPEATED_DIFFERENT] = int((repeated & ~same).sum())
-        songs = songs[~repeated]
+        songs = _last_of_each(songs, left_out)
     if songs.empty:
         raise DataError(
             f"{where} has no song that can be used ({_in_words(left_out)}); "
@@ -177,6 +172,16 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, where)
     songs.attrs["wrong"] = left_out + unread
     return songs
+
+
+def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
+    """Return one row for each track_id; count the others in `left_out`."""
+    songs = songs.sort_values(list(songs))
+    repeated = songs.duplicated("track_id", keep="last")
+    same = songs.duplicated(["track_id", *AUDIO], keep="last")
+    left_out[REPEATED] = int((repeated & same).sum())
+    left_out[REPEATED_DIFFERENT] = int((repeated & ~same).sum())
+    return songs[~repeated]
 
 
 def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _Layout]:
@@ -192,10 +197,9 @@ def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _
             name, columns = _open_table(cursor, table)
             header = list(columns)
             quoted = [sql.Identifier(column).as_string(cursor) for column in header]
-            sample = ", ".join(f"left({column}::text, 300)" for column in quoted)
+            sample = ", ".join(f"coalesce(left({column}::text, 300), '')" for column in quoted)
             cursor.execute(f"SELECT {sample} FROM {name} LIMIT {BLOCK_ROWS}")
-            rows = [[cell or "" for cell in row] for row in cursor.fetchall()]
-            layout = _look_at(header, rows, f'The table "{table}"')
+            layout = _look_at(header, cursor.fetchall(), f'The table "{table}"')
             cells = []
             kinds = {}
             for column, place in layout.columns.items():
@@ -739,7 +743,7 @@ class _Layout(NamedTuple):
     warnings: list[str]  # what a person should know of the whole
 
 
-def _look_at(header: list[str], rows: list[list[str]], where: str) -> _Layout:
+def _look_at(header: list[str], rows: list, where: str) -> _Layout:
     """Return which column is which, by the header and the first rows; log what the rows decide.
 
     Raises DataError where no song has audio features, or where their loudness is scaled.
@@ -812,10 +816,9 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
     Raises DataError where one of them is needed: the models would learn nonsense.
     """
     found = {}
-    for name in dict.fromkeys((*SCALED, *AUDIO)):
-        numbers = _readable(name, cells[columns[name]]) if name in columns else []
-        most = SCALED.get(name, 1.001)
-        outside = [number for number in numbers if not 0 <= number <= most]
+    for name in [name for name in COLUMNS if name in columns and name in (*SCALED, *AUDIO)]:
+        numbers = _readable(name, cells[columns[name]])
+        outside = [number for number in numbers if not 0 <= number <= SCALED.get(name, 1.001)]
         if name in INTEGERS:  # -1.3 may be a key that somebody has scaled
             outside = [number for number in outside if number % 1 == 0]
         other = len(outside) > max(MISTAKES[0], MISTAKES[1] * len(numbers))
@@ -870,9 +873,7 @@ def _artists_of(cells: Counter[str], layout: _Layout, where: str) -> dict[str, s
         separated = _separated(cells, commas)
     rows = sum(cells[cell] for cell in commas if ";" in separated[cell])
     exportify = "(s)" in layout.header[layout.columns["artist_name"]]
-    if rows <= max(FEW[0], FEW[1] * cells.total()) and not exportify:
-        return meaning
-    if rows >= MOST * cells.total() and not exportify:
+    if not exportify and not max(FEW[0], FEW[1] * cells.total()) < rows < MOST * cells.total():
         log.info("%s: a comma belongs to an artist's name; write A;B for two artists", where)
         return meaning
     names = [cell for cell in commas if ";" not in separated[cell]]
@@ -1289,17 +1290,7 @@ def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tup
         return [("database", "ok", "made-up songs need no table")]
     lines = [_check_csv(csv_path)] if csv_path else []
     try:
-        if setting("DATABASE_URL") or (ROOT / ".postgres" / "data").exists():
-            return lines + _check_table(database_url(), table, csv_path)
-        if csv_path:
-            made = (
-                f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {ROOT}/.postgres"
-            )
-            return [*lines, ("database", "ok", made)]
-        raise DataError(
-            "DATABASE_URL is not set and there is no embedded database yet; "
-            f"try: {_load_into(table)}"
-        )
+        return lines + _check_table(table, csv_path)
     except Expected as error:
         return [*lines, ("database", "problem", str(error))]
 
@@ -1320,8 +1311,18 @@ def _looked_at(
     return what, "warning" if wrong or warnings else "ok", sentence
 
 
-def _check_table(url: str, table: str, csv_path: str | Path | None) -> list[tuple[str, str, str]]:
+def _check_table(table: str, csv_path: str | Path | None) -> list[tuple[str, str, str]]:
     """Return the lines about the database and the table, to load the CSV file into or to read."""
+    embedded = ROOT / ".postgres"
+    if not setting("DATABASE_URL") and not (embedded / "data").exists():
+        if csv_path:
+            made = f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}"
+            return [("database", "ok", made)]
+        raise DataError(
+            "DATABASE_URL is not set and there is no embedded database yet; "
+            f"try: {_load_into(table)}"
+        )
+    url = database_url()
     found = check_table(url, table, for_csv=bool(csv_path))
     server = f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"
     rows = f"{found['rows']:,} rows"
