@@ -152,7 +152,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     read = len(songs)
     unread: Counter[str] = Counter()
     reasons = _read_values(songs, layout, unread)
-    artists = _artists_of(Counter(songs["artist_name"]), layout, where)
+    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
     songs["artist_name"] = songs["artist_name"].map(artists)
     left_out = Counter(reasons[reasons != ""])
     numbers = [column for column in songs if column not in TEXT]
@@ -300,7 +300,7 @@ def _convert(
         while block:
             songs = _sort(block, layout, put_aside, found)
             songs.to_csv(good, header=False, index=False, lineterminator="\r\n")
-            artists.update(songs["artist_name"])
+            artists.update(songs["artist_name"].tolist())
             found["read"] += len(block)
             if found["read"] % LOG_ROWS == 0:
                 progress = {"model": "CSV", "phase": "loading", "share": share()}
@@ -359,7 +359,7 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     layout = _look_at(header, cells.to_numpy().tolist(), str(path))
     songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
     _read_values(songs, layout, Counter())
-    artists = _artists_of(Counter(songs["artist_name"]), layout, str(path))
+    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, str(path))
     songs["artist_name"] = songs["artist_name"].map(artists).astype("str")
     numbers = [name for name in songs if name not in TEXT]
     return cells, songs.astype(dict.fromkeys(numbers, "float32"))
@@ -1157,9 +1157,13 @@ def _texts(column: str, values: pd.Series) -> pd.Series:
             values = values.str.replace(SPOTIFY_TRACK, r"\1", regex=True)
         return values.mask(values.str.lower().isin(MISSING), "")
     if column == "artist_name":
-        return values.map({text: ";".join(_listed(text)) for text in values.unique()}).astype("str")
+        return values.map(
+            {text: ";".join(_listed(text)) for text in values.unique().tolist()}
+        ).astype("str")
     if column == "genre":
-        return values.map({text: _first_genre(text) for text in values.unique()}).astype("str")
+        return values.map({text: _first_genre(text) for text in values.unique().tolist()}).astype(
+            "str"
+        )
     return values
 
 
@@ -1182,10 +1186,10 @@ def _numbers(column: str, values: pd.Series, unit: float) -> pd.Series:
     """Return what the cells say, times `unit`: NaN for nothing, infinite for what is unclear."""
     if values.dtype == "float32":
         return values * unit
-    meaning = {}
-    for text in values.unique():
-        number = _number(column, text)
-        meaning[text] = number if ":" in text else number * unit  # 3:13 says its unit itself
+    meaning = {text: _number(column, text) for text in values.unique().tolist()}
+    if unit != 1:  # 3:13 says its unit itself
+        for text in meaning:
+            meaning[text] *= 1 if ":" in text else unit
     return values.map(meaning).astype(float)
 
 
