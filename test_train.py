@@ -2386,7 +2386,7 @@ def test_what_a_comma_between_artists_means_is_told_by_the_whole_file(
     read = db.load_songs(url, "songs").artist_name
     assert read.str.replace("; ", ";").tolist() == meant
     assert ("a comma separates artists in 1" in caplog.text) == (mark in (",", ", ") and known == 1)
-    assert ("a comma belongs to an artist's name" in caplog.text) == (known == 0.95)
+    assert ("a comma belongs to an artist's name" in caplog.text) == (known < 1)
     assert db.read_csv(tmp_path / "a.csv")[1].artist_name.tolist() == read.tolist()
 
 
@@ -2505,11 +2505,11 @@ def test_what_somebody_has_scaled_is_named_and_missing(url, tmp_path, caplog):
         songs[name] = (songs[name] - songs[name].min()) / np.ptp(songs[name])
     path = tmp_path / "a.csv"
     songs.to_csv(path, index=False)
-    said = "loudness goes from 0 to 1; .* in dB, which is below 0 for nearly every song"
-    refused(f"a.csv: tempo goes from 0 to 1, popularity .*{said}", db.load_csv, path, url, "songs")
+    said = "loudness goes from 0 to 1, tempo .*; .* in dB, which is below 0 for nearly every song"
+    refused(f"a.csv: popularity goes from 0 to 1, {said}", db.load_csv, path, url, "songs")
     songs.assign(loudness=-7).to_csv(path, index=False)
     (warning,) = db.load_csv(path, url, "songs")["warnings"]
-    assert "a.csv: tempo goes from 0 to 1, popularity goes from 0 to 1, key goes" in warning
+    assert "a.csv: popularity goes from 0 to 1, tempo goes from 0 to 1, key goes" in warning
     assert warning.endswith(": scaled by somebody, and treated as missing")
     assert warning in caplog.text
     read = db.load_songs(url, "songs")
