@@ -2,6 +2,7 @@
 
     python models.py show                                   # the current models, metrics, age
     python models.py similar "Bohemian Rhapsody" -k 10      # by title or track_id
+    python models.py titles bohemian                        # titles that contain a text
     python models.py predict songs.csv --out predicted.csv  # the rows with the predictions added
     python models.py rollback genre                         # put the previous version back
 
@@ -18,31 +19,32 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
+import gc
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import chain, repeat
 from logging.handlers import QueueHandler
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -54,7 +56,6 @@ from db import (
     MIN_SONGS,
     MORE_AUDIO,
     DataError,
-    naming,
     write_atomically,
 )
 
@@ -110,8 +111,9 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
             f"the table has {learnable}"
         )
-    known, new, leans = _judge("genre", GenreClassifier, songs, _genre_answers, accuracy_score)
-    final = _fit("genre", GenreClassifier(), songs)
+    final, known, new, leans = _fit_and_judge(
+        "genre", GenreClassifier(), GenreClassifier, songs, _genre_answers, accuracy_score
+    )
     return final, {
         "accuracy": _figure(accuracy_score, known),
         "accuracy_new_artists": _figure(accuracy_score, new),
@@ -198,7 +200,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
         raise DataError("similar needs at least 2 different recordings; the table has 1")
     if not index.settings_["company"]:
         log.warning(
-            "similar: the songs have no genres, so the company they keep is left out: "
+            "similar: the songs have fewer than two genres, so the company they keep is left out: "
             "it is sound alone that counts"
         )
     _say("similar", "evaluating", len(sample))
@@ -215,7 +217,11 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
         "same_genre_by_chance": by_chance,
         "same_artist_at_10": float(np.mean(np.concatenate(same_artist))),
         "query_ms": query_ms,
-        "plot": {"same_genre_at": same_genre.mean().tolist(), "by_chance": by_chance},
+        "plot": {
+            "same_genre_at": same_genre.mean().tolist(),
+            "by_chance": by_chance,
+            "example": _example(songs),
+        },
     }
 
 
@@ -281,9 +287,15 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, d
             "baseline": np.full(len(held_out), learnt[target].mean()),
         }
 
-    known, new, leans = _judge(target, partial(SongRegressor, target), songs, answers, r2_score)
     fits = AVERAGED if len(songs) < FEW_SONGS else 1
-    final = _fit(target, SongRegressor(target, fits), songs)
+    final, known, new, leans = _fit_and_judge(
+        target,
+        SongRegressor(target, fits),
+        partial(SongRegressor, target),
+        songs,
+        answers,
+        r2_score,
+    )
     return final, {
         "r2": _figure(r2_score, known),
         "r2_new_artists": _figure(r2_score, new),
@@ -365,6 +377,17 @@ def _neighbours_of_own_genre(
     return pd.DataFrame(same, dtype=float)
 
 
+def _example(songs: pd.DataFrame) -> str:
+    """Return what one can ask of `similar`: a title of plain words that one song alone has.
+
+    The track_id of a song where there is none.
+    """
+    titles = songs["track_name"]
+    once = titles[~titles.str.casefold().duplicated(keep=False)]
+    plain_words = re.compile(r"[^\W\d_]\w*( \w+)*")
+    return next(filter(plain_words.fullmatch, once), songs["track_id"].iloc[0])
+
+
 # ---- What a song shares its name with: artists, titles, tokens -----------------------------------
 
 # A token is a word in Latin letters, or one character of another script.
@@ -374,11 +397,8 @@ FEATURED = re.compile(
     r"[(\[\-]\s*(?:feat\.?|ft\.?|featuring|with)\s+([^()\[\]]+)"  # "Title (feat. B & C)"
     r"|[(\[\-]\s*([^()\[\]\-]+?)(?:'s)?\s+(?:[a-z]+\s+)?(?:remix|edit|mix)"  # "Title - B Remix"
 )
-# Two models split the same texts, each twice: for its evaluation and for the model that is saved.
-TEXTS_KEPT = 1 << 18
 
 
-@lru_cache(TEXTS_KEPT)
 def credits(artist_name: str) -> list[str]:
     """Return the credited artists: "A;B" is A and B."""
     return [name.strip() for name in artist_name.casefold().split(";")]
@@ -398,7 +418,6 @@ def featured(track_name: str) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
-@lru_cache(TEXTS_KEPT)
 def tokens(text: str) -> list[str]:
     """Return the tokens of a title: "remix" tells something even of an artist never seen."""
     return TOKEN.findall(text.casefold())
@@ -480,46 +499,72 @@ def in_parts(
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1, None where nobody knows it.
-PROGRESS_STEP = 0.02  # at least between two records: they shall cost nothing
-PROGRESS_SECONDS = 10  # a fit that takes longer says each quarter where only INFO is seen
+PROGRESS_STEP = (
+    0.05  # of a part, at least between two shares that are told: they shall cost nothing
+)
+PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is seen
 
 Progress = Callable[[float], None]
 
 
-def _say(name: str, phase: str, count: int, share: float | None = None) -> None:
-    extra = {"model": name, "phase": phase, "share": share}
+def _say(name: str, phase: str, count: int) -> None:
+    extra = {"model": name, "phase": phase, "share": None}
     log.info("%s: %s on %s songs", name, phase, f"{count:,}", extra=extra)
 
 
 def _say_nothing(share: float) -> None:
-    """Take the place of a _Progress where nobody asked for one."""
+    """Take the place of a progress where nobody asked for one."""
+
+
+class Part(NamedTuple):
+    """A part of a model's training that needs no other part of it."""
+
+    phase: str  # "fitting" or "evaluating"
+    work: Callable[[Progress], Any]
+
+    def take(self, tell: Progress) -> Any:
+        """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
+        told = 0.0
+
+        def progress(share: float) -> None:
+            nonlocal told
+            if share - told >= PROGRESS_STEP or share == 1:
+                told = share
+                tell(share)
+
+        tell(told)
+        return self.work(progress)
 
 
 class _Progress:
-    """Log what share is done, as often as one calls it but a record per PROGRESS_STEP at most.
+    """Log what share of a model's training is done, from those of its parts.
 
-    The level is DEBUG; INFO where another quarter is done of what takes long.
+    The level is DEBUG; INFO where a part begins, and each quarter of what takes long.
     """
 
-    def __init__(self, name: str, phase: str, start: float = 0.0, end: float = 1.0) -> None:
-        """`start` and `end` are the shares to log where the caller's is 0 and 1."""
+    def __init__(self, name: str, phases: Sequence[str]) -> None:
+        """`phases`: of each part what it does."""
         self.name = name
-        self.phase = phase
-        self.start = start
-        self.end = end
-        self.said = start
+        self.phases = phases
+        self.shares = [0.0] * len(phases)
+        self.done = 0.0
         self.began = time.monotonic()
 
-    def __call__(self, share: float) -> None:
-        share = self.start + (self.end - self.start) * share
-        if share - self.said < PROGRESS_STEP and share < 1:
-            return
+    def __call__(self, part: int, share: float) -> None:
+        """Take notice of the share of the part of that number."""
+        quarter = int(4 * self.done)
+        self.shares[part] = share
+        self.done = sum(self.shares) / len(self.shares)
         takes_long = time.monotonic() - self.began > PROGRESS_SECONDS
-        another_quarter = int(4 * share) > int(4 * self.said) and share < 1
-        level = logging.INFO if takes_long and another_quarter else logging.DEBUG
-        self.said = share
-        extra = {"model": self.name, "phase": self.phase, "share": round(share, 4)}
-        log.log(level, "%s: %s, %.0f %%", self.name, self.phase, 100 * share, extra=extra)
+        another_quarter = quarter < int(4 * self.done) < 4
+        level = logging.DEBUG
+        if takes_long and another_quarter:
+            level = logging.INFO
+        if share == 0:
+            level = logging.INFO
+        phase = self.phases[part]
+        extra = {"model": self.name, "phase": phase, "share": round(self.done, 4)}
+        log.log(level, "%s: %s, %.0f %%", self.name, phase, 100 * self.done, extra=extra)
 
 
 # ---- Genre ---------------------------------------------------------------------------------------
@@ -1267,10 +1312,10 @@ def _rank_of_title(title: str, text: str) -> int | None:
 
 # ---- Evaluation: which songs a model is judged by, and on what it leans --------------------------
 
+Metric = Callable[[Any, Any], float]
 Answers = dict[str, np.ndarray]  # "actual", "predicted", …: a value per held-out song
 
 LEAN_SONGS = 1000  # held-out songs whose columns are shuffled
-SHORT = {"artist_name": "artist", "album_name": "album", "track_name": "title"}
 CONFUSIONS = 25  # pairs of genres kept with the metrics
 
 
@@ -1300,68 +1345,55 @@ def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
     return rank < int(len(distinct) * share)
 
 
-def _judge(
+def _fit_and_judge(
     name: str,
+    final: Any,
     make: Callable[[], Any],
     songs: pd.DataFrame,
     answers: Callable[[Any, pd.DataFrame, pd.DataFrame], Answers],
-    metric: Callable[[Any, Any], float],
-) -> tuple[Answers, Answers, dict[str, float]]:
-    """Judge estimators, one for each split, on the songs it has not learnt from.
+    metric: Metric,
+) -> tuple[Any, Answers, Answers, dict[str, float]]:
+    """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
-    `name` is the model and the column it predicts; `make()` gives an estimator;
-    `answers(estimator, learnt, held_out)` is what is judged. Return the answers of known artists'
-    songs and of new artists', those of all splits end to end ({} where nothing was held out), and
-    what the first split's estimator leans on, by the metric.
+    `name` is the model and the column it predicts; `make()` gives an estimator to judge;
+    `answers(estimator, learnt, held_out)` is what is judged. Return the fitted estimator, the
+    answers of known artists' songs and of new artists', those of all splits end to end ({} where
+    nothing was held out), and what the first split's estimator leans on, by the metric.
     """
-    known: list[Answers] = []
-    new: list[Answers] = []
-    leans: dict[str, float] = {}
-    part = 1 / (_splits(songs) + 1)  # of the work: the last is the fit on all songs
-    for split in range(_splits(songs)):
-        train, is_known, is_new = holdout(songs, split)
-        _say(name, "evaluating", (~train).sum(), split * part)
-        progress = _Progress(name, "evaluating", split * part, (split + 1) * part)
-        judged = make().fit(songs[train], songs.loc[train, name], progress)
-        if is_known.any():
-            known.append(answers(judged, songs[train], songs[is_known]))
-        if is_new.any():
-            new.append(answers(judged, songs[train], songs[is_new]))
-        if split == 0:
-            leans = leans_on(judged, songs[is_known], name, metric)
-    return _end_to_end(known), _end_to_end(new), leans
 
+    def judge(split: int, progress: Progress) -> tuple[Any, ...]:
+        train, known, new = holdout(songs, split)
+        learnt = songs[train]
+        judged = make().fit(learnt, learnt[name], progress)
+        said = [answers(judged, learnt, songs[some]) if some.any() else {} for some in (known, new)]
+        leans = leans_on(judged, songs[known], name, metric) if split == 0 else {}
+        return *said, leans
 
-def _fit(name: str, final: Any, songs: pd.DataFrame) -> Any:
-    """Return the estimator that is saved, fitted on all songs."""
-    start = 1 - 1 / (_splits(songs) + 1)
-    _say(name, "fitting", len(songs), start)
-    final.fit(songs, songs[name], _Progress(name, "fitting", start))
+    parts = [Part("fitting", partial(final.fit, songs, songs[name]))]  # the longest
+    splits = SPLITS if len(songs) < FEW_SONGS else 1
+    parts += [Part("evaluating", partial(judge, split)) for split in range(splits)]
+    final, *judged = _take_parts(name, parts)
     if final.fitted_on_ < len(songs):
         log.info(
             "%s: fitted on a sample of %s songs; artists are counted over all",
             name,
             f"{final.fitted_on_:,}",
         )
-    return final
+    known, new, leans = zip(*judged)
+    return final, _end_to_end(known), _end_to_end(new), leans[0]
 
 
-def _splits(songs: pd.DataFrame) -> int:
-    return SPLITS if len(songs) < FEW_SONGS else 1
-
-
-def _end_to_end(parts: list[Answers]) -> Answers:
-    if not parts:
+def _end_to_end(parts: Sequence[Answers]) -> Answers:
+    some = [part for part in parts if part]
+    if not some:
         return {}
     whole = {}
-    for key in parts[0]:
-        whole[key] = np.concatenate([part[key] for part in parts])
+    for key in some[0]:
+        whole[key] = np.concatenate([part[key] for part in some])
     return whole
 
 
-def leans_on(
-    estimator: Any, songs: pd.DataFrame, target: str, metric: Callable[[Any, Any], float]
-) -> dict[str, float]:
+def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> dict[str, float]:
     """Return {column: fall}: how far the metric falls when a column is shuffled, largest first.
 
     Permutation importance (Breiman, "Random Forests", 2001) of each column that the estimator looks
@@ -1383,14 +1415,12 @@ def leans_on(
     before, *after = [metric(some[target], part) for part in np.split(predicted, len(copies))]
     falls = {}
     for at in np.argsort(after, kind="stable"):
-        name = SHORT.get(columns[at], columns[at])
+        name = notify.COLUMNS.get(columns[at], columns[at])
         falls[name] = round(float(before - after[at]), 4)
     return falls
 
 
-def _figure(
-    metric: Callable[[Any, Any], float], answers: Answers, key: str = "predicted"
-) -> float | None:
+def _figure(metric: Metric, answers: Answers, key: str = "predicted") -> float | None:
     """Return the metric of the actual values and answers[key]; None of fewer than two songs."""
     if not answers or len(answers["actual"]) < 2:
         return None
@@ -1426,6 +1456,19 @@ def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: five models, their versions and a picture
 
 Report = dict[str, Any]
+# The keys that a report and a line of the history have at least.
+REPORT = {
+    "model",
+    "run",
+    "status",
+    "trained_at",
+    "sha256",
+    "metrics",
+    "settings",
+    "rows",
+    "bytes",
+}
+LINE = {"model", "run", "status"}
 
 
 class ModelError(db.Expected):
@@ -1461,8 +1504,9 @@ def one_run_at_a_time(folder: Path) -> Iterator[IO[str]]:
             ) from None
         with suppress(OSError):  # a full disk: the lock holds all the same
             file.truncate(0)
-            file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
-            file.flush()
+            # unbuffered, so that nothing is left to be written at the end
+            holder = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n"
+            os.write(file.fileno(), holder.encode())
         yield file
 
 
@@ -1471,7 +1515,7 @@ def check_folder(folder: Path) -> list[tuple[str, str, str]]:
 
     Raises DataError where it is not writable.
     """
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
     writable = f"{folder} is writable"
@@ -1492,29 +1536,52 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_json(text: Path | bytes | str) -> Any:
-    """Return the object in a file or a line; None where it is missing or cut short."""
+def read_objects(path: Path, keys: set[str], by_line: bool = False) -> list[Report]:
+    """Return the JSON objects in a file, one or one a line, that have these keys."""
+    texts = []
+    with tolerant_of(path):
+        content = path.read_bytes()
+        texts = content.splitlines() if by_line else [content]
+    objects = []
+    for text in texts:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and keys <= found.keys():
+            objects.append(found)
+        else:
+            _pass_over(f"a line of {path}" if by_line else path, "it is damaged")
+    return objects
+
+
+@contextmanager
+def tolerant_of(path: Path) -> Iterator[None]:
+    """Have what cannot be done with a file beside the models cost a line of the log, no more."""
     try:
-        return json.loads(text.read_bytes() if isinstance(text, Path) else text)
-    except (FileNotFoundError, ValueError):
-        return None
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _pass_over(path, error.strerror)
 
 
-def read_report(
-    name: str, models_dir: Path | str = MODELS_DIR, digest: str | None = None
-) -> Report | None:
+@lru_cache  # once a process
+def _pass_over(what: Path | str, why: str | None) -> None:
+    log.warning("%s is passed over: %s", what, why)
+
+
+def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None:
     """Return the report of the current model, None where the model is missing or not ours.
 
     It is the one with the file's SHA-256: in metrics/NAME.json, or, where a run was killed between
-    the two files, in versions/. `digest` saves reading the file.
+    the two files, in versions/.
     """
     path, metrics_path = _paths(name, models_dir)
-    if not path.exists():
-        return None
-    digest = digest or _sha256(path)
-    report = read_json(metrics_path)
-    if report and report["sha256"] == digest:
-        return report
+    digest = _sha256(path)
+    for report in read_objects(metrics_path, REPORT):
+        if report["sha256"] == digest:
+            return report
     for _, report in _versions(name, models_dir):
         if report["sha256"] == digest:
             return report
@@ -1530,8 +1597,9 @@ def list_versions(name: str, models_dir: Path | str = MODELS_DIR) -> list[tuple[
 
 def to_train(name: str, models_dir: Path | str) -> str:
     """Return the command line that trains a model as the last run into that folder did."""
-    last = read_json(_paths(name, models_dir)[1]) or {}
-    command = last.get("command") or db.command("train.py", *in_folder(models_dir))
+    command = db.command("train.py", *in_folder(models_dir))
+    for last in read_objects(_paths(name, models_dir)[1], {"command"}):
+        command = last["command"]
     return f"{command} --only {name}"
 
 
@@ -1576,12 +1644,10 @@ def publish(
     `about` says how it was trained: `run`, `settings`, `command` and what else shall stand in the
     report. A model whose primary metric is worse than the current one's by more than 5 % of it, and
     by more than 0.01, is held back: it is in versions/ only. The first model, one trained with
-    other settings and `force` are never held back. Killed at any moment, this leaves either the old
-    model or the new one, whole.
+    other settings and `force` are never held back. Killed at any moment, and whatever call fails,
+    this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
-    import joblib
-
     for folder in ("metrics", "versions"):
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     report = _report(name, estimator, metrics, about)
@@ -1594,17 +1660,28 @@ def publish(
     report["previous"] = current["metrics"].get(next(iter(metrics))) if current else None
     version = _version(report, models_dir)
     try:
-        write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
-        report["sha256"] = _sha256(version)
-        report["bytes"] = version.stat().st_size
-        write_json(version.with_suffix(".json"), report)
+        _write_version(version, report, estimator)
         if not reason:
             _put_in_place(version, report, models_dir)
     except BaseException:
-        _remove(version)
+        in_place = _sha256(_paths(name, models_dir)[0])
+        if in_place != report.get("sha256"):  # a rename may fail and be done all the same
+            _remove(version, version.with_suffix(".json"))
         raise
     _prune(name, models_dir)
     return report
+
+
+def _write_version(version: Path, report: Report, estimator: Any) -> None:
+    """Write a model into versions/, its size and SHA-256 into its report, and that beside it."""
+    import joblib
+
+    write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
+    report["sha256"] = _sha256(version)
+    if not report["sha256"]:
+        raise OSError(f"{version} cannot be read again")
+    report["bytes"] = version.stat().st_size
+    write_json(version.with_suffix(".json"), report)
 
 
 def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
@@ -1617,9 +1694,7 @@ def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
     for version, report in _versions(name, models_dir):
         if current and report["trained_at"] >= current["trained_at"]:
             continue
-        if report["status"] != "trained" or not version.exists():
-            continue
-        if _sha256(version) != report["sha256"]:
+        if report["status"] != "trained" or _sha256(version) != report["sha256"]:
             continue
         if current:
             taken_back = _version(current, models_dir).with_suffix(".json")
@@ -1631,14 +1706,19 @@ def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
 
 
 def clean_up(models_dir: Path | str = MODELS_DIR) -> None:
-    """Remove what a killed run left half done: temporary files, versions without a half."""
+    """Remove what a killed run left half done: temporary files, versions without a half.
+
+    These are known by their exact names: a folder may hold other things as well.
+    """
     models_dir = Path(models_dir)
-    for leftover in [*models_dir.glob(".*.tmp"), *models_dir.glob("*/.*.tmp")]:
-        leftover.unlink()
-    for version in (models_dir / "versions").glob("*"):
-        other = ".json" if version.suffix == ".joblib" else ".joblib"
-        if not version.with_suffix(other).exists():
-            version.unlink()
+    names = "|".join(map(re.escape, MODELS))
+    version = rf"({names})-{MOMENT}\.(joblib|json)"
+    ours = rf"{version}|({names}|run)\.(joblib|json)|report\.png"
+    for folder in (models_dir, models_dir / "metrics", models_dir / "versions"):
+        _remove(*_find(folder, rf"\.({ours})(\.\d+)?\.tmp"))
+    versions = _find(models_dir / "versions", version)
+    halves = Counter(path.stem for path in versions)
+    _remove(*[path for path in versions if halves[path.stem] == 1])
 
 
 def _report(name: str, estimator: Any, metrics: dict[str, Any], about: dict[str, Any]) -> Report:
@@ -1674,33 +1754,25 @@ def _worse(report: Report, current: Report) -> str | None:
     before = current["metrics"].get(metric)
     if report["settings"] != current["settings"] or before is None:
         return None
-    if value is None:
-        fell = "could not be measured"
-    elif value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
+    if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
-    else:
-        fell = f"fell to {value:.4f}"
+    said, _ = notify.metric_and_change(report["metrics"], None)
     return (
-        f"held back: {metric} {fell}, the current model has {before:.4f}; to publish all the same: "
-        f"{report['command']} --only {report['model']} --force"
+        f"held back: {said}, the current model has {notify.number(before)}; to publish all the "
+        f"same: {report['command']} --only {report['model']} --force"
     )
 
 
 def _put_in_place(version: Path, report: Report, models_dir: Path | str) -> None:
-    """Give a version the current model's names.
+    """Make a copy of a version the current model, then its report that model's.
 
-    First the report, which may find no space, then the model, by a rename.
+    Where the report cannot be written, the one in versions/ is the model's.
     """
     path, metrics_path = _paths(report["model"], models_dir)
-    write_json(metrics_path, report)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(version, temporary)
-        os.replace(temporary, path)
-    except OSError:  # a file system without hard links
-        with open(version, "rb") as whole_file:
-            write_atomically(path, partial(shutil.copyfileobj, whole_file))
+    with open(version, "rb") as whole_file:
+        write_atomically(path, partial(shutil.copyfileobj, whole_file))
+    with tolerant_of(metrics_path):
+        write_json(metrics_path, report)
 
 
 def _prune(name: str, models_dir: Path | str) -> None:
@@ -1713,18 +1785,29 @@ def _prune(name: str, models_dir: Path | str) -> None:
     bad = [path for path, report in kept if report["status"] != "trained"]
     room = KEEP_VERSIONS - 1 if bad else KEEP_VERSIONS
     for path in good[room:] + bad[1:]:
-        _remove(path)
+        _remove(path, path.with_suffix(".json"))
 
 
-def _remove(version: Path) -> None:
-    version.unlink(missing_ok=True)
-    version.with_suffix(".json").unlink(missing_ok=True)
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with tolerant_of(path):
+            path.unlink()
+
+
+def _find(folder: Path, pattern: str) -> list[Path]:
+    """Return what is in a folder under a name of that pattern, sorted."""
+    with tolerant_of(folder):
+        return sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
+    return []
 
 
 def _paths(name: str, models_dir: Path | str) -> tuple[Path, Path]:
     """Return where the current model is, and its report."""
     models_dir = Path(models_dir)
     return models_dir / f"{name}.joblib", models_dir / "metrics" / f"{name}.json"
+
+
+MOMENT = r"\d{8}T\d{6}\.\d{6}"  # in the name of a version, as _version writes it
 
 
 def _version(report: Report, models_dir: Path | str) -> Path:
@@ -1736,16 +1819,17 @@ def _version(report: Report, models_dir: Path | str) -> Path:
 def _versions(name: str, models_dir: Path | str) -> list[tuple[Path, Report]]:
     """Return (path of the model, its report) of everything in versions/, the newest first."""
     versions = []
-    for path in sorted((Path(models_dir) / "versions").glob(f"{name}-*.json"), reverse=True):
-        report = read_json(path)
-        if report:
+    names = rf"{re.escape(name)}-{MOMENT}\.json"
+    for path in reversed(_find(Path(models_dir) / "versions", names)):
+        for report in read_objects(path, REPORT):
             versions.append((path.with_suffix(".joblib"), report))
     return versions
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def _sha256(path: Path) -> str | None:
+    with tolerant_of(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 # ---- Written down beside the models: the history and the data ------------------------------------
@@ -1754,22 +1838,19 @@ def _sha256(path: Path) -> str:
 def append_history(models_dir: Path | str, lines: list[dict[str, Any]]) -> None:
     """Append lines to metrics/history.jsonl, one JSON object each."""
     path = Path(models_dir) / "metrics" / "history.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    if torn:  # by a full disk: what it holds must not spoil the next line
-        text = "\n" + text
-    with naming(path), open(path, "a") as file:
-        file.write(text)
+    with tolerant_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        if torn:  # by a full disk: what it holds must not spoil the next line
+            text = "\n" + text
+        with open(path, "a") as file:
+            file.write(text)
 
 
 def read_history(models_dir: Path | str = MODELS_DIR) -> list[dict[str, Any]]:
     """Return the lines of metrics/history.jsonl, the oldest first, without lines cut short."""
-    path = Path(models_dir) / "metrics" / "history.jsonl"
-    if not path.exists():
-        return []
-    lines = [read_json(line) for line in path.read_bytes().splitlines()]
-    return [line for line in lines if line]
+    return read_objects(Path(models_dir) / "metrics" / "history.jsonl", LINE, by_line=True)
 
 
 def owed(models_dir: Path | str = MODELS_DIR) -> list[str]:
@@ -1819,8 +1900,8 @@ def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS
         deviation = before["deviations"][name]
         if abs(mean - was) > DRIFT_DEVIATIONS * max(deviation, 1e-9):
             sentences.append(
-                f"mean {name} is {_as_written(mean)}; it was {_as_written(was)} "
-                f"(standard deviation {_as_written(deviation, 3)})"
+                f"mean {name} is {notify.number(mean)}; it was {notify.number(was)} "
+                f"(standard deviation {notify.number(deviation)})"
             )
     if not 1 - DRIFT_ROWS <= now["rows"] / before["rows"] <= 1 / (1 - DRIFT_ROWS):
         sentences.append(
@@ -1840,15 +1921,6 @@ def _drift_of_genres(now: dict[str, float], before: dict[str, float]) -> list[st
     if len(moved) > 3:
         moved = [*moved[:3], f"and so for {len(moved) - 3} more genres"]
     return ["; ".join(moved)] if moved else []
-
-
-def _as_written(number: float, digits: int = 4) -> str:
-    """Return a number to so many digits as people write it: 228,900, not 2.289e+05."""
-    if not number:
-        return "0"
-    places = digits - 1 - int(np.floor(np.log10(abs(number))))
-    text = f"{round(number, places):,.{max(places, 0)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 # ---- Predicting ----------------------------------------------------------------------------------
@@ -1931,7 +2003,7 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
         index = loaded["similar"]["estimator"]
         songs, rows = _neighbours_together(songs, index)
     trained_at = max(model["trained_at"] for model in loaded.values())
-    progress = _Progress("predictions", "predicting")
+    progress = _Progress("predictions", ["predicting"])
     for start in range(0, len(songs), PREDICTED_AT_ONCE):
         end = start + PREDICTED_AT_ONCE
         some = songs.iloc[start:end]
@@ -1941,7 +2013,7 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
         if index:
             frame["similar_tracks"] = _similar_tracks(index, rows[start:end], frame.index)
         yield frame
-        progress(min(1, end / len(songs)))
+        progress(0, min(1, end / len(songs)))
 
 
 def _neighbours_together(
@@ -1974,16 +2046,20 @@ def _similar_tracks(index: SimilarSongs, rows: np.ndarray, labels: pd.Index) -> 
 #
 # A run asks for steps with take(). One process, the fork server, has imported everything and holds
 # the songs; it takes each step in a fork of itself. So a step that crashes or is killed costs that
-# step alone, and the process that asked holds nothing heavy.
+# step alone, and the process that asked holds nothing heavy. The parts of a training are forks of
+# its step. As many forks work at once as there are cores; more would only hold memory.
+
+CORE_SECONDS = 0.005  # between two looks for a free core
 
 _songs: dict[tuple, tuple] = {}  # that this process holds: (url, table) -> (songs, describe(songs))
 
 
-def take(step: str, *arguments: Any) -> Any:
-    """Have this process's fork server take a step of STEPS; return what the step returns.
+def take(step: Callable, *arguments: Any) -> Any:
+    """Have this process's fork server take a step; return what the step returns.
 
-    What the step logs is logged here, in the thread that asked. Raises the step's error, or Killed.
-    Where this process has no fork server, as on a worker, there is one for this step alone.
+    `step`: a function of a module. What it logs is logged here, in the thread that asked. Raises
+    its error, or Killed. Where this process has no fork server, as on a worker, there is one for
+    this step alone.
     """
     if _fork_server is None:
         with fork_server():
@@ -2014,10 +2090,10 @@ def read_songs(url: str | None, table: str, models_dir: str) -> dict:
     that drifted}. `url` None: the DATABASE_URL of this machine. Raises what db.load_songs raises.
     """
     songs, data = _hold_songs(url, table)
-    drifted = drift_since(data, table, models_dir)
-    for moved in drifted:
+    drifted, _ = notify.attempt(drift_since, data, table, models_dir)
+    for moved in drifted or []:
         log.warning("the songs are not those of the last training: %s", moved)
-    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + drifted}
+    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + (drifted or [])}
 
 
 def _hold_songs(url: str | None, table: str) -> tuple:
@@ -2046,17 +2122,7 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
 
 def draw(run: Any, path: Path) -> None:
     """Draw the picture of a run; see notify.draw_report."""
-    notify.draw_report(run, read_history(run.models_dir), path)
-
-
-STEPS: dict[str, Callable] = {
-    "load_csv": db.load_csv,
-    "load_demo": db.load_demo,
-    "read_songs": read_songs,
-    "train": train,
-    "predict_table": predict_table,
-    "draw": draw,
-}
+    notify.draw_report(run, read_history(run.models_dir), list(MODELS), path)
 
 
 @contextmanager
@@ -2085,73 +2151,61 @@ class ForkServerProcess:
 
     def __init__(self, inherited: list[int]) -> None:
         self.inherited = inherited
-        self.folder = tempfile.TemporaryDirectory()  # which nobody else may enter
         self.starting = threading.RLock()
         self.ended = False
         self._start()
 
     def _start(self) -> None:
-        self.address = f"{self.folder.name}/{time.monotonic_ns()}"  # 107 bytes at most
-        with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(self.address)  # here, so that nobody has to wait until it listens
-            listening.listen(100)
-            # faulthandler: what crashes a step leaves its traceback in the log
-            words = [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())]
-            with signals_held():
-                self.process = subprocess.Popen(
-                    words,
-                    stdin=listening.fileno(),
-                    pass_fds=self.inherited,
-                    start_new_session=True,  # Ctrl-C is for the process that started this one
-                )
+        self.asking, asked = multiprocessing.Pipe()
+        # faulthandler: what crashes a step leaves its traceback in the log
+        words = [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())]
+        with asked, signals_held():
+            self.process = subprocess.Popen(
+                words,
+                stdin=asked.fileno(),
+                pass_fds=self.inherited,
+                start_new_session=True,  # Ctrl-C is for the process that started this one
+            )
 
-    def _connect(self) -> Connection:
+    def take(self, step: Callable, arguments: tuple) -> Any:
         with self.starting:
-            if self.ended:
-                raise EOFError
-            if self.process.poll() is not None:
+            if self.process.poll() is not None and not self.ended:
                 self._start()
-            return Client(self.address)
-
-    def take(self, step: str, arguments: tuple) -> Any:
-        try:
-            with self._connect() as connection:
-                connection.send((step, arguments))
-                message = connection.recv()
-                while isinstance(message, logging.LogRecord):
-                    logging.getLogger(message.name).handle(message)
-                    message = connection.recv()
-        except (EOFError, ConnectionError):
-            raise Killed("it was killed (was memory short?)") from None
-        result, error = message
-        if error:
-            raise error
-        return result
+            ours, theirs = multiprocessing.Pipe()
+            with theirs, suppress(BrokenPipeError):  # it was killed just now: `ours` has an end
+                self.asking.send((step, arguments))
+                send_handle(self.asking, theirs.fileno(), self.process.pid)
+        with ours:
+            return _answers([ours])[0]
 
     def kill(self) -> None:
         with self.starting:
             self.ended = True
             self.process.kill()
             self.process.wait()
-            self.folder.cleanup()
-
-    def memory_mb(self) -> float:
-        """Return the memory of the fork server and its forks, shared pages counted once (Linux)."""
-        pid = self.process.pid
-        try:
-            forks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            forks = []
-        return sum(_memory_mb(process) for process in [str(pid), *forks])
 
 
 _fork_server: ForkServerProcess | None = None
 
 
 def memory_mb() -> float:
-    """Return the memory of this process, its fork server and the forks, in MB; 0 where unknown."""
-    forks = _fork_server.memory_mb() if _fork_server else 0
-    return _memory_mb("self") + forks
+    """Return the memory of this process, its fork server and the forks, in MB; 0 where unknown.
+
+    Pages that they share are counted once (Linux).
+    """
+    processes = ["self"]
+    if _fork_server:
+        processes += _with_forks(str(_fork_server.process.pid))
+    return sum(map(_memory_mb, processes))
+
+
+def _with_forks(pid: str) -> list[str]:
+    """Return a process, its forks, and theirs."""
+    try:
+        forks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        forks = []
+    return [pid, *chain.from_iterable(map(_with_forks, forks))]
 
 
 def _memory_mb(process: str) -> float:
@@ -2162,74 +2216,106 @@ def _memory_mb(process: str) -> float:
     return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
 
 
-class Asked(Connection):
-    """A connection on which a step was asked for."""
+def _answers(forks: list[Any], progress: Any = None) -> list[Any]:
+    """Return what the forks at the other ends of the connections answer; log what they log.
 
-    step: str
-    arguments: tuple
-
-
-# A fork is safe where libraries expect it; macOS's do not, so there a step is a thread.
-_MixIn: Any = socketserver.ForkingMixIn if sys.platform == "linux" else socketserver.ThreadingMixIn
-
-
-class ForkServer(_MixIn, socketserver.UnixStreamServer):
-    """Take the steps that are asked for on the socket at standard input, each in a fork.
-
-    This process has a single thread, as a fork copies no other. It closes its end of a connection
-    right after the fork, so a killed step is an end of file for whoever waits.
+    `progress(number of a fork, share)` is told. Raises the first error of one, or Killed.
     """
+    answers: list[Any] = [None] * len(forks)
+    waiting = list(forks)
+    while waiting:
+        ready: list[Any] = wait(waiting)
+        for fork in ready:
+            try:
+                message = fork.recv()
+            except (EOFError, ConnectionError):
+                raise Killed("it was killed (was memory short?)") from None
+            if isinstance(message, logging.LogRecord):
+                logging.getLogger(message.name).handle(message)
+            elif isinstance(message, float):
+                progress(forks.index(fork), message)
+            elif isinstance(message, Exception):
+                raise message
+            else:
+                answers[forks.index(fork)] = message
+                waiting.remove(fork)
+    return answers
 
-    daemon_threads = True
 
-    def __init__(self, parent: int) -> None:
-        import joblib
+# The cores that forks share: how many (0: this process is none), and a file with a byte for each.
+_cores = 0
+_cores_file = -1
 
-        super().__init__("", socketserver.BaseRequestHandler, bind_and_activate=False)
-        self.socket = socket.socket(fileno=0)
-        self.parent = parent
-        self.pid = os.getpid()
-        self.max_children = joblib.cpu_count()  # more at once would only hold memory
 
-    def get_request(self) -> tuple[Any, Any]:
-        request, address = self.socket.accept()
-        return Asked(request.detach()), address
+def _fork(asker: Connection, step: Callable, *arguments: Any) -> Any:
+    """Take a step in a fork of this process, which answers whoever asked; return its Process."""
+    parent = os.getpid()
 
-    def process_request(self, request: Any, address: Any) -> None:
-        request.step, request.arguments = request.recv()
-        if request.step == "read_songs":  # in this process, so that the forks share them
-            self.finish_request(request, address)
-            self.shutdown_request(request)
-        else:
-            super().process_request(request, address)
+    def be_fork() -> None:
+        die_with(parent)
+        with suppress(OSError):  # where memory is short the kernel shall end this, no database
+            Path("/proc/self/oom_score_adj").write_text("500")
+        logging.root.handlers.clear()  # the parent's
+        _wait_for_core()
+        _answer(asker, step, arguments)
 
-    def finish_request(self, request: Any, address: Any) -> None:
-        """Take a step; send what it logs, then (its result, its error)."""
-        if os.getpid() != self.pid:
-            die_with(self.pid)
-            with suppress(OSError):  # where memory is short the kernel shall end this, no database
-                Path("/proc/self/oom_score_adj").write_text("500")
-        asking = threading.get_ident()
-        handler = _Sender(request)  # type: ignore[arg-type]
-        handler.addFilter(lambda record: record.thread == asking)
-        logging.root.addHandler(handler)
-        try:
-            answer = _attempt(STEPS[request.step], request.arguments)
-            with suppress(BrokenPipeError):  # whoever asked is gone, and this process soon will be
-                request.send(answer)
-        finally:
-            logging.root.removeHandler(handler)
+    gc.freeze()  # what is there now is the garbage collector's no more: it would copy it all
+    process = multiprocessing.get_context("fork").Process(target=be_fork)
+    process.start()
+    asker.close()  # so a fork that is killed is an end of file for whoever waits
+    return process
 
-    def shutdown_request(self, request: Any) -> None:
-        request.close()
 
-    def close_request(self, request: Any) -> None:
-        request.close()
+def _wait_for_core() -> None:
+    """Take one of the cores: a lock on its byte, which the kernel frees when its holder ends."""
+    fcntl.lockf(_cores_file, fcntl.LOCK_EX, 1)  # the first byte: whose turn it is to look
+    while True:
+        for core in range(1, _cores + 1):
+            with suppress(OSError):
+                fcntl.lockf(_cores_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, core)
+                fcntl.lockf(_cores_file, fcntl.LOCK_UN, 1)
+                return
+        time.sleep(CORE_SECONDS)
 
-    def service_actions(self) -> None:
-        super().service_actions()
-        if os.getppid() != self.parent:  # where die_with() cannot help
-            sys.exit()
+
+def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
+    """Take a step; send what it logs, then its result or its error."""
+    asking = threading.get_ident()
+    handler = _Sender(asker)  # type: ignore[arg-type]
+    handler.addFilter(lambda record: record.thread == asking)
+    logging.root.addHandler(handler)
+    try:
+        answer = _attempt(step, arguments)
+    finally:
+        logging.root.removeHandler(handler)
+    if _cores:  # is let go of before the answer is read, for which there may be no core
+        fcntl.lockf(_cores_file, fcntl.LOCK_UN)
+    with asker, suppress(BrokenPipeError):  # it is gone, and this process soon will be
+        asker.send(answer)
+
+
+def _take_parts(name: str, parts: list[Part]) -> list[Any]:
+    """Return what the parts of a model's training return.
+
+    In a fork, where there are cores, each is a fork of it; elsewhere, as in a notebook, they are
+    taken one after the other. Raises what a part raises, or Killed.
+    """
+    progress = _Progress(name, [part.phase for part in parts])
+    if _cores < 2:
+        return [part.take(partial(progress, number)) for number, part in enumerate(parts)]
+    connections = []
+    forks = []
+    fcntl.lockf(_cores_file, fcntl.LOCK_UN)
+    try:
+        for part in parts:
+            ours, theirs = multiprocessing.Pipe()
+            connections.append(ours)
+            forks.append(_fork(theirs, part.take, theirs.send))
+        return _answers(connections, progress)
+    finally:
+        for fork in forks:
+            fork.kill()
+        _wait_for_core()
 
 
 class _Sender(QueueHandler):
@@ -2242,29 +2328,50 @@ class _Sender(QueueHandler):
             self.queue.send(record)
 
 
-def _attempt(step: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
-    """Return (what the step returns, None) or (None, its error), which can be sent: no secrets."""
+def _attempt(step: Callable, arguments: tuple) -> Any:
+    """Return what the step returns or its error, which can be sent: no secrets."""
     result, error = notify.attempt(step, *arguments)
     if error is None:
-        return result, None
+        return result
     if not isinstance(error, notify.SAY_IT_ALL):
         kind = StepFailed if notify.heals(error) else SameInputFails
-        return None, kind(notify.explain(error))
+        return kind(notify.explain(error))
     error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
-    return None, error
+    return error
 
 
 def serve_forks(parent: int) -> int:
-    """Be the fork server of that process until it ends."""
+    """Be the fork server of that process until it ends.
+
+    Steps are asked for on connections that come through standard input. This process has a single
+    thread, as a fork copies no other.
+    """
+    global _cores, _cores_file
     die_with(parent)  # before the imports, which take two seconds
+    import joblib
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
     import sklearn.pipeline  # noqa: F401
 
     notify.quiet_logs(keep_shares=True)
     logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
-    ForkServer(parent).serve_forever()
-    return 0
+    threads = ThreadPoolExecutor(joblib.cpu_count())
+    if sys.platform == "linux":
+        _cores = joblib.cpu_count()
+        _cores_file = os.memfd_create("cores")
+    asked = Connection(0)
+    while True:
+        try:
+            step, arguments = asked.recv()
+            asker = Connection(recv_handle(asked))
+        except EOFError:  # whoever asks is gone
+            return 0
+        if step is read_songs:  # in this process, so that the forks share them
+            _answer(asker, step, arguments)
+        elif _cores:
+            _fork(asker, step, *arguments)
+        else:  # libraries expect a fork on Linux; on macOS it is not safe
+            threads.submit(_answer, asker, step, arguments)
 
 
 @contextmanager
@@ -2294,39 +2401,38 @@ def die_with(parent: int) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print the current models; 2 if there is none."""
-    rows = []
+    rows: list[list[Any]] = []
     reports = {}
     for name in MODELS:
         report = read_report(name, options.models_dir)
-        if report:
-            versions = len(list_versions(name, options.models_dir))
-            told = {key: value for key, value in report.items() if key not in ("plot", "data")}
-            reports[name] = {**told, "versions_kept": versions}
-            rows.append(_row_of(name, report, versions))
-        else:
+        if not report:
             there = _paths(name, options.models_dir)[0].exists()
-            rows.append((name, "damaged" if there else "not trained", "", "", "", "", ""))
+            rows.append([name, "damaged" if there else "not trained", *[""] * 6])
+            continue
+        versions = len(list_versions(name, options.models_dir))
+        told = {key: value for key, value in report.items() if key not in ("plot", "data")}
+        reports[name] = {**told, "versions_kept": versions}
+        age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
+        rows.append(
+            [
+                name,
+                *notify.metric_and_change(report["metrics"], report.get("previous")),
+                f"{report['rows']:,}",
+                report["table"],
+                f"{notify.duration(age.total_seconds())} ago",
+                notify.size(report["bytes"]),
+                versions,
+            ]
+        )
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
         notify.print_table(
-            ("model", "metric", "change>", "songs>", "trained", "size>", "older>"),
+            ("model", "metric", "change>", "songs>", "table", "trained", "size>", "older>"),
             rows,
             above=[(f"Models in {options.models_dir}", "bold")],
         )
     return 0 if reports else 2
-
-
-def _row_of(name: str, report: Report, versions: int) -> tuple[Any, ...]:
-    age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
-    return (
-        name,
-        *notify.metric_and_change(report["metrics"], report.get("previous")),
-        f"{report['rows']:,}",
-        f"{notify.duration(age.total_seconds())} ago",
-        notify.size(report["bytes"]),
-        versions,
-    )
 
 
 def similar(options: argparse.Namespace) -> int:
@@ -2350,7 +2456,22 @@ def similar(options: argparse.Namespace) -> int:
             above=[(f"Like {song['track_name']} by {song['artist_name']}", "bold")],
         )
     if len(answers) < options.k:
-        log.warning("%s", _why_fewer(len(answers), options.k, options.same_artist))
+        why = (
+            "the other songs are by the same artist, of whom three in ten are shown; "
+            "to see them all: --same-artist"
+        )
+        if options.same_artist:
+            why = "the table has no more recordings"
+        log.warning("%d of %d: %s", len(answers), options.k, why)
+    return 0
+
+
+def titles(options: argparse.Namespace) -> int:
+    """Print the songs whose titles contain the text, the first 20 of them."""
+    index = load_model("similar", options.models_dir)["estimator"]
+    text = options.text.casefold()
+    rows = [row for row, title in enumerate(index.titles_) if text in title.casefold()]
+    notify.print_table((), (), above=_listed(index, rows), below=[f"songs: {len(rows):,}"])
     return 0
 
 
@@ -2369,29 +2490,17 @@ def _row_meant(index: SimilarSongs, text: str, artist: str | None) -> int:
         return rows[0]
     asked = f'"{text}" by {artist}' if artist else f'"{text}"'
     if not rows:
-        message = f"no song is called {asked}"
         suggestions = index.suggestions(text)
-        if suggestions:
-            message = "\n  ".join([f"{message}; did you mean:", *suggestions])
-        raise ModelError(message)
-    lines = [
-        f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
-    ]
-    for row in rows[:20]:
-        lines.append("{track_id}  {track_name}, by {artist_name}".format(**_song(index, row)))
-    if len(rows) > 20:
-        lines.append(f"and {len(rows) - 20:,} more")
-    raise ModelError("\n  ".join(lines))
+        said = "did you mean:" if suggestions else "models.py titles lists what there is"
+        raise ModelError("\n  ".join([f"no song is called {asked}; {said}", *suggestions]))
+    said = f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
+    raise ModelError("\n  ".join([said, *_listed(index, rows)]))
 
 
-def _why_fewer(found: int, asked: int, same_artist: bool) -> str:
-    """Return why there are fewer similar songs than asked for, and what gives more."""
-    if same_artist:
-        return f"{found} of {asked}: the table has no more recordings"
-    return (
-        f"{found} of {asked}: the other songs are by the same artist, of whom three in ten are "
-        "shown; to see them all: --same-artist"
-    )
+def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
+    """Return lines that name the songs in those rows, the first 20 of them."""
+    line = "{track_id}  {track_name}, by {artist_name}"
+    return [line.format(**_song(index, row)) for row in rows[:20]]
 
 
 def predict_songs(options: argparse.Namespace) -> int:
@@ -2455,8 +2564,8 @@ def roll_back(options: argparse.Namespace) -> int:
         raise ModelError(f"there is no folder {folder}; say where the models are: --models-dir DIR")
     with one_run_at_a_time(folder):
         report = rollback(options.model, folder)
-    metric, value = next(iter(report["metrics"].items()))
-    print(f"{options.model} is again the version trained {report['trained_at']} ({metric} {value})")
+    metric, _ = notify.metric_and_change(report["metrics"], None)
+    print(f"{options.model} is again the version trained {report['trained_at']} ({metric})")
     return 0
 
 
@@ -2483,6 +2592,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
     add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
+    add = command("titles", titles, "the songs whose titles contain a text, to find one")
+    add("text", nargs="?", default="", help="part of a title (default: any title)")
     text = "add the predictions to the rows of a CSV, or put those of a table into another"
     add = command("predict", predict_songs, text, machine)
     add("csv", nargs="?", help="songs, with the column names of the table or their aliases")
