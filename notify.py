@@ -23,7 +23,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from db import ROOT, DataError, Expected, command, redact, setting, write_atomically
+from db import DataError, Expected, command, redact, setting, write_atomically
 
 if TYPE_CHECKING:  # for annotations only: both are slow to import
     from matplotlib.axes import Axes
@@ -173,6 +172,8 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
 
     `arguments` are those of train.py. Who only looks (--check, --help) is told alone: exit 2.
     """
+    from models import folder_for  # which imports this module
+
     url, cause = attempt(setting, "DISCORD_WEBHOOK_URL")  # Prefect reads .env too
     if not cause:
         cause = Expected(
@@ -188,11 +189,10 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
     parser.add_argument("--no-notify", dest="enable_notifications", action="store_false")
     parser.add_argument("--models-dir")
     options, _ = parser.parse_known_args(arguments)
-    default = ROOT / "models" if options.demo is None else ROOT / "demo" / "models"
     run = Run(
         parameters=vars(options),
         asked=[],
-        models_dir=str(Path(options.models_dir or default).resolve()),
+        models_dir=str(folder_for(options.models_dir, options.demo)),
         command=command("train.py", *arguments),
         started_at=datetime.now(UTC).isoformat(),
         host=socket.gethostname(),
@@ -444,7 +444,7 @@ def facts(run: Run) -> list[str]:
     table = plain(run.table, 130)
     said = [f"table {table}"]
     if run.rows:
-        said = [f"{run.rows:,} {'made-up songs' if run.demo else 'songs'} of {table}"]
+        said = [f"{run.rows:,} {'made-up songs' if run.parameters['demo'] else 'songs'} of {table}"]
     if run.read_seconds:
         said.append(f"{duration(run.read_seconds)} to read")
     said.append(f"{duration(run.seconds)} in all")
@@ -709,7 +709,6 @@ def print_table(
     `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles,
     artists and tables may be folded. Cells and lines are text or (text, rich style).
     """
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -718,8 +717,7 @@ def print_table(
         sys.stdout.reconfigure(errors="backslashreplace")
     width = None if on_terminal else PLAIN_WIDTH
     console = Console(width=width, force_terminal=on_terminal)
-    style = box.SIMPLE_HEAD if on_terminal else None
-    table = Table(box=style, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(
             column.rstrip(">"),
@@ -775,8 +773,8 @@ class _LiveLines:
         from rich.table import Column
 
         # A line that is too long would narrow all columns alike, clock and percent as well.
-        others = len("0:00:00 ") + len(" 100%") + 1 + BAR_WIDTH
-        said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - others))
+        room = console.width - len("0:00:00 ") - len(" 100%") - 1 - BAR_WIDTH
+        said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, room))
         self.progress = Progress(
             TimeElapsedColumn(),
             TextColumn("{task.description}", table_column=said),
@@ -790,16 +788,16 @@ class _LiveLines:
 
     def show(self, record: logging.LogRecord) -> bool:
         """A logging filter: show what is about a model; return whether the log gets it as well."""
-        model = getattr(record, "model", None)
+        told = vars(record)
+        model = told.get("model")
         is_warning = record.levelno >= logging.WARNING
         if model is None:
             return True
         if is_warning and model not in self.lines:
             return True
-        phase = getattr(record, "phase", "")
         said = plain(record.getMessage()).removeprefix(f"{model}: ")
-        self._write(model, SIGNS.get(phase, "▶"), said, getattr(record, "share", None))
-        if phase in ENDED:
+        self._write(model, SIGNS.get(told["phase"], "▶"), said, told.get("share"))
+        if told["phase"] in ENDED:
             self.progress.stop_task(self.lines[model])
         return is_warning
 
@@ -837,12 +835,11 @@ HEADER_INCHES = 1.5
 # Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dvp*X"
-HEADLINE_PAD = 50  # points between a panel's headline and its frame, for three lines of details
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "text.parse_math": False,
     "axes.titlelocation": "left",
-    "axes.titlepad": HEADLINE_PAD,
+    "axes.titlepad": 50,  # points, for three lines of details between headline and frame
     "axes.titleweight": "bold",
     "axes.titlesize": 15,
     "font.size": 11,
@@ -876,7 +873,8 @@ def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figur
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows = math.ceil((len(run.models) + 1) / PANELS_ABREAST)
+    panels = len(run.models) + 1
+    rows = math.ceil(panels / PANELS_ABREAST)
     height = HEADER_INCHES + ROW_INCHES * rows
     below_header = (0.01, 0.01, 0.98, 1 - HEADER_INCHES / height)
     layout = ConstrainedLayoutEngine(rect=below_header, wspace=0.06)
@@ -885,15 +883,14 @@ def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figur
     for at, (name, outcome) in enumerate(run.models.items(), 1):
         _draw_model(panel(at), name, outcome)
     of_table = [line for line in history if line.get("table", run.table) == run.table]
-    _draw_history(panel((len(run.models) + 1, rows * PANELS_ABREAST)), of_table, names)
+    _draw_history(panel((panels, rows * PANELS_ABREAST)), of_table, names)
     _write_headline(figure, run)
     return figure
 
 
 def _write_headline(figure: "Figure", run: Run) -> None:
     """Write what the run was, when, on what, and the warnings there is room for."""
-    started = datetime.fromisoformat(run.started_at).astimezone(UTC)
-    about = " · ".join([f"{started:%Y-%m-%d %H:%M} UTC", *facts(run)])
+    about = " · ".join([f"{run.started_at[:16].replace('T', ' ')} UTC", *facts(run)])
     written = [
         (0.62, _cut(run.message, 95), 25, LOOKS[run.status].colour),
         (0.95, _drawable(about), 14 * min(1, 135 / len(about)), "black"),  # a table's name is long
@@ -920,13 +917,12 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     axes.set_title(_drawable(f"{name}: {headline}", 60), color=headline_colour)
     details = reason(outcome) or ", ".join(figures(outcome.metrics)[1:])
     size, width, lines = (10, 62, 2) if draw else (14, 44, 12)
-    axes.annotate(
+    axes.text(
+        0,
+        1.02,
         f"{_cut(details, width, lines)}\n{_cut(leans_on(outcome.metrics), width)}".strip(),
-        xy=(0, 1),
-        xycoords="axes fraction",
-        xytext=(0, HEADLINE_PAD - 6),
-        textcoords="offset points",
-        va="top",
+        transform=axes.transAxes,
+        va="bottom" if draw else "top",
         size=size,
         color=colour,
         in_layout=False,
@@ -948,7 +944,7 @@ def _draw_confusions(axes: "Axes", plot: dict) -> None:
     for at, (actual, predicted, count, share) in enumerate(by_share[:CONFUSIONS_SHOWN]):
         axes.barh(at, share, color="#A9CCE3")
         said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
-        axes.text(0.01, at, _drawable(said), size=11, va="center", transform=place)
+        axes.text(0.01, at, _drawable(said), va="center", transform=place)
     axes.set(yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
     axes.invert_yaxis()
     axes.set_frame_on(False)
@@ -978,8 +974,6 @@ def _draw_density(axes: "Axes", plot: dict) -> None:
 
     The dashed line is a right guess.
     """
-    from matplotlib.colors import LogNorm
-
     low, high, _ = plot["edges"]
     most = max(2, *map(max, plot["density"]))
     axes.imshow(
@@ -988,7 +982,9 @@ def _draw_density(axes: "Axes", plot: dict) -> None:
         extent=(low, high, low, high),
         cmap="cividis",
         aspect="auto",
-        norm=LogNorm(1, most),
+        norm="log",
+        vmin=1,
+        vmax=most,
     )
     axes.plot([low, high], [low, high], color=PALETTE[3], linestyle="--")
     axes.set(xlabel=f"predicted (yellow: {most:,} songs)", ylabel="actual")
@@ -1031,7 +1027,7 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
     table = DataFrame(history, columns=["run", "model", "status", "value"])
     table = table.drop_duplicates(["run", "model"], keep="last")
     runs = sorted(table["run"].unique())[-RUNS_SHOWN:]
-    for at, name in enumerate(names[: len(PALETTE)]):
+    for at, (name, colour, marker) in enumerate(zip(names, PALETTE, MARKERS)):
         lines = table[(table["model"] == name) & table["run"].isin(runs)]
         if lines.empty:
             continue
@@ -1043,17 +1039,16 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
         axes.plot(
             places,
             values,
-            color=PALETTE[at],
+            color=colour,
             linewidth=4.8 - 0.55 * at,
-            marker=MARKERS[at],
+            marker=marker,
             markersize=9.5 - 0.8 * at,
             label=_drawable(name, 14),
         )
         # Above the lines
-        axes.plot(places, crosses, "x", color=PALETTE[at], ms=10, mew=2.5, zorder=3)
-    axes.set_title(
-        f"{f'last {len(runs)} runs' if len(runs) > 1 else 'first run'} (× failed or held back)",
-    )
+        axes.plot(places, crosses, "x", color=colour, ms=10, mew=2.5, zorder=3)
+    shown = f"last {len(runs)} runs" if len(runs) > 1 else "first run"
+    axes.set_title(f"{shown} (× failed or held back)")
     if runs:
         axes.legend(ncols=3, **LEGEND_BELOW)
         ticks = range(0, len(runs), len(runs) // 4 + 1)
@@ -1122,31 +1117,24 @@ def post_discord(
     the network does: a message must not cost a model.
     """
     deadline = time.monotonic() + seconds
-    trouble = _trouble(url, NO_WEBHOOK, seconds, _post, run, picture, deadline)
-    if trouble:
-        log.warning("Discord was not told: %s", trouble)
-    return trouble is None
+    return _in_time(seconds, "Discord was not told", _post, url, run, picture, deadline)
 
 
 def check_discord(enabled: bool) -> list[tuple[str, str, str]]:
     """Return the line of --check after a GET of the webhook, which posts nothing.
 
-    A line is (what, "ok" or "problem", sentence).
+    A line is (what, "ok", sentence). Raises Expected where something is wrong.
     """
     url = setting("DISCORD_WEBHOOK_URL")
-    trouble = None
     said = "the Discord webhook answers"
     if not enabled:
         said = "--no-notify: nothing is posted"
     elif not url:
         said = "DISCORD_WEBHOOK_URL is not set: nothing is posted"
     else:
-        trouble = _trouble(url, NO_WEBHOOK, CHECK_SECONDS, _look_at_webhook)
-    return [("Discord", "problem" if trouble else "ok", trouble or said)]
-
-
-def _look_at_webhook(url: str) -> None:
-    _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
+        _demand_address(url, NO_WEBHOOK)
+        _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
+    return [("Discord", "ok", said)]
 
 
 def discord_payload(run: Run) -> dict:
@@ -1156,7 +1144,7 @@ def discord_payload(run: Run) -> dict:
         status = "partial"
     lines = [escape(note) for note in notes(run)]
     if run.finish_command:
-        finish = plain(run.finish_command).replace("`", "'").replace("@", MENTION)
+        finish = plain(run.finish_command).replace("`", "'")
         lines.append(f"to finish the job: `{finish}`")
     models = list(run.models.items())[:FIELDS]
     share = (EMBED - TITLE - FOOTER - DESCRIPTION) // max(1, len(models))
@@ -1175,16 +1163,17 @@ def discord_payload(run: Run) -> dict:
         "description": fit("\n".join(lines), DESCRIPTION),
         "timestamp": run.started_at,
         "fields": fields,
-        "footer": {"text": fit(", ".join(facts(run)).replace("@", MENTION), FOOTER)},
+        "footer": {"text": fit(", ".join(facts(run)), FOOTER)},
     }
     return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
 def fit(text: str, limit: int) -> str:
-    """Return `text` cut to `limit` UTF-16 code units, as Discord counts.
+    """Return `text` without mentions, cut to `limit` UTF-16 code units, as Discord counts.
 
     It is never cut within a character or an escape.
     """
+    text = text.replace("@", MENTION)
     units = text.encode("utf-16-le")
     if len(units) <= 2 * limit:
         return text
@@ -1192,9 +1181,9 @@ def fit(text: str, limit: int) -> str:
 
 
 def escape(text: object) -> str:
-    """Return `text` as Discord shows it literally: no markdown, no mention, no link."""
+    """Return `text` as Discord shows it literally: no markdown, no link."""
     literal = re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text))
-    literal = literal.replace("@", MENTION).replace("://", ":\u200b//")
+    literal = literal.replace("://", ":\u200b//")
     return re.sub(r"^([#>+-]|\d+(?=\.))", "\u200b\\1", literal)
 
 
@@ -1203,25 +1192,26 @@ def _post(url: str, run: Run, picture: str | Path | None, deadline: float) -> No
 
     Raises Expected where it takes neither.
     """
-    payload = discord_payload(run)
+    _demand_address(url, NO_WEBHOOK)
     if picture:
-        reply = _send(_with_picture(url, payload, Path(picture).read_bytes()), deadline)
+        message = _with_picture(url, discord_payload(run), Path(picture).read_bytes())
+        reply = _send(message, deadline)
         if reply.status not in (400, 413):
             return _succeed(reply, DISCORD_SAYS)
         log.warning("Discord refused the picture (%d), trying without", reply.status)
-    body = json.dumps(payload).encode()
+    body = json.dumps(discord_payload(run)).encode()
     message = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     return _succeed(_send(message, deadline), DISCORD_SAYS)
 
 
 def _with_picture(url: str, payload: dict, image: bytes) -> urllib.request.Request:
     """Return the request that posts a form with the picture, to which the embed refers."""
-    embed = payload["embeds"][0] | {"image": {"url": "attachment://report.png"}}
-    message = json.dumps(payload | {"embeds": [embed]})
-    edge = uuid.uuid4().hex
+    payload["embeds"][0]["image"] = {"url": "attachment://report.png"}
+    edge = "a-line-that-stands-in-no-part"
     part = "Content-Disposition: form-data; name="
     head = (
-        f'--{edge}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n{message}\r\n'
+        f'--{edge}\r\n{part}"payload_json"\r\nContent-Type: application/json\r\n\r\n'
+        f"{json.dumps(payload)}\r\n"
         f'--{edge}\r\n{part}"files[0]"; filename="report.png"\r\nContent-Type: image/png\r\n\r\n'
     )
     body = head.encode() + image + f"\r\n--{edge}--\r\n".encode()
@@ -1234,16 +1224,15 @@ def _send(message: urllib.request.Request, deadline: float) -> "Reply":
 
     A 429 is obeyed and what may heal is tried again, as long as `deadline` allows.
     """
-    failures = 0
+    delays = list(RETRY_DELAYS)
     limited = 0
     while True:
         reply = _request(message, TIMEOUT)
         if reply.status == TOO_MANY and limited < RATE_LIMITED:
             limited += 1
             wait = reply.wait
-        elif reply.may_heal and failures < len(RETRY_DELAYS):
-            wait = RETRY_DELAYS[failures]
-            failures += 1
+        elif reply.status in MAY_HEAL and delays:
+            wait = delays.pop(0)
         else:
             return reply
         if time.monotonic() + wait >= deadline:
@@ -1271,11 +1260,8 @@ def heartbeat(kind: str) -> None:
     wrong is a line of the log. May be called in a thread.
     """
     url = setting("HEARTBEAT_URL")
-    if not url:
-        return
-    trouble = _trouble(url, NO_HEARTBEAT, HEARTBEAT_SECONDS, _beat, kind)
-    if trouble:
-        log.warning("the heartbeat was not sent: %s", trouble)
+    if url:
+        _in_time(HEARTBEAT_SECONDS, "the heartbeat was not sent", _beat, url, kind)
 
 
 def heartbeat_address(url: str, kind: str) -> str | None:
@@ -1308,27 +1294,26 @@ CRONITOR = {"start": {"state": "run"}, "": {"state": "complete"}, "fail": {"stat
 
 
 def check_heartbeat(enabled: bool) -> list[tuple[str, str, str]]:
-    """Return the line of --check on HEARTBEAT_URL, which is not called: (what, state, sentence)."""
+    """Return the line of --check on HEARTBEAT_URL, which is not called; see check_discord."""
     url = setting("HEARTBEAT_URL")
-    state = "ok"
     said = "HEARTBEAT_URL is set and well formed; only a run calls it"
     if not enabled:
         said = "--no-notify: none is sent"
     elif not url:
         said = "HEARTBEAT_URL is not set: nobody is told when no run begins"
-    elif not ADDRESS.fullmatch(url):
-        state = "problem"
-        said = NO_HEARTBEAT
-    return [("heartbeat", state, said)]
+    else:
+        _demand_address(url, NO_HEARTBEAT)
+    return [("heartbeat", "ok", said)]
 
 
 def _beat(url: str, kind: str) -> None:
     """Call the address, a second time where that may help; raise Expected where neither does."""
+    _demand_address(url, NO_HEARTBEAT)
     address = heartbeat_address(url, kind)
     if not address:
         return
     reply = _request(address, HEARTBEAT_TRY)
-    if reply.may_heal or reply.status in (TIMED_OUT, TOO_MANY):
+    if reply.status in MAY_HEAL | {TIMED_OUT, TOO_MANY}:
         time.sleep(HEARTBEAT_PAUSE)
         reply = _request(address, HEARTBEAT_TRY)
     _succeed(reply, {})
@@ -1342,6 +1327,7 @@ USER_AGENT = "ml-training-pipeline (https://discord.com/developers/docs/resource
 TOO_MANY = 429
 NO_CONNECTION = 0  # these two stand where an HTTP status would
 TIMED_OUT = -1
+MAY_HEAL = {NO_CONNECTION, *range(500, 600)}  # the same request may succeed a little later
 
 
 class Reply(NamedTuple):
@@ -1350,11 +1336,6 @@ class Reply(NamedTuple):
     status: int  # of HTTP, or NO_CONNECTION or TIMED_OUT
     text: str
     wait: float = 0.0  # seconds, where there were too many requests
-
-    @property
-    def may_heal(self) -> bool:
-        """Whether the same request may succeed a little later."""
-        return self.status == NO_CONNECTION or self.status >= 500
 
 
 class _AnyStatus(urllib.request.HTTPErrorProcessor):
@@ -1391,25 +1372,26 @@ def _succeed(reply: Reply, sentences: dict[int, str]) -> None:
         return
     known = {TIMED_OUT: "no answer in time", NO_CONNECTION: "no connection"} | sentences
     said = known.get(reply.status, f"the server answered {reply.status}")
-    if reply.text and reply.status != 404:
+    if reply.text:
         said += f": {reply.text}"
     raise Expected(said)
 
 
-def _trouble(
-    url: str, no_address: str, seconds: float, step: Callable, *arguments: Any
-) -> str | None:
-    """Return why step(url, *arguments) failed, without secrets; None if it did not.
-
-    `no_address` is said where the URL is none. The step is given up after `seconds`: looking up a
-    name knows no timeout of its own.
-    """
+def _demand_address(url: str, sentence: str) -> None:
+    """Raise Expected, with that sentence, where a URL is none."""
     if not ADDRESS.fullmatch(url):
-        return no_address
+        raise Expected(sentence)
+
+
+def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> bool:
+    """Take a step; return whether it succeeded. If not, that failure and why are logged.
+
+    The step is given up after `seconds`: looking up a name knows no timeout of its own.
+    """
     errors: list[Exception | None] = []  # what became of the step, once it has ended
 
     def take_step() -> None:
-        _, error = attempt(step, url, *arguments)
+        _, error = attempt(step, *arguments)
         errors.append(error)
 
     thread = threading.Thread(target=take_step, daemon=True)
@@ -1419,4 +1401,6 @@ def _trouble(
     except RuntimeError:  # no more threads can be started
         take_step()
     error = errors[0] if errors else TimeoutError(f"no answer within {seconds:.0f} s")
-    return plain(explain(error), 600) if error else None
+    if error:
+        log.warning("%s: %s", failure, plain(explain(error), 600))
+    return error is None
