@@ -835,11 +835,12 @@ HEADER_INCHES = 1.5
 # Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dvp*X"
+HEADLINE_PAD = 50  # points between a panel's headline and its frame, for three lines of details
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "text.parse_math": False,
     "axes.titlelocation": "left",
-    "axes.titlepad": 50,  # points, for three lines of details between headline and frame
+    "axes.titlepad": HEADLINE_PAD,
     "axes.titleweight": "bold",
     "axes.titlesize": 15,
     "font.size": 11,
@@ -917,12 +918,13 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     axes.set_title(_drawable(f"{name}: {headline}", 60), color=headline_colour)
     details = reason(outcome) or ", ".join(figures(outcome.metrics)[1:])
     size, width, lines = (10, 62, 2) if draw else (14, 44, 12)
-    axes.text(
-        0,
-        1.02,
+    axes.annotate(
         f"{_cut(details, width, lines)}\n{_cut(leans_on(outcome.metrics), width)}".strip(),
-        transform=axes.transAxes,
-        va="bottom" if draw else "top",
+        xy=(0, 1),
+        xycoords="axes fraction",
+        xytext=(0, HEADLINE_PAD - 6),
+        textcoords="offset points",
+        va="top",
         size=size,
         color=colour,
         in_layout=False,
