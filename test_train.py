@@ -6,6 +6,7 @@ python -m pytest -q              # the quick suite
 python -m pytest -q -m slow      # the long fault runs
 """
 
+import configparser
 import contextlib
 import csv
 import dataclasses
@@ -590,7 +591,7 @@ def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
 # ---- The bad one: toy models that fail in every way ----------------------------------------------
 TOYS = """
 import ctypes, os, sys, time
-sys.path.insert(0, {root!r})
+sys.path.insert(0, os.environ["TOY_ROOT"])
 import db, models
 
 def note(words):
@@ -605,7 +606,7 @@ def toy(name, act):
                 act(open(os.environ["TOY_LOG"]).read().count(name + " begins"))
         finally:
             note(name + " ends")
-        return {{"toy": name}}, {{"r2": 0.5}}
+        return {"toy": name}, {"r2": 0.5}
     return train
 
 def fails(error, calls=99):
@@ -618,7 +619,7 @@ def die(call):
     os.kill(os.getpid(), 9)
 
 secrets = os.environ.get("DATABASE_URL", "") + " " + os.environ.get("DISCORD_WEBHOOK_URL", "")
-for name, act in {{
+for name, act in {
     "flaky": fails(OSError("the fan fell off " + secrets), 3),
     "steady": lambda call: time.sleep(2),
     "shaky": fails(OSError("no"), 2),
@@ -633,7 +634,7 @@ for name, act in {{
     "deadly": die,
     "crash": lambda call: ctypes.string_at(0),
     "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
-}}.items():
+}.items():
     if name in os.environ["TOYS"].split(","):
         models.MODELS[name] = toy(name, act)
 """
@@ -646,9 +647,10 @@ def toys(tmp_path_factory):
     The models note in TOY_LOG what they do.
     """
     folder = tmp_path_factory.mktemp("toys")
-    (folder / "sitecustomize.py").write_text(TOYS.format(root=str(ROOT)))
-    return lambda names: {
+    (folder / "sitecustomize.py").write_text(TOYS)
+    return lambda names, root=ROOT: {
         "PYTHONPATH": folder,
+        "TOY_ROOT": root,
         "TOYS": names,
         "TOY_LOG": tmp_path_factory.mktemp("log") / "toys",
     }
@@ -1302,7 +1304,15 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     ]
 
 
-# ---- Beyond one machine: a Prefect server on its port, its scheduler, a work pool, Dask ----------
+def test_predictions_that_cannot_be_written_cost_no_model(table, tmp_path):
+    line = f"--only clusters --predict-into spotify_songs --models-dir {tmp_path}"
+    said = '"spotify_songs" is no table of predictions: its columns are track_id'
+    Run(line).end(1, f"1 of 1 models trained; {said}")
+    assert models.load_model("clusters", tmp_path)["rows"] == 600
+    assert value(table, "count(*) FROM spotify_songs") == 600
+
+
+# ---- Beyond one machine: a Prefect server on its port, its scheduler (see also the end) ----------
 @slow
 def test_a_prefect_server_on_its_usual_port_is_found_by_all(table, tmp_path):
     """Also where a proxy is set: nobody asks it for what is on this machine."""
@@ -1358,55 +1368,6 @@ def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(tab
     serving.end(143, seconds=10)
     assert last_run()["state"]["name"] == "Cancelled"
     assert kept("deployments")[0]["paused"], "nothing piles up meanwhile"
-
-
-@slow
-def test_a_work_pool_runs_the_flow_elsewhere(table, toys, tmp_path):
-    """Also where a fit is killed."""
-    Run("prefect work-pool create songs --type process", "-m").end()
-    Run(
-        "prefect --no-prompt deploy train.py:ml_training_pipeline -n nightly -p songs "
-        f"--param models_dir={tmp_path}",
-        "-m",
-        ROOT,
-    ).end()
-    worker = Run("prefect worker start --pool songs", "-m", **toys("fragile"))
-    line = """nightly --param 'only=["fragile", "similar"]'"""
-    assert deployed(line, "Completed"), worker.text
-    run = json.loads((tmp_path / "metrics" / "run.json").read_text())
-    assert run["crashes"] == [f"{CRASHED}; it was trained again, alone"]
-    assert models.load_model("similar", tmp_path)["rows"] == 600
-    worker.process.kill()
-
-
-@slow
-def test_dask_survives_a_worker_that_is_killed_amid_a_fit(table, tmp_path):
-    from distributed import Client
-
-    db.load_demo(5_000, table, "spotify_songs")
-    own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path, "PYTHONPATH": ROOT}
-    address = f"tcp://127.0.0.1:{free_port()}"
-    line = f"--models-dir {tmp_path} --dask {address}"
-    Run(line).end(3, f"no Dask cluster with a worker answers at {address}")
-    cluster = [
-        Run(f"distributed.cli.dask_{words} {address} --no-dashboard", "-m", **own).at("tcp://")
-        for words in ("scheduler --host", "worker --nthreads 1", "worker --nthreads 1")
-    ]
-    with Client(address, set_as_default=False) as client:
-        run = Run(line)
-
-        def fitting():
-            tasks = client.processing().items()
-            return [worker for worker, keys in tasks if "train" in str(keys)]
-
-        assert wait_until(fitting, 120), run.text
-        time.sleep(1)
-        os.kill(client.run(os.getpid)[fitting()[0]], signal.SIGKILL)
-        run.end(0, "5 of 5 models trained", "was lost; it was trained again")
-    assert not (tmp_path / "prefect.db").exists(), "no Prefect servers on the workers"
-    for part in cluster:
-        os.killpg(part.process.pid, signal.SIGKILL)
-        assert wait_until(lambda part=part: not part.left), "no fork server either"
 
 
 # ---- The database --------------------------------------------------------------------------------
@@ -4017,3 +3978,392 @@ def test_heartbeat_keys_are_secrets_and_names_are_not(monkeypatch, url, secret, 
     said = db.redact(f"GET {url} failed: {secret} of {harmless}")
     assert secret not in said
     assert said.endswith(harmless)
+
+
+# ---- What the docs say ---------------------------------------------------------------------------
+# Above each fenced block stands its name in a comment. A test does what it prints, or .ci/run.
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^(?:<!-- ([^\n]+) -->\n)?```\w*\n(.*?)^```$", re.M | re.S)
+BY_CI = ["install", "test", "lint", "slow"]
+
+
+def blocks():
+    """[name, text] of every fenced block; the name is "" where there is none."""
+    return [list(block) for path in DOCS for block in FENCED.findall(path.read_text())]
+
+
+def printed(name, places=None):
+    """The text of a block, with what stands here in place of its placeholders."""
+    text = dict(blocks())[name]
+    for placeholder, here in (places or {}).items():
+        text = text.replace(placeholder, str(here))
+    return text
+
+
+def test_every_block_of_the_docs_is_done_by_a_test_or_by_ci():
+    names = [name for name, _ in blocks()]
+    done = r'\b(?:printed|type_block|assert_does_as_printed)\("([^"]+)"'
+    tested = re.findall(done, Path(__file__).read_text())
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert sorted(names) == sorted({*tested, *BY_CI})
+    assert all(re.search(rf"^for name in .*\b{name}\b", ci, re.M) for name in BY_CI)
+
+
+def test_what_the_docs_link_to_is_there():
+    for path in DOCS:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+            target, _, heading = link.partition("#")
+            if "://" in link:
+                continue
+            assert (path.parent / target).exists(), link
+            titles = (
+                re.findall("^#+ (.*)", (path.parent / target).read_text(), re.M) if heading else []
+            )
+            assert heading in ["", *(title.lower().replace(" ", "-") for title in titles)], link
+
+
+def rows_of(path, heading):
+    """The first cells of the table with that heading."""
+    table = path.read_text().partition(f"| {heading} |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| (.*?) \|", table, re.M)
+
+
+FAILS = {
+    "the database does not answer": [test_every_setting_may_stand_in_dot_env],
+    "the host name in `DATABASE_URL` is not known": [test_connection_failures],
+    "wrong password, missing database, table or column, empty table": [
+        test_connection_failures,
+        test_wrong_input_is_red_and_no_command_would_help,
+        test_names_of_tables,
+    ],
+    "a training fails": [
+        test_what_can_heal_is_tried_again_after_2_4_and_8_seconds,
+        test_what_the_same_input_brings_back_is_not_tried_again,
+    ],
+    "a training is killed, crashes or runs out of memory": [
+        test_a_fit_that_is_killed_is_trained_again_alone_and_no_other,
+        test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_alone,
+        test_what_is_killed_twice_has_failed_and_the_others_are_published,
+    ],
+    "one model fails": [test_a_bad_night_is_yellow_and_partial],
+    "all models fail or are held back": [test_what_a_run_was],
+    "a model got worse by more than 5 % (and 0.01)": [
+        test_the_gate,
+        test_the_printed_commands_finish_the_job,
+    ],
+    "the table changed a lot since the last training": [
+        test_drift_is_said_with_figures_the_most_important_first,
+        test_a_bad_night_is_yellow_and_partial,
+    ],
+    "the disk is full": [test_a_full_disk_costs_nothing_and_is_said],
+    "SIGTERM, Ctrl-C": [
+        test_a_signal_amid_a_fit,
+        test_a_signal_while_a_model_waits_for_its_next_try,
+    ],
+    "the machine goes down, `kill -9`": [test_kill_9_at_six_moments_loses_nothing],
+    "predictions cannot be written (`--predict-into`)": [
+        test_predictions_that_cannot_be_written_cost_no_model
+    ],
+    "Prefect cannot be imported: a typo in one of its variables, a broken install": [
+        test_a_prefect_that_cannot_be_imported_is_told
+    ],
+    "Prefect's temporary server does not start: its database is damaged, "
+    "its folder cannot be written to": [
+        test_why_prefects_temporary_server_does_not_start_is_told_within_seconds
+    ],
+    "nobody reads what a run writes: the reader goes away, the disk is full, streams are closed": [
+        test_a_run_goes_on_where_nobody_reads_what_it_says
+    ],
+}
+STATUSES = {
+    "0": [test_every_model_is_there_with_its_metrics],
+    "1": [
+        test_a_bad_night_is_yellow_and_partial,
+        test_predictions_that_cannot_be_written_cost_no_model,
+    ],
+    "2": [test_wrong_usage_is_said, test_wrong_input_is_red_and_no_command_would_help],
+    "3": [test_every_setting_may_stand_in_dot_env, test_what_a_run_was],
+    "75": [test_a_second_run_goes_away_at_once],
+    "130, 143": [
+        test_a_signal_while_a_model_waits_for_its_next_try,
+        test_a_signal_amid_a_fit,
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "path, heading, shown_by",
+    [
+        (ROOT / "docs" / "ERROR_HANDLING.md", "what | then", FAILS),
+        (ROOT / "README.md", "exit status | meaning", STATUSES),
+    ],
+)
+def test_every_row_on_what_fails_names_the_tests_that_show_it(path, heading, shown_by):
+    assert rows_of(path, heading) == list(shown_by)
+
+
+def test_readme_names_the_models_in_their_order():
+    names = list(models.MODELS)
+    assert " · ".join(names) in printed("overview")
+    assert rows_of(ROOT / "README.md", "model | predicts | with | judged by") == names
+    assert rows_of(ROOT / "docs" / "PREFECT_SETUP.md", "model | task | runs are named") == names
+
+
+THEIRS = """
+CREATE SCHEMA musik;
+CREATE TABLE musik.lieder AS
+SELECT track_id AS id, artist_name AS interpret, track_name AS titel, genre AS stil,
+       popularity AS beliebtheit, danceability * 100 AS tanzbarkeit, energy * 100 AS energie,
+       loudness AS lautstaerke, speechiness * 100 AS sprechanteil, acousticness * 100 AS akustik,
+       instrumentalness * 100 AS instrumental, valence * 100 AS stimmung, tempo AS schlaege,
+       duration_ms / 1000.0 AS sekunden, make_date(year::int, 6, 14) AS erschienen
+  FROM songs
+"""
+
+
+def test_a_view_makes_our_songs_of_a_table_of_ones_own(url):
+    db.load_demo(60, url, "songs")
+    execute(url, THEIRS)
+    execute(url, printed("view"))
+    read = db.load_songs(url, "songs_to_train")
+    ours = db.load_songs(url, "songs")[list(read)]
+    pd.testing.assert_frame_equal(read, ours, check_exact=False, rtol=1e-4)
+    assert len(list(read)) == 15
+
+
+def test_the_queries_on_predictions_answer(url, predicted):
+    track = predicted.track_id[0]
+    places = {"spotify_songs": "songs", "song_predictions": "said", "'ID'": f"'{track}'"}
+    make, *queries = printed("checks", places).strip().removesuffix(";").split(";")
+    execute(url, make)
+    _, popular, alike = [execute(url, query) for query in queries]
+    assert len(popular) == 20
+    tracks = value(url, f"similar_tracks FROM said WHERE track_id = '{track}'")
+    titles = predicted.set_index("track_id").track_name
+    assert [title for title, _ in alike] == titles.reindex(tracks).dropna().tolist()
+    execute(url, printed("sample", places))
+    assert 10 < len(db.load_songs(url, "some_songs")) < 60
+
+
+# ---- The same, long: a newcomer types what the docs print ----------------------------------------
+IN_BASH = "import os, sys; os.execvp('bash', ['bash', '-euo', 'pipefail', '-c', sys.argv[1]])"
+
+
+def type_in(folder, text, **own):
+    """Type it in that folder. The `python`, `pip`, `prefect` and `dask` there are those of now."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return Run(shlex.join([IN_BASH, text]), "-c", folder, **{"PATH": path, **own})
+
+
+def type_block(name, folder, places=None, **own):
+    """Start what a block prints."""
+    return type_in(folder, printed(name, places), **own)
+
+
+VARIES = r"\d+ min \d+ s|[\d.]+ (?:ms|s|min|h|days|B|kB|MB|GB)\b|\d{4}-\d\d-\d\d[\d:. ]*"
+FIGURE = r"[-+]?\b\d\.\d{3}\b"
+
+
+def assert_as_printed(expected, text, folder):
+    """It ends with what is printed, but for seconds, sizes, dates, places; figures within 0.01."""
+    text = text.replace(str(folder), "/srv/song-models")
+    text = text.replace(f"on {socket.gethostname()}\n", "on musicbox\n")
+    words = []
+    figures = []
+    for part in expected, text:
+        part = re.sub(VARIES, "#", part)
+        figures.append([float(figure) for figure in re.findall(FIGURE, part)])
+        words.append(re.sub(FIGURE, "#", part).split())
+    assert words[1][-len(words[0]) :] == words[0], text
+    assert figures[1][-len(figures[0]) :] == pytest.approx(figures[0], abs=0.01), text
+
+
+def assert_does_as_printed(name, folder, **own):
+    """Type the lines of a block that begin with "$ "; the others are what they print."""
+    for step in re.split(r"^\$ ", printed(name), flags=re.M)[1:]:
+        line, _, output = step.partition("\n")
+        text = type_in(folder, line, **own).end()
+        if output:
+            assert_as_printed(output, text, folder)
+
+
+@pytest.fixture
+def newcomer(table, tmp_path):
+    """A clone of the program, with songs.csv, and DATABASE_URL in .env.example; its environment."""
+    origin = tmp_path / "origin"
+    folder = tmp_path / "clone"
+    origin.mkdir()
+    copied(origin).with_name(".env").unlink()
+    example = (ROOT / ".env.example").read_text()
+    url = "postgresql://user:password@host:5432/music"
+    (origin / ".env.example").write_text(example.replace(url, table))
+    for name in "requirements.txt", "constraints.txt":
+        shutil.copy(ROOT / name, origin)
+    committed = "git add -A && git -c user.name=A -c user.email=a@b commit -qm All"
+    type_in(tmp_path, f"git init -q origin; cd origin; {committed}; git clone -q . ../clone").end()
+    (folder / ".venv").symlink_to(sys.prefix)
+    db.demo_songs(10_000).head(300).to_csv(folder / "songs.csv", index=False)
+    return SimpleNamespace(folder=folder, own={"DATABASE_URL": None})
+
+
+def places_of(folder):
+    return {
+        "/srv/song-models/.venv/bin/python": sys.executable,
+        "/srv/song-models": folder,
+        "127.0.0.1:4200": f"127.0.0.1:{USUAL_PORT}",
+    }
+
+
+@slow
+def test_the_demo_says_what_readme_prints_and_what_follows_works(newcomer):
+    folder = newcomer.folder
+    *_, demo = printed("install").split("&&")
+    text = type_in(folder, demo, **newcomer.own).end()
+    assert_as_printed(printed("demo"), text, folder)
+    assert_does_as_printed("after the demo", folder, **newcomer.own)
+    assert not (folder / "demo").exists()
+
+
+@slow
+def test_a_newcomers_way_through_the_docs(newcomer, tmp_path):
+    folder, own = newcomer.folder, newcomer.own
+    places = places_of(folder)
+    text = type_block("own songs", folder, **own).end()
+    assert text.count("5 of 5 models trained") == 2
+    assert "300 songs loaded" in text
+    text = type_block("use", folder, **own).end(0, "Like Silent Winter Static by", "genre is again")
+    assert "genre_predicted" in (folder / "predicted.csv").read_text().splitlines()[0]
+    type_block("predictions", folder, **own).end(0, "5 of 5 models trained")
+    flow = printed("flow") + "print(result['models']['genre']['status'])"
+    Run(shlex.quote(flow), "-c", folder, **own).end(0, "trained")
+    script = printed("predict").replace("models.predict(songs)", "print(models.predict(songs))")
+    Run(shlex.quote(script), "-c", folder, **own).end(0, "energy_predicted")
+    type_block("dask packages", folder, **own).end()
+    type_block("upgrade", folder, **own).end(0, "table ok spotify_songs has 600 rows")
+    dead = own | {"DATABASE_URL": "postgresql://localhost:1/music", "DATABASE_RETRY_SECONDS": 0}
+    text = type_in(folder, "python train.py", **dead).end(3)
+    assert printed("finish", places).strip() in text
+    crontab = printed("cron", places).split(maxsplit=5)
+    assert crontab[:5] == ["0", "3", "*", "*", "*"]
+    type_in("/", crontab[5], **own | {"PATH": "/usr/bin:/bin"}).end()
+    assert "5 of 5 models trained" in (folder / "train.log").read_text()
+
+
+@slow
+def test_the_units_of_systemd_are_valid_and_start_a_run(newcomer, tmp_path):
+    units = configparser.ConfigParser(interpolation=None, strict=False)
+    for name, text in {
+        "song-models.service": printed("service", places_of(newcomer.folder)),
+        "song-models.timer": printed("timer"),
+    }.items():
+        (tmp_path / name).write_text(text)
+        units.read_string(text)
+    if shutil.which("systemd-analyze"):
+        type_in(tmp_path, "systemd-analyze verify song-models.service song-models.timer").end()
+    service = units["Service"]
+    own = newcomer.own | {"DATABASE_URL": os.environ["DATABASE_URL"], "PATH": "/usr/bin:/bin"}
+    run = type_in(service["WorkingDirectory"], service["ExecStart"], **own)
+    run.end(0, "5 of 5 models trained", f"models in {newcomer.folder}/models")
+    assert units["Timer"]["OnCalendar"] == "*-*-* 03:00:00"
+
+
+@slow
+def test_a_sixth_model_is_one_function_and_one_line(newcomer):
+    folder = newcomer.folder
+    source = (folder / "models.py").read_text()
+    for before, new in {
+        "\n\ndef train_similar(": "\n\n" + printed("sixth model"),
+        "}\n\n\ndef _usable(": printed("its line"),
+    }.items():
+        assert before in source
+        source = source.replace(before, new + before, 1)
+    (folder / "models.py").write_text(source)
+    assert_does_as_printed("its run", folder, **newcomer.own)
+    text = type_in(folder, "python models.py predict songs.csv --models-dir demo/models").end()
+    assert "tempo_predicted" in text
+
+
+@slow
+def test_prefects_ways_are_as_printed(table, toys, tmp_path, monkeypatch):
+    """A server, a deployment that is served, a work pool; there also where a fit is killed."""
+    copied(tmp_path, DATABASE_URL=table)
+    places = places_of(tmp_path)
+    api = f"http://127.0.0.1:{USUAL_PORT}/api"
+    own = {"PREFECT_API_URL": None, "DATABASE_URL": None}
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    running = [type_block("server", tmp_path, **own)]
+    assert wait_until(lambda: answers(f"{api}/health"), 120), running[0].text
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    running.append(type_block("serve", tmp_path, **own).at("serving ml-training-pipeline"))
+    (deployment,) = kept("deployments")
+    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == ["0 3 * * *"]
+    assert completed(type_block("run now", tmp_path, places, **own).end()), running[-1].text
+    assert len(models.read_report("clusters", tmp_path / "models")["metrics"]["sizes"]) == 3
+    type_block("work pool", tmp_path, places, **own).end()
+    mine = own | toys("fragile", tmp_path) | {"PREFECT_API_URL": api}
+    running.append(type_block("worker", tmp_path, **mine))
+    assert completed(type_block("run in the pool", tmp_path, **mine).end()), running[-1].text
+    line = """prefect deployment run ml-training-pipeline/nightly --param 'only=["fragile"]'"""
+    assert completed(type_in(tmp_path, line, **mine).end()), running[-1].text
+    run = json.loads((tmp_path / "models" / "metrics" / "run.json").read_text())
+    assert run["crashes"] == [f"{CRASHED}; it was trained again, alone"]
+    end_all(running)
+
+
+def completed(text):
+    """Whether the run of a deployment that was started comes to its end."""
+    run = {"id": re.search(r"UUID: (\S+)", text)[1]}
+    return wait_until(lambda: kept("flow_runs", run)[0]["state"]["name"] == "Completed", 120)
+
+
+def end_all(running):
+    for part in reversed(running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(part.process.pid, signal.SIGKILL)
+        part.process.wait()
+        for process in part.left.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.split("/")[2]), signal.SIGKILL)
+
+
+@slow
+def test_dask_is_as_printed_and_survives_a_worker_that_is_killed(table, tmp_path):
+    from distributed import Client
+
+    db.load_demo(5_000, table, "spotify_songs")
+    copied(tmp_path, DATABASE_URL=table)
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    places = places_of(tmp_path) | {
+        "HOST:4200": f"127.0.0.1:{USUAL_PORT}",
+        "tcp://HOST:8786": address,
+        "dask scheduler": f"dask scheduler --port {port} --no-dashboard",
+    }
+    own = {"PREFECT_API_URL": None, "DATABASE_URL": None}
+    server = type_block("dask server", tmp_path, **own, PREFECT_HOME=tmp_path / "prefect")
+    assert wait_until(lambda: answers(f"http://127.0.0.1:{USUAL_PORT}/api/health"), 120), (
+        server.text
+    )
+    own |= {"PREFECT_HOME": tmp_path / "workers"}
+    type_block("dask run", tmp_path, places, **own).end(
+        3, f"no Dask cluster with a worker answers at {address}"
+    )
+    running = [server, type_block("dask scheduler", tmp_path, places, **own).at("tcp://")]
+    for _ in range(2):
+        running.append(type_block("dask worker", tmp_path, places, **own).at("tcp://"))
+    with Client(address, set_as_default=False) as client:
+        run = type_block("dask run", tmp_path, places, **own)
+
+        def fitting():
+            tasks = client.processing().items()
+            return [worker for worker, keys in tasks if "train" in str(keys)]
+
+        assert wait_until(fitting, 120), run.text
+        time.sleep(1)
+        os.kill(client.run(os.getpid)[fitting()[0]], signal.SIGKILL)
+        run.end(0, "5 of 5 models trained", "was lost; it was trained again")
+    assert not (tmp_path / "workers" / "prefect.db").exists(), "no Prefect servers on the workers"
+    for part in running[1:]:
+        os.killpg(part.process.pid, signal.SIGKILL)
+        assert wait_until(lambda part=part: not part.left), "no fork server either"
+    end_all(running)
