@@ -1643,6 +1643,7 @@ def _place(parts: dict[str, str]) -> str:
 # is the server's parent and stops it when there are no users any more, however they ended; the
 # others wait, as long as their user lives.
 _servers: dict[Path, IO[str]] = {}  # {folder: open lock file} of this process
+SOCKET_PATH = 93 if sys.platform == "linux" else 89  # bytes of its folder's path, at most
 
 
 def start_server(folder: str | Path, database: str) -> str:
@@ -1652,21 +1653,30 @@ def start_server(folder: str | Path, database: str) -> str:
     when none can be started.
     """
     folder = Path(folder).resolve()
+    elsewhere = "set DATABASE_URL=postgresql://user:password@host:5432/music"
+    data = str(folder / "data")
+    if len(os.fsencode(data)) > SOCKET_PATH:
+        raise DataError(
+            f"{folder} is too long a path for PostgreSQL's socket. Move the project to a shorter "
+            f"one, or {elsewhere}"
+        )
     try:
         keeper = _start_keeper(folder)
-        uri = f"postgresql://postgres@/{{}}?host={quote(str(folder / 'data'), safe='')}&port=5432"
+        uri = f"postgresql://postgres@/{{}}?host={quote(data, safe='')}&port=5432"
         end = time.monotonic() + START_SECONDS
         while keeper.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
-            with contextlib.suppress(psycopg2.OperationalError):
+            try:
                 _make_database(uri.format("postgres"), database)
                 return uri.format(database)
-        raise OSError((folder / "log").read_text()[-600:].strip())
-    except OSError as error:
+            except psycopg2.OperationalError as error:
+                if error.pgcode:  # the server is up: it has no room
+                    raise
+        raise OSError((folder / "log").read_text(errors="replace")[-600:].strip())
+    except (OSError, LookupError, psycopg2.Error) as error:
         raise DataError(
             f"The embedded PostgreSQL in {folder} cannot be started: {error}. Make that folder "
-            "writable for this user, or set "
-            "DATABASE_URL=postgresql://user:password@host:5432/music"
+            f"writable for this user, or {elsewhere}"
         ) from error
 
 
@@ -1677,7 +1687,10 @@ def _start_keeper(folder: Path) -> subprocess.Popen:
     fcntl.flock(users, fcntl.LOCK_SH)  # waits while the server is being stopped
     _servers[folder] = users
     program = [sys.executable, "-S", str(Path(__file__).resolve()), "keep"]
-    return subprocess.Popen([*program, *arguments], stdin=subprocess.DEVNULL)
+    with open(folder / "log", "ab") as words:
+        return subprocess.Popen(
+            [*program, *arguments], stdin=subprocess.DEVNULL, stdout=words, stderr=words
+        )
 
 
 def _make_database(url: str, database: str) -> None:
@@ -1737,8 +1750,6 @@ def keep(folder: str, binaries: str, options: str) -> int:
     """
     os.setsid()
     os.chdir(folder)
-    for stream in (1, 2):
-        os.dup2(os.open("log", os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
     lock = _lock_of_the_keeper(os.getppid())
     if not lock:
         return 0
@@ -1746,21 +1757,23 @@ def keep(folder: str, binaries: str, options: str) -> int:
     users = open("users.lock")  # noqa: SIM115
     data = f"{folder}/data"
     fresh = f"{folder}/fresh"
-    if _has_users(users) and not os.path.exists(data):
+    if _is_held(users) and not os.path.exists(data):
         shutil.rmtree(fresh, ignore_errors=True)
         initdb = [f"{binaries}/initdb", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        subprocess.run([*initdb, "-U", "postgres", "-D", fresh], check=True, **user)
+        status = subprocess.run([*initdb, "-U", "postgres", "-D", fresh], **user).returncode
+        if status:
+            return status
         os.rename(fresh, data)
-    if not _has_users(users):
+    if not _is_held(users):
         return 0
     postgres = [f"{binaries}/postgres", "-D", data, "-h", "", "-p", "5432", "-k", f'"{data}"']
-    settings = ["wal_level=minimal", "max_wal_senders=0", "max_wal_size=4GB"]
-    for value in settings:
-        postgres += ["-c", value]
+    postgres += ["-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "max_wal_size=4GB"]
     server = subprocess.Popen(postgres, **user)
-    while _has_users(users) and server.poll() is None:
-        time.sleep(0.1)
-    server.send_signal(signal.SIGINT)
+    try:
+        while _is_held(users) and server.poll() is None:
+            time.sleep(0.1)
+    finally:
+        server.send_signal(signal.SIGINT)
     return server.wait()
 
 
@@ -1770,21 +1783,18 @@ def _lock_of_the_keeper(user: int) -> IO[str] | None:
     Whoever keeps the server holds the lock as long as the file is open.
     """
     lock = open("keeper.lock", "a")  # noqa: SIM115
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except OSError:
-            if os.getppid() != user:
-                return None
-            time.sleep(0.1)
+    while _is_held(lock):
+        if os.getppid() != user:
+            return None
+        time.sleep(0.1)
+    return lock
 
 
-def _has_users(users: IO[str]) -> bool:
-    """Whether anybody holds the lock of the users; if nobody does, this process has taken it."""
+def _is_held(file: IO[str]) -> bool:
+    """Whether others hold the lock of a file; if nobody does, this process has taken it."""
     try:
-        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
     return False
 
@@ -1798,10 +1808,25 @@ def command(script: str, *arguments: object) -> str:
 def setting(name: str) -> str:
     """Return the value of an environment variable, else of its line in .env, else "".
 
-    An empty variable hides the line.
+    An empty variable hides the line. Raises DataError where the file is needed and cannot be read.
     """
-    file = dotenv.dotenv_values(ROOT / ".env", interpolate=False)  # "$" may be in a password
-    return (os.environ.get(name, file.get(name)) or "").strip()
+    if name in os.environ:
+        return os.environ[name].strip()
+    path = ROOT / ".env"
+    try:
+        file = dotenv.dotenv_values(path, interpolate=False)  # "$" may be in a password
+    except (OSError, UnicodeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); save it as UTF-8, readable for the user who runs "
+            "this (chown, chmod 600)"
+        ) from None
+    return (file.get(name) or "").strip()
+
+
+def _setting_if_known(name: str) -> str:
+    with contextlib.suppress(DataError):
+        return setting(name)
+    return ""
 
 
 def redact(text: object, *secrets: str) -> str:
@@ -1810,11 +1835,16 @@ def redact(text: object, *secrets: str) -> str:
     Whatever else looks like either is left out as well.
     """
     text = str(text)
-    webhook = setting("DISCORD_WEBHOOK_URL")
-    hidden = [*secrets, webhook, webhook.rstrip("/").rpartition("/")[2], setting("PGPASSWORD")]
-    hidden += _heartbeat_secrets(setting("HEARTBEAT_URL"))
+    webhook = _setting_if_known("DISCORD_WEBHOOK_URL")
+    hidden = [
+        *secrets,
+        webhook,
+        webhook.rstrip("/").rpartition("/")[2],
+        _setting_if_known("PGPASSWORD"),
+    ]
+    hidden += _heartbeat_secrets(_setting_if_known("HEARTBEAT_URL"))
     with contextlib.suppress(psycopg2.Error):
-        parts = psycopg2.extensions.parse_dsn(setting("DATABASE_URL"))
+        parts = psycopg2.extensions.parse_dsn(_setting_if_known("DATABASE_URL"))
         hidden.append(parts.get("password", ""))
     forms = set()
     for secret in hidden:
@@ -1837,33 +1867,33 @@ def _heartbeat_secrets(url: str) -> list[str]:
     return [url, *[part for part in parts if not re.fullmatch("[a-z_-]+", part)]]
 
 
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Let an OSError say which file it is about.
-
-    A full disk does not, and of a temporary file nobody has heard.
-    """
-    try:
-        yield
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call write(file) on a temporary file beside path; put it in path's place once it is safe."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError):  # a full disk names no file, and nobody knows the temporary
+            error.filename = str(path)
+            error.filename2 = None
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    # That its name outlives a power failure as well, where the file system can.
+    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+        folder = os.open(path.parent, os.O_RDONLY)
+        opened.callback(os.close, folder)
+        os.fsync(folder)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 5 or sys.argv[1] != "keep":
         sys.exit("usage: python db.py keep FOLDER BINARIES OPTIONS")
-    sys.exit(keep(*sys.argv[2:]))
+    try:
+        sys.exit(keep(*sys.argv[2:]))
+    except OSError as error:
+        sys.exit(str(error))

@@ -54,7 +54,6 @@ from db import (
     MIN_SONGS,
     MORE_AUDIO,
     DataError,
-    naming,
     write_atomically,
 )
 
@@ -1426,6 +1425,19 @@ def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: five models, their versions and a picture
 
 Report = dict[str, Any]
+# The keys that a report and a line of the history have at least.
+REPORT = {
+    "model",
+    "run",
+    "status",
+    "trained_at",
+    "sha256",
+    "metrics",
+    "settings",
+    "rows",
+    "bytes",
+}
+LINE = {"model", "run", "status"}
 
 
 class ModelError(db.Expected):
@@ -1461,8 +1473,9 @@ def one_run_at_a_time(folder: Path) -> Iterator[IO[str]]:
             ) from None
         with suppress(OSError):  # a full disk: the lock holds all the same
             file.truncate(0)
-            file.write(f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
-            file.flush()
+            # unbuffered, so that nothing is left to be written at the end
+            holder = f"process {os.getpid()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n"
+            os.write(file.fileno(), holder.encode())
         yield file
 
 
@@ -1471,7 +1484,7 @@ def check_folder(folder: Path) -> list[tuple[str, str, str]]:
 
     Raises DataError where it is not writable.
     """
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
     writable = f"{folder} is writable"
@@ -1492,29 +1505,52 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_json(text: Path | bytes | str) -> Any:
-    """Return the object in a file or a line; None where it is missing or cut short."""
+def read_objects(path: Path, keys: set[str], by_line: bool = False) -> list[Report]:
+    """Return the JSON objects in a file, one or one a line, that have these keys."""
+    texts = []
+    with tolerant_of(path):
+        content = path.read_bytes()
+        texts = content.splitlines() if by_line else [content]
+    objects = []
+    for text in texts:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and keys <= found.keys():
+            objects.append(found)
+        else:
+            _pass_over(f"a line of {path}" if by_line else path, "it is damaged")
+    return objects
+
+
+@contextmanager
+def tolerant_of(path: Path) -> Iterator[None]:
+    """Have what cannot be done with a file beside the models cost a line of the log, no more."""
     try:
-        return json.loads(text.read_bytes() if isinstance(text, Path) else text)
-    except (FileNotFoundError, ValueError):
-        return None
+        yield
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _pass_over(path, error.strerror)
 
 
-def read_report(
-    name: str, models_dir: Path | str = MODELS_DIR, digest: str | None = None
-) -> Report | None:
+@lru_cache  # once a process
+def _pass_over(what: Path | str, why: str | None) -> None:
+    log.warning("%s is passed over: %s", what, why)
+
+
+def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None:
     """Return the report of the current model, None where the model is missing or not ours.
 
     It is the one with the file's SHA-256: in metrics/NAME.json, or, where a run was killed between
-    the two files, in versions/. `digest` saves reading the file.
+    the two files, in versions/.
     """
     path, metrics_path = _paths(name, models_dir)
-    if not path.exists():
-        return None
-    digest = digest or _sha256(path)
-    report = read_json(metrics_path)
-    if report and report["sha256"] == digest:
-        return report
+    digest = _sha256(path)
+    for report in read_objects(metrics_path, REPORT):
+        if report["sha256"] == digest:
+            return report
     for _, report in _versions(name, models_dir):
         if report["sha256"] == digest:
             return report
@@ -1530,8 +1566,9 @@ def list_versions(name: str, models_dir: Path | str = MODELS_DIR) -> list[tuple[
 
 def to_train(name: str, models_dir: Path | str) -> str:
     """Return the command line that trains a model as the last run into that folder did."""
-    last = read_json(_paths(name, models_dir)[1]) or {}
-    command = last.get("command") or db.command("train.py", *in_folder(models_dir))
+    command = db.command("train.py", *in_folder(models_dir))
+    for last in read_objects(_paths(name, models_dir)[1], {"command"}):
+        command = last["command"]
     return f"{command} --only {name}"
 
 
@@ -1576,12 +1613,10 @@ def publish(
     `about` says how it was trained: `run`, `settings`, `command` and what else shall stand in the
     report. A model whose primary metric is worse than the current one's by more than 5 % of it, and
     by more than 0.01, is held back: it is in versions/ only. The first model, one trained with
-    other settings and `force` are never held back. Killed at any moment, this leaves either the old
-    model or the new one, whole.
+    other settings and `force` are never held back. Killed at any moment, and whatever call fails,
+    this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
-    import joblib
-
     for folder in ("metrics", "versions"):
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     report = _report(name, estimator, metrics, about)
@@ -1594,17 +1629,28 @@ def publish(
     report["previous"] = current["metrics"].get(next(iter(metrics))) if current else None
     version = _version(report, models_dir)
     try:
-        write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
-        report["sha256"] = _sha256(version)
-        report["bytes"] = version.stat().st_size
-        write_json(version.with_suffix(".json"), report)
+        _write_version(version, report, estimator)
         if not reason:
             _put_in_place(version, report, models_dir)
     except BaseException:
-        _remove(version)
+        in_place = _sha256(_paths(name, models_dir)[0])
+        if in_place != report.get("sha256"):  # a rename may fail and be done all the same
+            _remove(version, version.with_suffix(".json"))
         raise
     _prune(name, models_dir)
     return report
+
+
+def _write_version(version: Path, report: Report, estimator: Any) -> None:
+    """Write a model into versions/, its size and SHA-256 into its report, and that beside it."""
+    import joblib
+
+    write_atomically(version, partial(joblib.dump, {**report, "estimator": estimator}))
+    report["sha256"] = _sha256(version)
+    if not report["sha256"]:
+        raise OSError(f"{version} cannot be read again")
+    report["bytes"] = version.stat().st_size
+    write_json(version.with_suffix(".json"), report)
 
 
 def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
@@ -1617,9 +1663,7 @@ def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
     for version, report in _versions(name, models_dir):
         if current and report["trained_at"] >= current["trained_at"]:
             continue
-        if report["status"] != "trained" or not version.exists():
-            continue
-        if _sha256(version) != report["sha256"]:
+        if report["status"] != "trained" or _sha256(version) != report["sha256"]:
             continue
         if current:
             taken_back = _version(current, models_dir).with_suffix(".json")
@@ -1631,14 +1675,19 @@ def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
 
 
 def clean_up(models_dir: Path | str = MODELS_DIR) -> None:
-    """Remove what a killed run left half done: temporary files, versions without a half."""
+    """Remove what a killed run left half done: temporary files, versions without a half.
+
+    These are known by their exact names: a folder may hold other things as well.
+    """
     models_dir = Path(models_dir)
-    for leftover in [*models_dir.glob(".*.tmp"), *models_dir.glob("*/.*.tmp")]:
-        leftover.unlink()
-    for version in (models_dir / "versions").glob("*"):
-        other = ".json" if version.suffix == ".joblib" else ".joblib"
-        if not version.with_suffix(other).exists():
-            version.unlink()
+    names = "|".join(map(re.escape, MODELS))
+    version = rf"({names})-{MOMENT}\.(joblib|json)"
+    ours = rf"{version}|({names}|run)\.(joblib|json)|report\.png"
+    for folder in (models_dir, models_dir / "metrics", models_dir / "versions"):
+        _remove(*_find(folder, rf"\.({ours})(\.\d+)?\.tmp"))
+    versions = _find(models_dir / "versions", version)
+    halves = Counter(path.stem for path in versions)
+    _remove(*[path for path in versions if halves[path.stem] == 1])
 
 
 def _report(name: str, estimator: Any, metrics: dict[str, Any], about: dict[str, Any]) -> Report:
@@ -1687,20 +1736,15 @@ def _worse(report: Report, current: Report) -> str | None:
 
 
 def _put_in_place(version: Path, report: Report, models_dir: Path | str) -> None:
-    """Give a version the current model's names.
+    """Make a copy of a version the current model, then its report that model's.
 
-    First the report, which may find no space, then the model, by a rename.
+    Where the report cannot be written, the one in versions/ is the model's.
     """
     path, metrics_path = _paths(report["model"], models_dir)
-    write_json(metrics_path, report)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(version, temporary)
-        os.replace(temporary, path)
-    except OSError:  # a file system without hard links
-        with open(version, "rb") as whole_file:
-            write_atomically(path, partial(shutil.copyfileobj, whole_file))
+    with open(version, "rb") as whole_file:
+        write_atomically(path, partial(shutil.copyfileobj, whole_file))
+    with tolerant_of(metrics_path):
+        write_json(metrics_path, report)
 
 
 def _prune(name: str, models_dir: Path | str) -> None:
@@ -1713,18 +1757,29 @@ def _prune(name: str, models_dir: Path | str) -> None:
     bad = [path for path, report in kept if report["status"] != "trained"]
     room = KEEP_VERSIONS - 1 if bad else KEEP_VERSIONS
     for path in good[room:] + bad[1:]:
-        _remove(path)
+        _remove(path, path.with_suffix(".json"))
 
 
-def _remove(version: Path) -> None:
-    version.unlink(missing_ok=True)
-    version.with_suffix(".json").unlink(missing_ok=True)
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        with tolerant_of(path):
+            path.unlink()
+
+
+def _find(folder: Path, pattern: str) -> list[Path]:
+    """Return what is in a folder under a name of that pattern, sorted."""
+    with tolerant_of(folder):
+        return sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
+    return []
 
 
 def _paths(name: str, models_dir: Path | str) -> tuple[Path, Path]:
     """Return where the current model is, and its report."""
     models_dir = Path(models_dir)
     return models_dir / f"{name}.joblib", models_dir / "metrics" / f"{name}.json"
+
+
+MOMENT = r"\d{8}T\d{6}\.\d{6}"  # in the name of a version, as _version writes it
 
 
 def _version(report: Report, models_dir: Path | str) -> Path:
@@ -1736,16 +1791,17 @@ def _version(report: Report, models_dir: Path | str) -> Path:
 def _versions(name: str, models_dir: Path | str) -> list[tuple[Path, Report]]:
     """Return (path of the model, its report) of everything in versions/, the newest first."""
     versions = []
-    for path in sorted((Path(models_dir) / "versions").glob(f"{name}-*.json"), reverse=True):
-        report = read_json(path)
-        if report:
+    names = rf"{re.escape(name)}-{MOMENT}\.json"
+    for path in reversed(_find(Path(models_dir) / "versions", names)):
+        for report in read_objects(path, REPORT):
             versions.append((path.with_suffix(".joblib"), report))
     return versions
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def _sha256(path: Path) -> str | None:
+    with tolerant_of(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 # ---- Written down beside the models: the history and the data ------------------------------------
@@ -1754,22 +1810,19 @@ def _sha256(path: Path) -> str:
 def append_history(models_dir: Path | str, lines: list[dict[str, Any]]) -> None:
     """Append lines to metrics/history.jsonl, one JSON object each."""
     path = Path(models_dir) / "metrics" / "history.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    if torn:  # by a full disk: what it holds must not spoil the next line
-        text = "\n" + text
-    with naming(path), open(path, "a") as file:
-        file.write(text)
+    with tolerant_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        if torn:  # by a full disk: what it holds must not spoil the next line
+            text = "\n" + text
+        with open(path, "a") as file:
+            file.write(text)
 
 
 def read_history(models_dir: Path | str = MODELS_DIR) -> list[dict[str, Any]]:
     """Return the lines of metrics/history.jsonl, the oldest first, without lines cut short."""
-    path = Path(models_dir) / "metrics" / "history.jsonl"
-    if not path.exists():
-        return []
-    lines = [read_json(line) for line in path.read_bytes().splitlines()]
-    return [line for line in lines if line]
+    return read_objects(Path(models_dir) / "metrics" / "history.jsonl", LINE, by_line=True)
 
 
 def owed(models_dir: Path | str = MODELS_DIR) -> list[str]:
@@ -2014,7 +2067,8 @@ def read_songs(url: str | None, table: str, models_dir: str) -> dict:
     the DATABASE_URL of this machine. Raises what db.load_songs raises.
     """
     songs, data = _hold_songs(url, table)
-    return {"rows": len(songs), "warnings": drift_since(data, table, models_dir)}
+    moved, _ = notify.attempt(drift_since, data, table, models_dir)
+    return {"rows": len(songs), "warnings": moved or []}
 
 
 def _hold_songs(url: str | None, table: str) -> tuple:

@@ -177,10 +177,12 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
 
     `arguments` are those of train.py. Who only looks (--check, --help) is told alone: exit 2.
     """
-    cause = Expected(
-        f"Prefect cannot be imported ({type(error).__name__}: {error}); correct the variable "
-        "PREFECT_... or the file it names, or install again: pip install -r requirements.txt"
-    )
+    url, cause = attempt(setting, "DISCORD_WEBHOOK_URL")  # Prefect reads .env too
+    if not cause:
+        cause = Expected(
+            f"Prefect cannot be imported ({type(error).__name__}: {error}); correct the variable "
+            "PREFECT_... or the file it names, or install again: pip install -r requirements.txt"
+        )
     if {"--check", "--help", "-h", "--serve"} & {*arguments}:
         print(f"train.py: error: {explain(cause)}", file=sys.stderr)
         sys.exit(WRONG_INPUT)
@@ -202,8 +204,7 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
     decide(run, cause)
     attempt(write_run, run)
     if run.enable_notifications:
-        heartbeat("fail")
-        url = setting("DISCORD_WEBHOOK_URL")
+        attempt(heartbeat, "fail")
         if url:
             post_discord(run, url)
     print_summary(run)

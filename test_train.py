@@ -11,6 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import email
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -22,6 +23,7 @@ import os
 import pty
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -105,6 +107,13 @@ def value(url, query):
 
 def alive(folder):
     return any(folder.rglob("postmaster.pid"))
+
+
+def failure(number):
+    def fail(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return fail
 
 
 @contextlib.contextmanager
@@ -312,11 +321,11 @@ class Run:
     `text` is what it has written, `left` what it started and still runs.
     """
 
-    def __init__(self, line="", program=TRAIN, cwd="/", **environment):
+    def __init__(self, line="", program=TRAIN, cwd="/", under="", **environment):
         self.log = Path(tempfile.mkstemp(dir=PLACE.name)[1])
         given = os.environ | environment | {"MARK": self.log}
         self.process = subprocess.Popen(
-            [sys.executable, program, *shlex.split(line)],
+            [*shlex.split(under), sys.executable, program, *shlex.split(line)],
             cwd=cwd,
             start_new_session=True,
             stdout=self.log.open("w"),
@@ -895,6 +904,16 @@ def test_a_second_run_goes_away_at_once(tmp_path):
         Run(f"rollback energy --models-dir {tmp_path}", MODELS).end(75, said)
 
 
+def test_the_lock_holds_where_nothing_can_be_written(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with models.one_run_at_a_time(tmp_path):
+            refused("another run", next, models.one_run_at_a_time(tmp_path).gen, kind=models.Locked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_wrong_input_is_red_and_no_command_would_help(table, tmp_path, webhook):
     elsewhere = Run("--models-dir /dev/null/x", DISCORD_WEBHOOK_URL=DEAD, HEARTBEAT_URL=DEAD)
     text = Run(f"--table-name nothing --models-dir {tmp_path}").end(
@@ -1312,6 +1331,68 @@ def test_predictions_that_cannot_be_written_cost_no_model(table, tmp_path):
     assert value(table, "count(*) FROM spotify_songs") == 600
 
 
+# ---- A night in which a system call fails --------------------------------------------------------
+# Which calls, what becomes of the one of that number in every process that comes so far, and
+# whether the heartbeat may be lost with it.
+FAULTS = cells("""
+    openat                    | error=EMFILE     | 900 |
+    openat                    | error=ENOSPC     | 2000 |
+    write,writev,pwrite64     | error=ENOSPC     | 12  | x
+    write,writev,pwrite64     | error=EIO        | 40  | x
+    rename,renameat,renameat2 | error=EIO        | 1   |
+    link,linkat               | error=EPERM      | 1   |
+    unlink,unlinkat           | error=EACCES     | 2   |
+    clone,clone3,fork,vfork   | error=EAGAIN     | 3   |
+    mmap                      | error=ENOMEM     | 450 |
+    read                      | error=EIO        | 150 | x
+    openat                    | signal=SIGKILL   | 700 | x
+    write                     | signal=SIGSEGV   | 30  | x
+""")
+
+
+@pytest.fixture(scope="module")
+def ordinary_night(tmp_path_factory):
+    """The folder of a program that has trained on its own database, and its Prefect's home."""
+    if not shutil.which("strace") and not os.environ.get("CI"):
+        pytest.skip("needs strace")
+    with server_folder() as folder:
+        folder.mkdir(mode=0o755)
+        program = copied(folder)
+        own = {"PREFECT_API_URL": None, "PREFECT_HOME": folder / "prefect"}
+        Run("--demo 500 --only clusters", program, **own).end()
+        yield program
+
+
+@slow
+@pytest.mark.parametrize("calls, fault, number, may_be_lost", FAULTS)
+def test_a_night_in_which_a_system_call_fails(
+    ordinary_night, tmp_path, pulse, calls, fault, number, may_be_lost
+):
+    """0 is only said with a new model that loads; whatever ended it, a model loads and all is over.
+
+    As SQLite is tested: https://sqlite.org/testing.html#anomaly_testing.
+    """
+    folder = tmp_path / "models"
+    shutil.copytree(ordinary_night.parent / "demo" / "models", folder)
+    shutil.copytree(ordinary_night.parent / "prefect", tmp_path / "prefect")
+    before = models.load_model("clusters", folder)["trained_at"]
+    night = f"--demo 500 --only clusters --force --models-dir {folder}"
+    own = {"PREFECT_API_URL": None, "PREFECT_HOME": tmp_path / "prefect"}
+    inject = f"inject={calls}:{fault}:when={number}"
+    strace = f"strace -f -qq -o /dev/null --seccomp-bpf -e trace={calls} -e signal=none -e {inject}"
+    url = pulse.url.replace("REPLIES", "200")
+    run = Run(night, ordinary_night, "/", strace, HEARTBEAT_URL=url, **own)
+    status = run.process.wait(120)
+    after = models.load_model("clusters", folder)["trained_at"]
+    if status == 0:
+        assert after > before, run.text
+        assert json.loads((folder / "metrics" / "run.json").read_text())["exit_status"] == 0
+    if pulse.got[:1] == ["/start"] and not may_be_lost:
+        assert pulse.got[-1] == ("" if status == 0 else "/fail")
+    assert wait_until(lambda: not run.left), run.left
+    Run(night, ordinary_night, **own).end()
+
+
 # ---- Beyond one machine: a Prefect server on its port, its scheduler (see also the end) ----------
 @slow
 def test_a_prefect_server_on_its_usual_port_is_found_by_all(table, tmp_path):
@@ -1413,6 +1494,29 @@ def test_settings_and_secrets(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("of", ["another encoding", "another user"])
+def test_an_env_file_that_cannot_be_read_is_said_and_hides_no_secret(tmp_path, monkeypatch, of):
+    monkeypatch.setattr(db, "ROOT", tmp_path)
+    monkeypatch.setenv("DISCORD_WEBHOOK_URL", "https://discord.com/api/webhooks/1/tok-en_9")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    (tmp_path / ".env").write_bytes("DATABASE_URL=postgresql://me:müsic@h/d\n".encode("latin-1"))
+    if of == "another user":
+        monkeypatch.setattr(db.dotenv, "dotenv_values", failure(errno.EACCES))
+    said = f"{tmp_path}/.env cannot be read .*save it as UTF-8, readable for the user who runs this"
+    refused(said, db.database_url)
+    assert db.redact("tok-en_9") == "***"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://h/d")
+    assert db.database_url() == "postgresql://h/d", "what is set needs no file"
+
+
+def test_a_command_line_says_what_is_wrong_with_the_env_file(tmp_path):
+    copied(tmp_path).with_name(".env").write_bytes(b"HEARTBEAT_URL=\xfc\n")
+    environment = {"DATABASE_URL": None, "HEARTBEAT_URL": None}
+    Run("predict --into said", tmp_path / "models.py", **environment).end(
+        2, f"{tmp_path}/.env cannot be read"
+    )
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -1489,6 +1593,58 @@ def test_unusual_places(folder):
     user.communicate("\n")
     assert folder.parent.stat().st_mode & 0o777 == (0o701 if root else 0o700)
     assert (folder / "data").stat().st_uid == folder.stat().st_uid != 0
+
+
+def programs(folder, initdb, postgres):
+    """Programs of PostgreSQL's names that do that, in the shell."""
+    for name, does in {"initdb": initdb, "postgres": postgres}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda at: (at / "keeper.lock").mkdir(), "Is a directory: 'keeper.lock'"),
+        (lambda at: (at / "users.lock").mkdir(), "Is a directory: '.*users.lock'"),
+        (lambda at: (at / "log").mkdir(), "Is a directory: '.*log'"),
+        (lambda at: programs(at, "echo no room >&2; exit 1", "true"), "no room"),
+        (lambda at: programs(at, "mkdir $7", "echo no room >&2; exit 1"), "no room"),
+        (lambda at: programs(at, "true", "true"), "No such file or directory: .*fresh"),
+    ],
+)
+def test_what_keeps_the_embedded_server_from_starting_is_said_at_once(
+    folder, monkeypatch, capfd, spoil, said
+):
+    folder.mkdir()
+    programs_of_its_own = spoil(folder)
+    if programs_of_its_own:
+        monkeypatch.setattr(db, "_binaries", lambda: programs_of_its_own)
+    start = time.monotonic()
+    with pytest.raises(
+        DataError, match=f"(?s)cannot be started: .*{said}.*or set DATABASE_URL"
+    ) as it:
+        db.start_server(folder, "music")
+    assert time.monotonic() - start < 10
+    assert "Traceback" not in str(it.value) + capfd.readouterr().err
+    db._servers.pop(folder, io.StringIO()).close()
+
+
+def test_a_database_that_cannot_be_made_is_said_at_once(folder):
+    refused("cannot be started: zero-length delimited identifier", db.start_server, folder, "")
+    db._servers.pop(folder).close()
+
+
+def test_a_path_too_long_for_a_socket_is_said(tmp_path):
+    place = tmp_path / ("long" * 25)
+    refused(
+        f"{place} is too long .*PostgreSQL's socket.*Move the project.*or set DATABASE_URL=",
+        db.start_server,
+        place,
+        "music",
+    )
+    assert not place.exists()
 
 
 @slow
@@ -2934,9 +3090,9 @@ ROLL_BACK = (
 def test_what_is_missing_damaged_or_changed_is_not_unpickled(tmp_path, file, damage, answer):
     for value in (0.1, 0.2):
         publish(tmp_path, value)
-    # It is a second name of the version: what is written into it would be written into both.
-    (tmp_path / file).unlink()
-    if damage is not None:
+    if damage is None:
+        (tmp_path / file).unlink()
+    else:  # written into the file itself: its version is another one
         (tmp_path / file).write_bytes(damage)
     if not answer:
         assert current(tmp_path) == 0.2, "its version has the same report"
@@ -2973,6 +3129,261 @@ def test_killed_in_the_middle_of_publishing_or_rolling_back(tmp_path, seed):
             hashlib.sha256(path.with_suffix(".joblib").read_bytes()).hexdigest() == report["sha256"]
             for path, report in models.list_versions("energy", tmp_path)
         )
+
+
+class Disk:
+    """A folder's disk, of which the n-th call fails, or every call from the n-th on.
+
+    Counted are the calls that name the folder and those on files opened in it.
+    """
+
+    def __init__(self, patch, folder, at, lasting, number):
+        self.folder = str(folder)
+        self.at = at
+        self.lasting = lasting
+        self.number = number
+        self.calls = 0
+        for name in [
+            "replace",
+            "link",
+            "unlink",
+            "mkdir",
+            "stat",
+            "lstat",
+            "scandir",
+            "listdir",
+            "truncate",
+            "fsync",
+        ]:
+            patch.setattr(os, name, self.faulty(getattr(os, name), name == "fsync"))
+        patch.setattr(os, "open", self.faulty(os.open))
+        for module in io, models, db:
+            patch.setattr(module, "open", self.open, raising=False)
+
+    def call(self):
+        self.calls += 1
+        later = self.calls > self.at and self.lasting
+        if self.calls == self.at or later:
+            raise OSError(self.number, os.strerror(self.number), self.folder)
+
+    def faulty(self, function, always=False):
+        def wrapped(*arguments, **options):
+            if always or str(arguments[0]).startswith(self.folder):
+                self.call()
+            return function(*arguments, **options)
+
+        return wrapped
+
+    def open(self, path, mode="r", *more, **options):
+        if not str(path).startswith(self.folder):
+            return open(path, mode, *more, **options)
+        self.call()
+        disk = self
+
+        class Raw(io.FileIO):
+            def write(self, data):
+                disk.call()
+                return super().write(data)
+
+            def readinto(self, buffer):
+                disk.call()
+                return super().readinto(buffer)
+
+        raw = Raw(path, mode.replace("b", ""))
+        file = io.BufferedReader(raw) if mode in ("r", "rb") else io.BufferedWriter(raw)
+        return file if "b" in mode else io.TextIOWrapper(file)
+
+
+@pytest.mark.parametrize("lasting, number", [(False, errno.EIO), (True, errno.EACCES)])
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda folder: publish(folder, 3.0),
+        lambda folder: publish(folder, 0.1),
+        lambda folder: models.rollback("energy", folder),
+    ],
+)
+def test_whatever_call_fails_the_old_model_stays_or_the_new_one_is_whole(
+    tmp_path, monkeypatch, act, lasting, number
+):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # the calls are counted; this saves seconds
+    before = tmp_path / "before"
+    for value in (0.5, 1, 2):
+        publish(before, value)
+    reached = True
+    at = 0
+    while reached:
+        at += 1
+        folder = tmp_path / str(at)
+        shutil.copytree(before, folder)
+        expected = 2
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, folder, at, lasting, number)
+            with contextlib.suppress(OSError, models.ModelError):
+                report = act(folder)
+                if report["status"] == "trained":
+                    expected = report["metrics"]["r2"]
+            reached = disk.calls >= at
+        assert current(folder) == expected, f"call {at}"
+        for path, report in models.list_versions("energy", folder):
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == report["sha256"], f"call {at}"
+        models.clean_up(folder)
+        assert not list(folder.rglob("*.tmp")), f"call {at}"
+        publish(folder, 4)
+        assert current(folder) == 4
+        shutil.rmtree(folder)
+    assert at > 25
+
+
+def test_a_rename_that_is_done_although_it_is_said_to_have_failed(tmp_path, monkeypatch):
+    """As a file server may, whose answer got lost."""
+    replace = os.replace
+
+    def done_and_failed(source, target):
+        replace(source, target)
+        if target.name == "energy.joblib":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    publish(tmp_path, 1)
+    monkeypatch.setattr(os, "replace", done_and_failed)
+    with pytest.raises(OSError, match="Input/output error"):
+        publish(tmp_path, 2)
+    assert current(tmp_path) == 2
+
+
+STAMP = "20260101T000000.000000"
+OURS = [
+    ".energy.joblib.tmp",
+    ".report.png.tmp",
+    "metrics/.energy.json.7.tmp",
+    "metrics/.run.json.7.tmp",
+    f"versions/.energy-{STAMP}.joblib.7.tmp",
+    f"versions/energy-{STAMP}.joblib",
+    f"versions/genre-{STAMP}.json",
+]
+THEIRS = [
+    ".draft.tmp",
+    "mine/.draft.tmp",
+    "mine/.energy.joblib.tmp",
+    "metrics/.notes.json.tmp",
+    "versions/notes.txt",
+    "versions/energy-best.joblib",
+    "versions/energy-notes.json",
+    f"versions/tango-{STAMP}.json",
+]
+
+
+def test_only_files_that_the_program_has_written_are_removed(tmp_path, caplog, monkeypatch):
+    for value in range(9):
+        publish(tmp_path, value)
+    folders = [tmp_path / ".genre.joblib.tmp", tmp_path / "versions" / f"similar-{STAMP}.json"]
+    for path in [*folders, tmp_path / "mine"]:
+        path.mkdir()
+    kept = [*tmp_path.rglob("*"), *(tmp_path / name for name in THEIRS)]
+    for name in OURS + THEIRS:
+        (tmp_path / name).write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failure(errno.EACCES))
+        models.clean_up(tmp_path)
+    for name in OURS:
+        assert f"{tmp_path / name} is passed over: Permission denied" in caplog.text
+    models.clean_up(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == sorted(kept)
+    for path in folders:
+        assert f"{path} is passed over: Is a directory" in caplog.text
+    publish(tmp_path, 10, "genre")
+    assert models.load_model("genre", tmp_path)["estimator"]["toy"] == 10
+
+
+def holding(content):
+    return lambda path: path.write_bytes(content)
+
+
+def unreadable(path):
+    """Make it a file that not even root can open: a link to itself."""
+    path.symlink_to(path)
+
+
+def named_once(caplog, path):
+    (line,) = [line for line in caplog.text.splitlines() if str(path) in line]
+    return "is passed over" in line
+
+
+REPORT = "metrics/energy.json"
+VERSION = f"versions/energy-{STAMP}.json"
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        (REPORT, holding(b"[1]")),
+        (REPORT, holding(b'{"sha256": 3}')),
+        (REPORT, holding(b"[" * 100_000)),
+        (REPORT, holding(b"\xff")),
+        (REPORT, holding(b"")),
+        (REPORT, Path.mkdir),
+        (REPORT, unreadable),
+        (VERSION, Path.mkdir),
+        (VERSION, holding(b"[1]")),
+    ],
+)
+def test_a_damaged_report_is_named_once_and_costs_nothing_else(
+    tmp_path, songs, caplog, file, damage
+):
+    for value in (1.0, 2.0):
+        publish(tmp_path, value, data=models.describe(songs))
+    write_down(tmp_path, "energy", "trained")
+    (tmp_path / file).unlink(missing_ok=True)
+    damage(tmp_path / file)
+    assert models.main(["show", "--models-dir", str(tmp_path)]) == 0
+    assert "energy" not in models.owed(tmp_path)
+    assert models.drift_since(models.describe(songs.head(1500)), "songs", tmp_path)
+    assert current(tmp_path) == 2
+    assert publish(tmp_path, 3)["previous"] == 2
+    assert models.rollback("energy", tmp_path)["metrics"]["r2"] == current(tmp_path) == 2
+    assert named_once(caplog, tmp_path / file)
+
+
+@pytest.mark.parametrize(
+    "damage, kept",
+    [
+        (b'"abc"\n', True),
+        (b'{}\n{"model": "energy", "run": "2", "status": "tr', True),
+        (Path.mkdir, False),
+        (unreadable, False),
+    ],
+)
+def test_a_damaged_history_is_named_once_and_costs_nothing_else(tmp_path, caplog, damage, kept):
+    publish(tmp_path, 1)
+    write_down(tmp_path, "energy", "trained")
+    good = models.read_history(tmp_path)
+    path = tmp_path / "metrics" / "history.jsonl"
+    if kept:
+        path.write_bytes(path.read_bytes() + damage)
+    else:
+        path.unlink()
+        damage(path)
+    write_down(tmp_path, "genre", "failed")
+    history = models.read_history(tmp_path)
+    assert [line["model"] for line in history] == (["energy", "genre"] if kept else [])
+    assert ("energy" in models.owed(tmp_path)) != kept
+    assert history[:1] == (good if kept else [])
+    run = notify.Run({"table_name": "t", "demo": None}, [], "", "", "2026-12-01T00:00:00Z", "here")
+    assert notify.report_figure(run, history)
+    assert named_once(caplog, path)
+
+
+def test_a_model_that_cannot_be_read_is_named_once_and_trained_anew(tmp_path, caplog):
+    publish(tmp_path, 2, data={"rows": 1})
+    path = tmp_path / "energy.joblib"
+    path.unlink()
+    unreadable(path)
+    assert models.main(["show", "--models-dir", str(tmp_path)]) == 2
+    assert "energy" in models.owed(tmp_path)
+    assert models.drift_since({}, "songs", tmp_path) == []
+    assert publish(tmp_path, 1)["status"] == "trained"
+    assert current(tmp_path) == 1
+    assert named_once(caplog, path)
 
 
 def test_history_and_what_is_owed(tmp_path):

@@ -94,7 +94,7 @@ except Exception as error:  # it cannot read its settings, or is not installed w
     raise
 
 NAME = "ml-training-pipeline"
-START_SECONDS = 120  # Prefect's server: a first start makes its database, 15 s on a small machine
+START_SECONDS = 100  # Prefect's server: a first start makes its database, 15 s on a small machine
 DRAIN_SECONDS = 5  # for what Prefect has still to send to it at the end of a run
 SERVER_STARTS = 5  # how often Prefect's temporary server is started in a run, should it be killed
 STOP_SECONDS = 1.5  # from a stop to the end of the process, whatever still waits in it
@@ -719,9 +719,11 @@ def wait_for_server(server: subprocess.Popen, address: str, output: IO[bytes]) -
         held = signal.sigpending() & STOPS
         if held:
             raise Stopped(128 + min(held))
-        if server.poll() is not None or time.monotonic() > deadline:
+        if server.poll() is not None:
             output.seek(0)
             raise NoPrefect(why_it_ended(output.read().decode("utf-8", "replace")))
+        if time.monotonic() > deadline:
+            raise NoPrefect(f"Prefect's temporary server did not answer within {START_SECONDS} s")
         time.sleep(0.05)
 
 
