@@ -2,6 +2,7 @@
 
     python models.py show                                   # the current models, metrics, age
     python models.py similar "Bohemian Rhapsody" -k 10      # by title or track_id
+    python models.py titles bohemian                        # titles that contain a text
     python models.py predict songs.csv --out predicted.csv  # the rows with the predictions added
     python models.py rollback genre                         # put the previous version back
 
@@ -197,7 +198,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
         raise DataError("similar needs at least 2 different recordings; the table has 1")
     if not index.settings_["company"]:
         log.warning(
-            "similar: the songs have no genres, so the company they keep is left out: "
+            "similar: the songs have fewer than two genres, so the company they keep is left out: "
             "it is sound alone that counts"
         )
     _say("similar", "evaluating", len(sample))
@@ -214,7 +215,11 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
         "same_genre_by_chance": by_chance,
         "same_artist_at_10": float(np.mean(np.concatenate(same_artist))),
         "query_ms": query_ms,
-        "plot": {"same_genre_at": same_genre.mean().tolist(), "by_chance": by_chance},
+        "plot": {
+            "same_genre_at": same_genre.mean().tolist(),
+            "by_chance": by_chance,
+            "example": _example(songs),
+        },
     }
 
 
@@ -362,6 +367,17 @@ def _neighbours_of_own_genre(
         if names[row]:
             same.append(names[neighbours] == names[row])
     return pd.DataFrame(same, dtype=float)
+
+
+def _example(songs: pd.DataFrame) -> str:
+    """Return what one can ask of `similar`: a title of plain words that one song alone has.
+
+    The track_id of a song where there is none.
+    """
+    titles = songs["track_name"]
+    once = titles[~titles.str.casefold().duplicated(keep=False)]
+    plain_words = re.compile(r"[^\W\d_]\w*( \w+)*")
+    return next(filter(plain_words.fullmatch, once), songs["track_id"].iloc[0])
 
 
 # ---- What a song shares its name with: artists, titles, tokens -----------------------------------
@@ -1269,7 +1285,6 @@ def _rank_of_title(title: str, text: str) -> int | None:
 Answers = dict[str, np.ndarray]  # "actual", "predicted", …: a value per held-out song
 
 LEAN_SONGS = 1000  # held-out songs whose columns are shuffled
-SHORT = {"artist_name": "artist", "album_name": "album", "track_name": "title"}
 CONFUSIONS = 25  # pairs of genres kept with the metrics
 
 
@@ -1382,7 +1397,7 @@ def leans_on(
     before, *after = [metric(some[target], part) for part in np.split(predicted, len(copies))]
     falls = {}
     for at in np.argsort(after, kind="stable"):
-        name = SHORT.get(columns[at], columns[at])
+        name = notify.COLUMNS.get(columns[at], columns[at])
         falls[name] = round(float(before - after[at]), 4)
     return falls
 
@@ -1723,15 +1738,12 @@ def _worse(report: Report, current: Report) -> str | None:
     before = current["metrics"].get(metric)
     if report["settings"] != current["settings"] or before is None:
         return None
-    if value is None:
-        fell = "could not be measured"
-    elif value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
+    if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
-    else:
-        fell = f"fell to {value:.4f}"
+    said, _ = notify.metric_and_change(report["metrics"], None)
     return (
-        f"held back: {metric} {fell}, the current model has {before:.4f}; to publish all the same: "
-        f"{report['command']} --only {report['model']} --force"
+        f"held back: {said}, the current model has {notify.number(before)}; to publish all the "
+        f"same: {report['command']} --only {report['model']} --force"
     )
 
 
@@ -1872,8 +1884,8 @@ def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS
         deviation = before["deviations"][name]
         if abs(mean - was) > DRIFT_DEVIATIONS * max(deviation, 1e-9):
             sentences.append(
-                f"mean {name} is {_as_written(mean)}; it was {_as_written(was)} "
-                f"(standard deviation {_as_written(deviation, 3)})"
+                f"mean {name} is {notify.number(mean)}; it was {notify.number(was)} "
+                f"(standard deviation {notify.number(deviation)})"
             )
     if not 1 - DRIFT_ROWS <= now["rows"] / before["rows"] <= 1 / (1 - DRIFT_ROWS):
         sentences.append(
@@ -1893,15 +1905,6 @@ def _drift_of_genres(now: dict[str, float], before: dict[str, float]) -> list[st
     if len(moved) > 3:
         moved = [*moved[:3], f"and so for {len(moved) - 3} more genres"]
     return ["; ".join(moved)] if moved else []
-
-
-def _as_written(number: float, digits: int = 4) -> str:
-    """Return a number to so many digits as people write it: 228,900, not 2.289e+05."""
-    if not number:
-        return "0"
-    places = digits - 1 - int(np.floor(np.log10(abs(number))))
-    text = f"{round(number, places):,.{max(places, 0)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 # ---- Predicting ----------------------------------------------------------------------------------
@@ -2097,7 +2100,7 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
 
 def draw(run: Any, path: Path) -> None:
     """Draw the picture of a run; see notify.draw_report."""
-    notify.draw_report(run, read_history(run.models_dir), path)
+    notify.draw_report(run, read_history(run.models_dir), list(MODELS), path)
 
 
 STEPS: dict[str, Callable] = {
@@ -2345,39 +2348,38 @@ def die_with(parent: int) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print the current models; 2 if there is none."""
-    rows = []
+    rows: list[list[Any]] = []
     reports = {}
     for name in MODELS:
         report = read_report(name, options.models_dir)
-        if report:
-            versions = len(list_versions(name, options.models_dir))
-            told = {key: value for key, value in report.items() if key not in ("plot", "data")}
-            reports[name] = {**told, "versions_kept": versions}
-            rows.append(_row_of(name, report, versions))
-        else:
+        if not report:
             there = _paths(name, options.models_dir)[0].exists()
-            rows.append((name, "damaged" if there else "not trained", "", "", "", "", ""))
+            rows.append([name, "damaged" if there else "not trained", *[""] * 6])
+            continue
+        versions = len(list_versions(name, options.models_dir))
+        told = {key: value for key, value in report.items() if key not in ("plot", "data")}
+        reports[name] = {**told, "versions_kept": versions}
+        age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
+        rows.append(
+            [
+                name,
+                *notify.metric_and_change(report["metrics"], report.get("previous")),
+                f"{report['rows']:,}",
+                report["table"],
+                f"{notify.duration(age.total_seconds())} ago",
+                notify.size(report["bytes"]),
+                versions,
+            ]
+        )
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
         notify.print_table(
-            ("model", "metric", "change>", "songs>", "trained", "size>", "older>"),
+            ("model", "metric", "change>", "songs>", "table", "trained", "size>", "older>"),
             rows,
             above=[(f"Models in {options.models_dir}", "bold")],
         )
     return 0 if reports else 2
-
-
-def _row_of(name: str, report: Report, versions: int) -> tuple[Any, ...]:
-    age = datetime.now(UTC) - datetime.fromisoformat(report["trained_at"])
-    return (
-        name,
-        *notify.metric_and_change(report["metrics"], report.get("previous")),
-        f"{report['rows']:,}",
-        f"{notify.duration(age.total_seconds())} ago",
-        notify.size(report["bytes"]),
-        versions,
-    )
 
 
 def similar(options: argparse.Namespace) -> int:
@@ -2401,7 +2403,22 @@ def similar(options: argparse.Namespace) -> int:
             above=[(f"Like {song['track_name']} by {song['artist_name']}", "bold")],
         )
     if len(answers) < options.k:
-        log.warning("%s", _why_fewer(len(answers), options.k, options.same_artist))
+        why = (
+            "the other songs are by the same artist, of whom three in ten are shown; "
+            "to see them all: --same-artist"
+        )
+        if options.same_artist:
+            why = "the table has no more recordings"
+        log.warning("%d of %d: %s", len(answers), options.k, why)
+    return 0
+
+
+def titles(options: argparse.Namespace) -> int:
+    """Print the songs whose titles contain the text, the first 20 of them."""
+    index = load_model("similar", options.models_dir)["estimator"]
+    text = options.text.casefold()
+    rows = [row for row, title in enumerate(index.titles_) if text in title.casefold()]
+    notify.print_table((), (), above=_listed(index, rows), below=[f"songs: {len(rows):,}"])
     return 0
 
 
@@ -2420,29 +2437,17 @@ def _row_meant(index: SimilarSongs, text: str, artist: str | None) -> int:
         return rows[0]
     asked = f'"{text}" by {artist}' if artist else f'"{text}"'
     if not rows:
-        message = f"no song is called {asked}"
         suggestions = index.suggestions(text)
-        if suggestions:
-            message = "\n  ".join([f"{message}; did you mean:", *suggestions])
-        raise ModelError(message)
-    lines = [
-        f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
-    ]
-    for row in rows[:20]:
-        lines.append("{track_id}  {track_name}, by {artist_name}".format(**_song(index, row)))
-    if len(rows) > 20:
-        lines.append(f"and {len(rows) - 20:,} more")
-    raise ModelError("\n  ".join(lines))
+        said = "did you mean:" if suggestions else "models.py titles lists what there is"
+        raise ModelError("\n  ".join([f"no song is called {asked}; {said}", *suggestions]))
+    said = f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
+    raise ModelError("\n  ".join([said, *_listed(index, rows)]))
 
 
-def _why_fewer(found: int, asked: int, same_artist: bool) -> str:
-    """Return why there are fewer similar songs than asked for, and what gives more."""
-    if same_artist:
-        return f"{found} of {asked}: the table has no more recordings"
-    return (
-        f"{found} of {asked}: the other songs are by the same artist, of whom three in ten are "
-        "shown; to see them all: --same-artist"
-    )
+def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
+    """Return lines that name the songs in those rows, the first 20 of them."""
+    line = "{track_id}  {track_name}, by {artist_name}"
+    return [line.format(**_song(index, row)) for row in rows[:20]]
 
 
 def predict_songs(options: argparse.Namespace) -> int:
@@ -2506,8 +2511,8 @@ def roll_back(options: argparse.Namespace) -> int:
         raise ModelError(f"there is no folder {folder}; say where the models are: --models-dir DIR")
     with one_run_at_a_time(folder):
         report = rollback(options.model, folder)
-    metric, value = next(iter(report["metrics"].items()))
-    print(f"{options.model} is again the version trained {report['trained_at']} ({metric} {value})")
+    metric, _ = notify.metric_and_change(report["metrics"], None)
+    print(f"{options.model} is again the version trained {report['trained_at']} ({metric})")
     return 0
 
 
@@ -2534,6 +2539,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
     add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
+    add = command("titles", titles, "the songs whose titles contain a text, to find one")
+    add("text", nargs="?", default="", help="part of a title (default: any title)")
     text = "add the predictions to the rows of a CSV, or put those of a table into another"
     add = command("predict", predict_songs, text, machine)
     add("csv", nargs="?", help="songs, with the column names of the table or their aliases")

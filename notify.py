@@ -118,18 +118,8 @@ def outcome_of(report: dict, folder: str | Path) -> Outcome:
     path = None
     if report["status"] == "trained":
         path = str(Path(folder) / f"{report['model']}.joblib")
-    return Outcome(
-        status=report["status"],
-        error=report.get("error"),
-        metrics=report["metrics"],
-        plot=report.get("plot") or {},
-        previous=report.get("previous"),
-        bytes=report.get("bytes"),
-        rows=report.get("rows"),
-        seconds=report.get("seconds"),
-        guessing=report.get("guessing"),
-        path=path,
-    )
+    told = ("error", "metrics", "plot", "previous", "bytes", "rows", "seconds", "guessing")
+    return Outcome(report["status"], path=path, **{name: report[name] for name in told})
 
 
 def failed(error: BaseException) -> Outcome:
@@ -287,8 +277,8 @@ LOOKS = {
 }
 WARNING_COLOUR = LOOKS["partial"].colour
 
-# Metrics as people say them, in the order of a panel's second line; what is not here goes by its
-# own name, and only where it is the primary metric.
+# Metrics as people say them, in the order in which they are told; what is not here is told only
+# where it is the primary metric.
 METRICS = {
     "accuracy_new_artists": "new artists",
     "r2_new_artists": "new artists",
@@ -301,14 +291,8 @@ METRICS = {
     "r2": "R²",
     "same_genre_at_10": "same genre",
 }
-# Columns of songs as people say them; what is not here goes by its own name.
-COLUMNS = {
-    "artist_name": "artist",
-    "album_name": "album",
-    "track_name": "title",
-    "duration_ms": "duration",
-    "time_signature": "time signature",
-}
+# Columns as people say them; others go by their own names.
+COLUMNS = {"artist_name": "artist", "album_name": "album", "track_name": "title"}
 LEANS_ON = 3  # columns named
 LEAST_FALL = 0.005  # of the primary metric: less is "0.00"
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
@@ -324,22 +308,27 @@ def plain(text: object, limit: int = 10_000) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def number(value: object) -> str:
-    """Return a metric as people read it: three digits that matter, thousands separated."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+def number(value: float | None) -> str:
+    """Return a number as people read it: 0.826, 14.4, 2011.3, 228,912."""
+    if value is None or not math.isfinite(value):
         return "not known"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    if abs(value) >= 10_000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as "41.2 s" or "12 min 34 s"; "" for none."""
+    """Return seconds as "41.2 s", "12 min 34 s", "7.1 h" or "3 days"; "" for none."""
     if not seconds:
         return ""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    if minutes < 48 * 60:
+        return f"{minutes / 60:.1f} h"
+    return f"{minutes // (24 * 60)} days"
 
 
 def size(count: int | None) -> str:
@@ -354,16 +343,25 @@ def size(count: int | None) -> str:
 def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
     """Return the primary metric and its change, such as ("accuracy 0.713", "+0.004").
 
-    The change is "first" where nothing came before; both are "" where there are no metrics.
+    The change is "first" where nothing came before, "was 0.709" where the metric is not known now;
+    both are "" where there are no metrics.
     """
     if not metrics:
         return "", ""
-    name, value = next(iter(metrics.items()))
-    said = METRICS.get(name, plain(name).replace("_", " "))
+    value = next(iter(metrics.values()))
     change = "first"
-    if value is not None and previous is not None:
-        change = f"{value - previous:+.3f}"
-    return f"{said} {number(value)}", change
+    if previous is not None:
+        change = f"was {number(previous)}" if value is None else f"{value - previous:+.3f}"
+    return figures(metrics)[0], change
+
+
+def figures(metrics: dict) -> list[str]:
+    """Return the metrics that are known as people say them, the primary one first: "R² 0.826"."""
+    primary = next(iter(metrics))
+    name = METRICS.get(primary, plain(primary).replace("_", " "))
+    further = [key for key in METRICS if key != primary and metrics.get(key) is not None]
+    told = [f"{METRICS[key]} {number(metrics[key])}" for key in further]
+    return [f"{name} {number(metrics[primary])}", *told]
 
 
 def leans_on(metrics: dict) -> str:
@@ -372,7 +370,7 @@ def leans_on(metrics: dict) -> str:
     The figures: how much the primary metric falls when that column is shuffled.
     """
     falls = [
-        f"{COLUMNS.get(column, plain(column, 20))} {fall:.2f}"
+        f"{plain(column, 20).removesuffix('_ms').replace('_', ' ')} {fall:.2f}"
         for column, fall in (metrics.get("leans_on") or {}).items()
         if fall >= LEAST_FALL
     ]
@@ -409,7 +407,7 @@ def table_row(name: str, outcome: Outcome) -> dict[str, str]:
     """Return a model as a row of a table; the columns are its keys."""
     metric, change = metric_and_change(outcome.metrics, outcome.previous)
     return {
-        "model": plain(name, 20),
+        "model": name,
         "status": LOOKS[outcome.status].word,
         "metric": metric,
         "change": change,
@@ -420,18 +418,16 @@ def table_row(name: str, outcome: Outcome) -> dict[str, str]:
 
 def facts(run: Run) -> list[str]:
     """Return what there is to say besides the models: songs, times, memory, machine."""
-    table = plain(run.table, 80)
+    table = plain(run.table, 130)
     said = [f"table {table}"]
     if run.rows:
         said = [f"{run.rows:,} {'made-up songs' if run.demo else 'songs'} of {table}"]
     if run.read_seconds:
         said.append(f"{duration(run.read_seconds)} to read")
-    if run.seconds:
-        said.append(f"{duration(run.seconds)} in all")
+    said.append(f"{duration(run.seconds)} in all")
     if run.peak_mb:
         said.append(f"peak memory {run.peak_mb:,.0f} MB")
-    if run.host:
-        said.append(f"on {plain(run.host, 80)}")
+    said.append(f"on {plain(run.host, 80)}")
     return said
 
 
@@ -455,6 +451,16 @@ def notes(run: Run) -> list[str]:
     return said
 
 
+def what_next(run: Run) -> list[str]:
+    """Return commands that use the models: after a demo, and where there were none before."""
+    if not run.demo and any(outcome.previous is not None for outcome in run.models.values()):
+        return []
+    uses = [["show"]]
+    if "similar" in with_status(run, "trained"):
+        uses.append(["similar", run.models["similar"].plot["example"]])
+    return [command("models.py", *words, "--models-dir", run.models_dir) for words in uses]
+
+
 def _rows_of_csv(csv: dict) -> str:
     rejected = csv["rejected"]
     said = (
@@ -469,12 +475,10 @@ def _rows_of_csv(csv: dict) -> str:
 
 def model_page(name: str, outcome: Outcome, history: list[dict]) -> str:
     """Return Markdown about a model: its figures, and its last runs, the latest first."""
-    lines = ["|metric|value|", "|---|---|"]
-    for key, value in outcome.metrics.items():
-        if not isinstance(value, (list, dict)):
-            lines.append(f"|{key}|{number(value)}|")
-    if leans_on(outcome.metrics):
-        lines += ["", escape(leans_on(outcome.metrics))]
+    lines = []
+    if outcome.metrics:
+        lines = [*figures(outcome.metrics), leans_on(outcome.metrics)]
+    lines = [f"{escape(line)}  " for line in lines]  # two blanks end a line
     lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
     runs = [line for line in history[::-1] if line["model"] == name and line["status"] != "started"]
     for line in runs[:RUNS_SHOWN]:
@@ -639,14 +643,13 @@ class _Forgiving:
 PLAIN_WIDTH = 160  # columns of a table where there is no terminal to ask
 BAR_WIDTH = 16
 NAME_WIDTH = 12
-# Signs of the live lines, by phase; what has none is at work.
+# Signs of the live lines, by phase; what has none here is at work.
 SIGNS = {
     "done": f"[{LOOKS['trained'].colour}]✓[/]",
     "failed": f"[{LOOKS['failed'].colour}]✗[/]",
     "held_back": f"[{LOOKS['held_back'].colour}]![/]",
     "retrying": f"[{LOOKS['partial'].colour}]↻[/]",
 }
-AT_WORK = "▶"
 ENDED = ("done", "failed", "held_back")
 
 Cell = Any  # text, a number, or (text, rich style)
@@ -668,10 +671,12 @@ def print_summary(run: Run, file: IO[str] | None = None) -> None:
     lines.append(", ".join(facts(run)))
     if any(outcome.path for outcome in run.models.values()):
         lines.append(f"models in {run.models_dir}")
+        lines += [f"to go on: {line}" for line in what_next(run)]
     if run.finish_command:
         lines.append((f"to finish the job: {run.finish_command}", "bold"))
-    columns = ("model", "status", "metric", "change>", "time>", "size>")
-    print_table(columns, rows, below=lines, file=file)
+    print_table(
+        ("model", "status", "metric", "change>", "time>", "size>"), rows, below=lines, file=file
+    )
 
 
 def print_table(
@@ -683,8 +688,8 @@ def print_table(
 ) -> None:
     """Print lines, a table, lines: in colour on a terminal, plain text anywhere else.
 
-    `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles
-    and artists may be folded. Cells and lines are text or (text, rich style).
+    `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles,
+    artists and tables may be folded. Cells and lines are text or (text, rich style).
     """
     from rich import box
     from rich.console import Console
@@ -703,7 +708,7 @@ def print_table(
             column.rstrip(">"),
             justify="right" if column.endswith(">") else "left",
             overflow="fold",
-            no_wrap=column not in ("title", "artist"),
+            no_wrap=column not in ("title", "artist", "table"),
         )
     for row in rows:
         table.add_row(*map(_styled, row))
@@ -736,9 +741,7 @@ def live_status(models: Iterable[str]) -> Iterator[None]:
     if not handler:
         yield
         return
-    from rich.theme import Theme
-
-    with handler.console.use_theme(Theme()), _progress(handler.console) as progress:
+    with _progress(handler.console) as progress:
         lines = _LiveLines(progress, models)
         handler.addFilter(lines.show)
         _live_lines.append(lines)
@@ -756,57 +759,40 @@ class _LiveLines:
         self.progress = progress
         self.lines: dict[str, Any] = {}
         for model in models:
-            self._add(model, "·", "waiting")
+            self._write(model, "·", "waiting")
 
     def show(self, record: logging.LogRecord) -> bool:
         """Show a record that is about a model; return whether it goes into the log as well."""
         model = getattr(record, "model", None)
+        is_warning = record.levelno >= logging.WARNING
         if model is None:
             return True
-        is_new = model not in self.lines
-        if is_new and record.levelno >= logging.WARNING:
+        if is_warning and model not in self.lines:
             return True
         phase = getattr(record, "phase", "")
-        share = getattr(record, "share", None)
         said = plain(record.getMessage()).removeprefix(f"{model}: ")
-        sign = SIGNS.get(phase, AT_WORK)
-        if is_new:
-            self._add(model, sign, said)
-        self.progress.update(
-            self.lines[model],
-            description=self._description(model, sign, said),
-            # At 1 rich would stop the line's clock, and there may be a next phase.
-            completed=min(max(share or 0, 0), 0.999),
-            has_share=share is not None,
-        )
+        self._write(model, SIGNS.get(phase, "▶"), said, getattr(record, "share", None))
         if phase in ENDED:
             self.progress.stop_task(self.lines[model])
-        return record.levelno >= logging.WARNING
+        return is_warning
 
-    def _add(self, model: str, sign: str, said: str) -> None:
-        description = self._description(model, sign, said)
-        self.lines[model] = self.progress.add_task(description, total=1, has_share=False)
-
-    @staticmethod
-    def _description(model: str, sign: str, said: str) -> str:
+    def _write(self, model: str, sign: str, said: str, share: float | None = None) -> None:
         from rich.markup import escape
 
-        return f"{sign} {escape(model):{NAME_WIDTH}}{escape(said)}"
+        if model not in self.lines:
+            self.lines[model] = self.progress.add_task("", total=None, bar="")
+        bar = ""
+        if share is not None:
+            done = "".ljust(round(BAR_WIDTH * share), "━")
+            bar = f"{done:{BAR_WIDTH}} {share:4.0%}"
+        text = f"{sign} {escape(model):{NAME_WIDTH}}{escape(said)}"
+        self.progress.update(self.lines[model], description=text, bar=bar)
 
 
 def _progress(console: Any) -> Any:
     """Return rich's Progress: a clock, what is said, and a bar where the share is known."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
     from rich.table import Column
-    from rich.text import Text
-
-    class Bar(BarColumn):
-        def render(self, task: Any) -> Any:
-            return super().render(task) if task.fields["has_share"] else Text()
-
-    class Percent(TaskProgressColumn):
-        def render(self, task: Any) -> Text:
-            return super().render(task) if task.fields["has_share"] else Text()
 
     # A line that is too long would narrow all columns alike, clock and percent as well.
     others = len("0:00:00 ") + len(" 100%") + 1 + BAR_WIDTH
@@ -814,8 +800,7 @@ def _progress(console: Any) -> Any:
     return Progress(
         TimeElapsedColumn(),
         TextColumn("{task.description}", table_column=said),
-        Bar(BAR_WIDTH),
-        Percent(),
+        TextColumn("{task.fields[bar]}"),
         console=console,
         transient=True,
     )
@@ -839,182 +824,138 @@ def _log_handler() -> Any:
 
 INCHES = 16  # the width, at 100 dots per inch
 ROW_INCHES = 4.2
+PANELS_ABREAST = 3
 HEADER_INCHES = 1.5
 # Okabe-Ito colours and cividis are told apart by colour-blind eyes; markers differ as well.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 MARKERS = "os^Dvp*X"
-INK = "#222222"
-GREY = "#707070"
+HEADLINE_PAD = 50  # points between a panel's headline and its frame, for three lines of details
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "text.parse_math": False,
-    "text.color": INK,
     "axes.titlelocation": "left",
+    "axes.titlepad": HEADLINE_PAD,
     "axes.titleweight": "bold",
     "axes.titlesize": 15,
-    "axes.labelcolor": GREY,
-    "axes.labelsize": 12,
+    "font.size": 11,
+    "legend.columnspacing": 1,
     "legend.frameon": False,
-    "legend.fontsize": 11,
 }
-LEGEND_BELOW: dict[str, Any] = {
-    "loc": "upper left",
-    "bbox_to_anchor": (-0.03, -0.06),
-    "columnspacing": 1,
-    "handletextpad": 0.6,
-}
-DETAIL_POINTS = 10  # the size of the lines between a panel's headline and its frame
-DETAIL_WIDTH = 62  # characters
-DETAIL_LINES = 2  # of further figures or the reason; one more says what the model leans on
-HEADLINE_GAP = 3  # points
+LEGEND_BELOW: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.03, -0.06)}
 RUNS_SHOWN = 30
 CONFUSIONS_SHOWN = 9
 ENOUGH_SONGS = 20  # of a genre: with fewer, a share moves by 5 % with every song
 CLUSTERS_NAMED = 8
 
 
-def draw_report(run: Run, history: list[dict], path: Path) -> None:
+def draw_report(run: Run, history: list[dict], names: Sequence[str], path: Path) -> "Figure":
     """Write the picture of a run, a PNG 1600 pixels wide; the old one stays until it is whole.
 
-    `history`: the lines of history.jsonl as dicts, oldest first. Raises OSError when `path` cannot
-    be written.
+    `history`: the lines of history.jsonl as dicts, oldest first. `names`: of all models there are,
+    in their usual order: a model's place gives its colour. Raises OSError when `path` cannot be
+    written.
     """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        write_atomically(path, partial(report_figure(run, history).savefig, format="png"))
+        figure = report_figure(run, history, names)
+        write_atomically(path, partial(figure.savefig, format="png"))
+    return figure
 
 
-def report_figure(run: Run, history: list[dict]) -> "Figure":
+def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figure":
     """Return the figure behind draw_report: a headline, a panel per model, the history."""
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = 3 if len(run.models) > 3 else 2
-    cells: list[Any] = [*run.models, "history"]
-    while len(cells) % columns:
-        cells.append("history")
-    rows = [cells[at : at + columns] for at in range(0, len(cells), columns)]
-    height = max(7.2, HEADER_INCHES + ROW_INCHES * len(rows))
+    rows = math.ceil((len(run.models) + 1) / PANELS_ABREAST)
+    height = HEADER_INCHES + ROW_INCHES * rows
     below_header = (0.01, 0.01, 0.98, 1 - HEADER_INCHES / height)
     layout = ConstrainedLayoutEngine(rect=below_header, wspace=0.06)
     figure = Figure(figsize=(INCHES, height), layout=layout)
-    panels = figure.subplot_mosaic(rows)
-    for name, outcome in run.models.items():
-        _draw_model(panels[name], name, outcome)
-    _draw_history(panels["history"], history)
+    panel = partial(figure.add_subplot, rows, PANELS_ABREAST)
+    for at, (name, outcome) in enumerate(run.models.items(), 1):
+        _draw_model(panel(at), name, outcome)
+    of_table = [line for line in history if line.get("table", run.table) == run.table]
+    _draw_history(panel((len(run.models) + 1, rows * PANELS_ABREAST)), of_table, names)
     _write_headline(figure, run)
     return figure
 
 
 def _write_headline(figure: "Figure", run: Run) -> None:
-    """Write what the run was, when, on what, and the first warning above the panels."""
+    """Write what the run was, when, on what, and the warnings there is room for."""
     started = datetime.fromisoformat(run.started_at).astimezone(UTC)
     about = " · ".join([f"{started:%Y-%m-%d %H:%M} UTC", *facts(run)])
-
-    def write(inches, text, width, **style):
-        _write(figure, 0.015, 1 - inches / figure.get_figheight(), text, width, **style)
-
-    write(0.62, run.message, 95, size=25, color=LOOKS[run.status].colour)
-    write(0.95, about, 145, size=14, color=INK)
-    warnings = warnings_of(run)
+    written = [
+        (0.62, _cut(run.message, 95), 25, LOOKS[run.status].colour),
+        (0.95, _drawable(about), 14 * min(1, 135 / len(about)), "black"),  # a table's name is long
+    ]
+    warnings = "; ".join(warnings_of(run))
     if warnings:
-        more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
-        first = f"warning: {plain(warnings[0], 130)}{more}"
-        write(1.25, first, 160, size=13.5, color=WARNING_COLOUR)
+        written.append((1.25, _cut(f"warning: {warnings}", 135), 14, WARNING_COLOUR))
+    for inches, text, size, colour in written:
+        figure.text(0.015, 1 - inches / figure.get_figheight(), text, size=size, color=colour)
 
 
 def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
     draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
-    lines = _details(outcome) if draw else []
-    room = max(DETAIL_LINES, len(lines))
-    for at, (text, colour) in enumerate(lines):
-        axes.annotate(
-            text,
-            xy=(0, 1),
-            xycoords="axes fraction",
-            xytext=(0, _points_above_frame(room - 1 - at)),
-            textcoords="offset points",
-            size=DETAIL_POINTS,
-            color=colour,
-            in_layout=False,
-        )
     metric, change = metric_and_change(outcome.metrics, outcome.previous)
+    good = outcome.status == "trained"
     look = LOOKS[outcome.status]
-    headline = look.word
-    if outcome.status == "trained":
-        headline = f"{metric} ({change})"
-    elif metric:
-        headline = f"{look.word} at {metric}"
+    headline = f"{metric} ({change})" if good else look.word
     axes.set_title(
-        _drawable(f"{plain(name, 20)}: {headline}"),
-        color=INK if outcome.status == "trained" else look.colour,
-        pad=_points_above_frame(room) + HEADLINE_GAP,
+        _drawable(f"{name}: {headline}", 60),
+        color="black" if good else look.colour,
+    )
+    details = reason(outcome)
+    colour = WARNING_COLOUR if good else look.colour
+    if not details:
+        details = ", ".join(figures(outcome.metrics)[1:])
+        colour = "#707070"
+    size, width, lines = (10, 62, 2) if draw else (14, 44, 12)
+    axes.annotate(
+        f"{_cut(details, width, lines)}\n{_cut(leans_on(outcome.metrics), width)}".strip(),
+        xy=(0, 1),
+        xycoords="axes fraction",
+        xytext=(0, HEADLINE_PAD - 6),
+        textcoords="offset points",
+        va="top",
+        size=size,
+        color=colour,
+        in_layout=False,
     )
     if draw:
         draw(axes, outcome.plot)
     else:
         axes.set_axis_off()
-        error = outcome.error or "nothing to draw"
-        _write(axes, 0, 1.06, error, 40, lines=10, size=14, va="top", color=look.colour)
-
-
-def _points_above_frame(lines: int) -> float:
-    """Return how far above a panel's frame a line stands that has so many lines below it."""
-    return (0.6 + 1.25 * lines) * DETAIL_POINTS
-
-
-def _details(outcome: Outcome) -> list[tuple[str, str]]:
-    """Return the lines below a panel's headline, each with its colour.
-
-    They say the further figures or the reason, and what the model leans on.
-    """
-    text = reason(outcome)
-    colour = WARNING_COLOUR if text else GREY
-    if not text:
-        further = list(outcome.metrics)[1:]
-        text = ", ".join(
-            f"{said} {number(outcome.metrics[key])}"
-            for key, said in METRICS.items()
-            if key in further
-        )
-    lines = [(line, colour) for line in _wrapped(text, DETAIL_WIDTH, DETAIL_LINES)]
-    lines += [(line, GREY) for line in _wrapped(leans_on(outcome.metrics), DETAIL_WIDTH, 1)]
-    return lines
 
 
 def _draw_confusions(axes: "Axes", plot: dict) -> None:
-    """Draw which genres are most often taken for which, as bars with their names on them."""
-    shown = confusions_to_draw(plot["confusions"])
-    axes.barh(range(len(shown)), [share for *_, share in shown], color="#A9CCE3")
-    for at, (actual, predicted, count, share) in enumerate(shown):
+    """Draw which genres are most often taken for which, as bars with their names on them.
+
+    Those with the largest shares, of genres with enough songs where there are any.
+    """
+    enough = [pair for pair in plot["confusions"] if round(pair[2] / pair[3]) >= ENOUGH_SONGS]
+    by_share = sorted(enough or plot["confusions"], key=lambda pair: pair[3], reverse=True)
+    place = axes.get_yaxis_transform()
+    for at, (actual, predicted, count, share) in enumerate(by_share[:CONFUSIONS_SHOWN]):
+        axes.barh(at, share, color="#A9CCE3")
         said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
-        _write(axes, 0.01, at, said, 50, size=11, va="center", transform=axes.get_yaxis_transform())
+        axes.text(0.01, at, _drawable(said), size=11, va="center", transform=place)
     axes.set(yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
     axes.invert_yaxis()
     axes.set_frame_on(False)
 
 
-def confusions_to_draw(confusions: list) -> list:
-    """Return the confusions with the largest shares, of genres with enough songs where there are.
-
-    `confusions`: [actual genre, predicted genre, songs, their share of the actual ones], the most
-    songs first.
-    """
-    enough = [pair for pair in confusions if round(pair[2] / pair[3]) >= ENOUGH_SONGS]
-    by_share = sorted(enough or confusions, key=lambda pair: pair[3], reverse=True)
-    return by_share[:CONFUSIONS_SHOWN]
-
-
 def _draw_clusters(axes: "Axes", plot: dict) -> None:
     """Draw the songs on their first two principal components, coloured by cluster."""
     for cluster, (label, songs) in enumerate(zip(plot["labels"], plot["sizes"])):
-        points = [(x, y) for x, y, of_cluster in plot["points"] if of_cluster == cluster]
+        points = [point for point in plot["points"] if point[2] == cluster]
         name = f"{_drawable(f'{cluster} {label}', 20)} {songs / sum(plot['sizes']):.0%}"
         axes.scatter(
-            [x for x, _ in points],
-            [y for _, y in points],
+            [x for x, *_ in points],
+            [y for _, y, _ in points],
             s=9,
             alpha=0.6,
             linewidths=0,
@@ -1055,7 +996,7 @@ def _draw_similar(axes: "Axes", plot: dict) -> None:
     axes.plot(ranks, shares, color=PALETTE[0], marker="o", markersize=8)
     axes.axhline(chance, color=PALETTE[3], linestyle="--")
     axes.set(
-        ylim=(0, None),
+        ylim=(0, 1.05),
         xticks=ranks,
         ylabel="of the song's own genre",
         xlabel=f"rank of the neighbour (dashed: by chance {chance:.1%})",
@@ -1072,20 +1013,19 @@ DRAWINGS: dict[str, Callable] = {
 }
 
 
-def _draw_history(axes: "Axes", history: list[dict]) -> None:
-    """Draw the primary metric of every model over the last runs.
-
-    A line breaks where a run failed or was held back. Where lines lie on each other the later ones
-    are narrower, so that all are seen.
-    """
+def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> None:
+    """Draw the primary metric of every model over the last runs."""
     runs = sorted({line["run"] for line in history})[-RUNS_SHOWN:]
-    names = list(dict.fromkeys(line["model"] for line in history if line["run"] in runs))
     for at, name in enumerate(names[: len(PALETTE)]):
-        upon = min(len(names), len(PALETTE)) - 1 - at  # lines that are drawn upon this one
-        _draw_line_of_history(axes, name, _values(history, runs, name), at, upon)
+        lines = {
+            runs.index(line["run"]): line
+            for line in history
+            if line["model"] == name and line["run"] in runs
+        }
+        if lines:
+            _draw_line_of_history(axes, name, lines, at)
     axes.set_title(
         f"{f'last {len(runs)} runs' if len(runs) > 1 else 'first run'} (× failed or held back)",
-        pad=_points_above_frame(DETAIL_LINES) + HEADLINE_GAP,
     )
     if runs:
         axes.legend(ncols=3, **LEGEND_BELOW)
@@ -1093,38 +1033,33 @@ def _draw_history(axes: "Axes", history: list[dict]) -> None:
         axes.set_xticks(ticks, [runs[tick][5:16].replace("T", " ") for tick in ticks])
 
 
-def _values(history: list[dict], runs: list[str], name: str) -> dict[int, float]:
-    """Return {number of the run: value of the metric} of a model; NaN where it was not trained."""
-    values = {}
-    for line in history:
-        if line["model"] == name and line["run"] in runs:
-            value = line.get("value") if line["status"] == "trained" else None
-            values[runs.index(line["run"])] = math.nan if value is None else value
-    return dict(sorted(values.items()))
+def _draw_line_of_history(axes: "Axes", name: str, lines: dict[int, dict], at: int) -> None:
+    """Draw the runs of the model whose place is `at`. `lines`: of the history, by run.
 
-
-def _draw_line_of_history(
-    axes: "Axes", name: str, values: dict[int, float], at: int, upon: int
-) -> None:
+    A line breaks where a run failed or was held back: a cross stands at the value that was held
+    back, or else at the last good one. Where lines lie on each other the later ones are narrower,
+    so that all are seen.
+    """
+    values: dict[int, Any] = {}
+    crosses: dict[int, Any] = {}
+    last = None
+    for run, line in lines.items():
+        value = line.get("value")
+        if line["status"] == "trained":
+            values[run] = value
+            last = value
+        else:
+            values[run] = None
+            crosses[run] = last if value is None else value
     axes.plot(
         list(values),
         list(values.values()),
         color=PALETTE[at],
-        linewidth=1.2 + 0.9 * upon,
+        linewidth=4.8 - 0.55 * at,
         marker=MARKERS[at],
-        markersize=3.5 + 1.3 * upon,
+        markersize=9.5 - 0.8 * at,
         label=_drawable(name, 14),
     )
-    good = [value for value in values.values() if not math.isnan(value)]
-    if not good:
-        return
-    height = good[0]  # a cross stands at the height of the last good value
-    crosses = {}
-    for run, value in values.items():
-        if math.isnan(value):
-            crosses[run] = height
-        else:
-            height = value
     axes.plot(
         list(crosses),
         list(crosses.values()),
@@ -1145,15 +1080,16 @@ def _drawable(text: object, limit: int = 1000) -> str:
     return re.sub("…+", "…", drawn)
 
 
-def _wrapped(text: str, width: int, lines: int) -> list[str]:
-    return textwrap.wrap(_drawable(text), width, max_lines=lines, placeholder=" …")
+def _cut(text: str, width: int, lines: int = 1) -> str:
+    """Return text in so many lines of that width, without the clauses for which there is no room.
 
-
-def _write(
-    place: Any, x: float, y: float, text: str, width: int, lines: int = 1, **style: Any
-) -> None:
-    """Write text at x, y of a figure or axes, wrapped to `lines` lines of `width` characters."""
-    place.text(x, y, "\n".join(_wrapped(text, width, lines)), in_layout=False, **style)
+    A command is a clause: whole or not there.
+    """
+    text = _drawable(text)
+    wrap = partial(textwrap.wrap, width=width, break_on_hyphens=False)
+    while len(wrap(text)) > lines and "; " in text:
+        text = f"{text.rpartition('; ')[0]} …"
+    return "\n".join(wrap(text, max_lines=lines, placeholder=" …"))
 
 
 # ---- Discord -------------------------------------------------------------------------------------
@@ -1196,7 +1132,8 @@ def post_discord(
     Return True when Discord took it. Never raises and never takes longer than `seconds`, whatever
     the network does: a message must not cost a model.
     """
-    trouble = _trouble(url, seconds, _post, url, run, picture, time.monotonic() + seconds)
+    deadline = time.monotonic() + seconds
+    trouble = _trouble(url, NO_WEBHOOK, seconds, _post, url, run, picture, deadline)
     if trouble:
         log.warning("Discord was not told: %s", trouble)
     return trouble is None
@@ -1212,7 +1149,11 @@ def check_discord(enabled: bool) -> list[tuple[str, str, str]]:
         return [("Discord", "ok", "--no-notify: nothing is posted")]
     if not url:
         return [("Discord", "ok", "DISCORD_WEBHOOK_URL is not set: nothing is posted")]
-    trouble = _trouble(url, CHECK_SECONDS, _get_webhook, url)
+
+    def get_webhook() -> None:
+        _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
+
+    trouble = _trouble(url, NO_WEBHOOK, CHECK_SECONDS, get_webhook)
     if trouble:
         return [("Discord", "problem", trouble)]
     return [("Discord", "ok", "the Discord webhook answers")]
@@ -1225,24 +1166,12 @@ def discord_payload(run: Run) -> dict:
         status = "partial"
     lines = [escape(note) for note in notes(run)]
     if run.finish_command:
-        command = plain(run.finish_command).replace("`", "'").replace("@", MENTION)
-        lines.append(f"to finish the job: `{command}`")
-    embed = {
-        "title": fit(f"{LOOKS[status].sign} {escape(run.message)}", TITLE),
-        "color": LOOKS[status].discord_colour,
-        "description": fit("\n".join(lines), DESCRIPTION),
-        "timestamp": run.started_at,
-        "fields": _discord_fields(run),
-        "footer": {"text": fit(", ".join(facts(run)).replace("@", MENTION), FOOTER)},
-    }
-    return {"embeds": [embed], "allowed_mentions": {"parse": []}}
-
-
-def _discord_fields(run: Run) -> list[dict]:
+        finish = plain(run.finish_command).replace("`", "'").replace("@", MENTION)
+        lines.append(f"to finish the job: `{finish}`")
     models = list(run.models.items())[:FIELDS]
-    for_fields = EMBED - TITLE - FOOTER - DESCRIPTION
-    room = min(VALUE, for_fields // max(1, len(models)) - NAME)
-    return [
+    share = (EMBED - TITLE - FOOTER - DESCRIPTION) // max(1, len(models))
+    room = min(VALUE, share - NAME)
+    fields = [
         {
             "name": fit(f"{LOOKS[outcome.status].sign} {escape(name)}", NAME),
             "value": fit(f"{escape(said_of(outcome))}\n{duration(outcome.seconds)}", room),
@@ -1250,6 +1179,15 @@ def _discord_fields(run: Run) -> list[dict]:
         }
         for name, outcome in models
     ]
+    embed = {
+        "title": fit(f"{LOOKS[status].sign} {escape(run.message)}", TITLE),
+        "color": LOOKS[status].discord_colour,
+        "description": fit("\n".join(lines), DESCRIPTION),
+        "timestamp": run.started_at,
+        "fields": fields,
+        "footer": {"text": fit(", ".join(facts(run)).replace("@", MENTION), FOOTER)},
+    }
+    return {"embeds": [embed], "allowed_mentions": {"parse": []}}
 
 
 def fit(text: str, limit: int) -> str:
@@ -1273,10 +1211,8 @@ def escape(text: object) -> str:
 def _post(url: str, run: Run, picture: str | Path | None, deadline: float) -> None:
     """Send the message, without the picture where Discord does not take it.
 
-    Raises Expected where it takes neither, or where `url` is no web address.
+    Raises Expected where it takes neither.
     """
-    if not ADDRESS.fullmatch(url):
-        raise Expected(NO_WEBHOOK)
     payload = discord_payload(run)
     if picture:
         form, kind = _with_picture(payload, Path(picture).read_bytes())
@@ -1326,12 +1262,6 @@ def _send(url: str, deadline: float, body: bytes, kind: str) -> "Reply":
         time.sleep(wait)
 
 
-def _get_webhook(url: str) -> None:
-    if not ADDRESS.fullmatch(url):
-        raise Expected(NO_WEBHOOK)
-    _succeed(_request(url, CHECK_SECONDS), DISCORD_SAYS)
-
-
 # ---- Heartbeat -----------------------------------------------------------------------------------
 # A machine that is down at night tells nobody: a service that waits for a sign of life does.
 
@@ -1353,7 +1283,7 @@ def heartbeat(kind: str) -> None:
     url = setting("HEARTBEAT_URL")
     if not url:
         return
-    trouble = _trouble(url, HEARTBEAT_SECONDS, _beat, url, kind)
+    trouble = _trouble(url, NO_HEARTBEAT, HEARTBEAT_SECONDS, _beat, url, kind)
     if trouble:
         log.warning("the heartbeat was not sent: %s", trouble)
 
@@ -1402,8 +1332,6 @@ def check_heartbeat(enabled: bool) -> list[tuple[str, str, str]]:
 def _beat(url: str, kind: str) -> None:
     """Call the address, a second time where that may help; raise Expected where neither does."""
     deadline = time.monotonic() + HEARTBEAT_SECONDS
-    if not ADDRESS.fullmatch(url):
-        raise Expected(NO_HEARTBEAT)
     address = heartbeat_address(url, kind)
     if not address:
         return
@@ -1480,11 +1408,16 @@ def _succeed(reply: Reply, sentences: dict[int, str]) -> None:
     raise Expected(said)
 
 
-def _trouble(url: str, seconds: float, step: Callable, *arguments: Any) -> str | None:
+def _trouble(
+    url: str, no_address: str, seconds: float, step: Callable, *arguments: Any
+) -> str | None:
     """Return why a step with a secret address failed, without the secret; None where it did not.
 
-    It is given up after `seconds`: looking up a name knows no timeout of its own.
+    `no_address` is said where the URL is none. The step is given up after `seconds`: looking up a
+    name knows no timeout of its own.
     """
+    if not ADDRESS.fullmatch(url):
+        return no_address
     errors: list[Exception | None] = []  # what became of the step, once it has ended
 
     def take_step() -> None:

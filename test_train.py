@@ -35,6 +35,7 @@ import tempfile
 import termios
 import threading
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,8 +371,8 @@ def pasted(text, words, more="", **environment):
     command = next(
         found for found in re.findall(f"{sys.executable} [^`\n]*", text) if words in found
     )
-    _, program, line = command.split(" ", 2)
-    return Run(line + more, program, **environment)
+    _, program, *line = shlex.split(command)
+    return Run(shlex.join(line) + more, program, **environment)
 
 
 def answers(address):
@@ -562,6 +563,11 @@ def test_show_similar_and_predict(night, tmp_path, ask):
     assert list(written) == list(json.loads(rows[0])) == [*night.songs, *added]
     assert written.track_name.tolist() == night.songs.track_name.tolist()
     assert (written.genre_predicted == written.genre).mean() > 0.8
+
+
+def test_the_commands_that_a_first_run_prints_work_as_printed(night):
+    pasted(night.text, " show --models-dir ").end(0, "similar same genre", "my songs")
+    pasted(night.text, " similar ").end(0, "Like ", " by Demo Artist ")
 
 
 def test_after_a_good_night_there_is_nothing_left_to_do(night):
@@ -2976,10 +2982,27 @@ def test_similar_is_exact(songs, same_artist):
         assert 0 <= alike.min() <= alike.max() <= 1
 
 
-def test_similar_goes_by_sound_alone_where_there_are_no_genres(songs):
-    index, metrics = models.train_similar(songs.head(60).drop(columns="genre"))
-    assert metrics["same_genre_at_10"] is None
+@pytest.mark.parametrize("one", [{"genre": None}, {"genre": "pop"}], ids=str)
+def test_similar_goes_by_sound_alone_where_there_are_no_two_genres(songs, caplog, one):
+    index, metrics = models.train_similar(songs.head(60).assign(**one))
+    assert metrics["same_genre_at_10"] == (1 if one["genre"] else None)
     assert len(index.neighbours(0)[0]) == 10
+    assert "the songs have fewer than two genres" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "titles, example",
+    [
+        (["Jolene", "Hello", "hello", "- 4", 'say "hi"', "two\nlines", "Blue Sky"], "Jolene"),
+        (["Hello", "hello", "- 4", "東京 Jポップ", "x  y", "'; --", "1999"], "東京 Jポップ"),
+        (["Hello"] * 7, "demo000000000000000000"),
+    ],
+)
+def test_the_example_of_similar_means_one_song_and_can_be_pasted(songs, titles, example):
+    few = songs.sort_values("track_id", ignore_index=True).head(7).assign(track_name=titles)
+    index, metrics = models.train_similar(few)
+    assert metrics["plot"]["example"] == example
+    assert len(index.find(example)) == 1
 
 
 # ---- Models: publishing --------------------------------------------------------------------------
@@ -3035,7 +3058,7 @@ def test_the_gate(tmp_path, before, after, more, status):
     assert (current(tmp_path), *versions_kept(tmp_path)) == kept
     if status == "held_back" and after:
         said = (
-            f"held back: r2 fell to {after:.4f}, the current model has {before:.4f}; "
+            f"held back: R² {after:.3f}, the current model has {before:.3f}; "
             "to publish all the same: "
         )
         assert said in report["error"]
@@ -3429,32 +3452,15 @@ def test_drift_is_said_with_figures_the_most_important_first(songs, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "number, digits, text",
-    [
-        (228_873.2, 4, "228,900"),
-        (228_873.2, 3, "229,000"),
-        (1234.5, 4, "1,234"),
-        (-5.31234, 4, "-5.312"),
-        (0.5, 4, "0.5"),
-        (0.000123456, 3, "0.000123"),
-        (99.996, 4, "100"),
-        (20, 4, "20"),
-        (0, 4, "0"),
-    ],
-)
-def test_a_mean_is_written_as_people_write_it(number, digits, text):
-    assert models._as_written(number, digits) == text
-
-
-def test_drift_of_a_duration_is_in_figures_people_read(songs, tmp_path):
+def test_drift_is_in_figures_people_read(songs, tmp_path):
     publish(tmp_path, 0.5, data=models.describe(songs))
-    longer = models.describe(songs.assign(duration_ms=songs.duration_ms + 100_000))
-    sentence = models.drift_since(longer, "songs", tmp_path)[0]
+    moved = songs.assign(duration_ms=songs.duration_ms + 100_000, year=2011)
+    longer, later = models.drift_since(models.describe(moved), "songs", tmp_path)[:2]
     assert re.fullmatch(
-        r"mean duration_ms is \d{3},\d00; it was \d{3},\d00 \(standard deviation \d+,\d+\)",
-        sentence,
-    ), sentence
+        r"mean duration_ms is \d{3},\d{3}; it was \d{3},\d{3} \(standard deviation \d+,\d+\)",
+        longer,
+    )
+    assert re.match(r"mean year is 2011\.0; it was 20\d\d\.\d ", later)
 
 
 # ---- Models: files of the earlier edition --------------------------------------------------------
@@ -3646,7 +3652,15 @@ def test_similar_answers_or_says_what_it_does_not_know(songs, ask):
     assert f"did you mean:\n  {song.track_name}" in ask(
         "similar", song.track_name[:-1] + "?", status=2
     )
-    assert "say which, --artist NAME or a track_id" in ask("similar", twice.track_name, status=2)
+    which = ask("similar", twice.track_name, status=2)
+    assert "say which, --artist NAME or a track_id" in which
+    named = f"{twice.track_id}  {twice.track_name}, by {twice.artist_name}"
+    assert named in which
+    assert "models.py titles lists what there is" in ask("similar", "xyzzy" * 9, status=2)
+    some = ask("titles", twice.track_name.upper())
+    assert " ".join(named.split()) in some
+    assert f"songs: {(songs.track_name == twice.track_name).sum()}" in some
+    assert ask("titles").splitlines()[20] == f"songs: {len(songs):,}"
 
 
 @pytest.mark.parametrize(
@@ -3695,7 +3709,10 @@ def test_similar_imports_nothing_it_does_not_need(models_dir):
 def test_show_and_rollback(models_dir, tmp_path, ask):
     assert ask("show", status=2, folder=tmp_path).count("not trained") == 5
     publish(models_dir, 1.0)
-    assert re.search("^energy is again the version trained 20.* .r2 0", ask("rollback", "energy"))
+    shown = ask("show")
+    assert re.search(r"^energy +R² 1.000 .* 10  songs +0.\d s ago", shown, re.M), "the table"
+    said = ask("rollback", "energy")
+    assert re.search(r"^energy is again the version trained 20.* \(R² 0\.\d{3}\)$", said, re.M)
     assert "there is no earlier version of genre" in ask("rollback", "genre", status=2)
     assert "there is no folder" in ask("rollback", "energy", status=2, folder=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -3717,7 +3734,7 @@ def run_of(folder):
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def told(night):
     """told({"genre": OSError("no")}, error) is the night's run where genre failed, with that error.
 
@@ -3849,11 +3866,12 @@ def in_summary(run):
     return out.getvalue()
 
 
-def in_picture(run, history=()):
-    """The words of the picture."""
-    texts = notify.report_figure(run, list(history)).findobj(
-        lambda artist: hasattr(artist, "get_text")
-    )
+def figure_of(run, history=()):
+    return notify.report_figure(run, list(history), list(models.MODELS))
+
+
+def words_of(figure):
+    texts = figure.findobj(lambda artist: hasattr(artist, "get_text"))
     return " ".join(text.get_text().replace("\n", " ") for text in texts)
 
 
@@ -3869,7 +3887,7 @@ def test_discord_terminal_and_picture_break_no_limit_and_tell_no_secret(told, mo
     run.models = {f"{at}{evil}": notify.failed(OSError(evil * 99)) for at in range(7)}
     embed = in_discord(run)
     message = json.dumps(embed, ensure_ascii=False)
-    for text in (message, in_summary(run), in_picture(run)):
+    for text in (message, in_summary(run), words_of(figure_of(run))):
         for bad in ("hunter22xyz", TOKEN, "\x00", "\\u0000", "\u202e"):
             assert bad not in text
     assert "http://" not in json.dumps(embed["fields"]), "a link"
@@ -3897,10 +3915,10 @@ HARD = {
 }
 GOOD_RUN = SimpleNamespace(
     changed={"genre": {"previous": 0.5}},
-    more={},
+    more={"seconds": 25_500.0},
     nights=30,
     colour=GREEN,
-    says=["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "musicbox"],
+    says=["5 of 5 models trained", "accuracy 0.", "+0.", "500 songs of", "7.1 h", "musicbox"],
     draws=["genre: accuracy", " → demo-", "last 30 runs", "by chance"],
 )
 MIXED_RUN = SimpleNamespace(
@@ -3909,8 +3927,9 @@ MIXED_RUN = SimpleNamespace(
         "clusters": None,
         "energy": HELD,
         "popularity": {"guessing": True},
+        "similar": {"metrics": {"same_genre_at_10": None}, "plot": {}, "previous": 0.7},
     },
-    more={"warnings": ["x"], "crashes": ["ended by SIGKILL"]},
+    more={"warnings": ["x"], "crashes": ["ended by SIGKILL"], "seconds": 2159.7},
     nights=1,
     colour=YELLOW,
     says=[
@@ -3919,8 +3938,11 @@ MIXED_RUN = SimpleNamespace(
         "held back: it fell",
         "no better than guessing",
         "warning: ended by SIGKILL",
+        "same genre not known",
+        "was 0.700",
+        "36 min 0 s in all",
     ],
-    draws=["genre: failed", "energy: held back at R² 0.", "first run", "SIGKILL (and 1 more)"],
+    draws=["genre: failed", "energy: held back", "first run", "warning: ended by SIGKILL; x"],
 )
 HARD_RUN = SimpleNamespace(
     changed=HARD,
@@ -3928,7 +3950,7 @@ HARD_RUN = SimpleNamespace(
     nights=0,
     colour=GREEN,
     says=[],
-    draws=["_i^2$", "русский →", "…"],
+    draws=["_i^2$", "русский →", "…", "7 loud 8%"],
 )
 STOPPED_RUN = SimpleNamespace(
     changed=NONE,
@@ -3938,6 +3960,9 @@ STOPPED_RUN = SimpleNamespace(
     says=["Nothing was trained: the run was stopped by SIGTERM"],
     draws=[],
 )
+
+
+INTERNAL = re.compile("r2|_at_10|mae|rmse|_new_artists|baseline|by_chance")
 
 
 def nights(count, **same):
@@ -3955,74 +3980,111 @@ def nights(count, **same):
 KINDS = {"good": GOOD_RUN, "mixed": MIXED_RUN, "hard": HARD_RUN, "stopped": STOPPED_RUN}
 
 
-@pytest.fixture(params=KINDS.values(), ids=KINDS)
-def kind(request, told):
-    """A kind of run: `run`, `history`, the `colour`, what all three say and what is drawn of it."""
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
+def kind(request, told, tmp_path_factory):
+    """A kind of run and what is told of it.
+
+    `run`, `embed`, `summary`, `figure`, its `words` and its `picture`, a PNG; the `colour`, what
+    all three say and what is drawn of it.
+    """
     case = request.param
     error = case.more.get("error")
     more = {name: value for name, value in case.more.items() if name != "error"}
     run = told(case.changed, error, table="a table", **more)
-    return SimpleNamespace(run=run, history=nights(case.nights), **vars(case))
+    picture = tmp_path_factory.mktemp("picture") / "report.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = notify.draw_report(run, nights(case.nights), list(models.MODELS), picture)
+    return SimpleNamespace(
+        run=run,
+        embed=in_discord(run),
+        summary=in_summary(run),
+        figure=figure,
+        words=words_of(figure),
+        picture=picture,
+        **vars(case),
+    )
 
 
 def test_every_kind_of_run_has_its_colour_and_title_on_discord(kind):
-    embed = in_discord(kind.run)
-    assert embed["color"] == kind.colour
-    assert kind.run.message in embed["title"]
+    assert kind.embed["color"] == kind.colour
+    assert kind.run.message in kind.embed["title"]
 
 
 def test_every_kind_of_run_is_said_in_message_summary_and_picture(kind):
-    message = json.dumps(in_discord(kind.run), ensure_ascii=False)
-    texts = (message, in_summary(kind.run), in_picture(kind.run, kind.history))
-    for text in texts:
+    message = json.dumps(kind.embed, ensure_ascii=False)
+    for text in (message, kind.summary, kind.words):
         assert [words for words in kind.says if words not in text] == []
+        assert not INTERNAL.search(text), "what only we call so"
 
 
-@pytest.mark.filterwarnings("error")
-def test_every_kind_of_run_is_drawn_a_panel_a_model_and_the_history(kind, tmp_path):
-    assert len(notify.report_figure(kind.run, kind.history).axes) == len(kind.run.models) + 1
-    drawn = in_picture(kind.run, kind.history)
-    assert [words for words in kind.draws if words not in drawn] == []
-
-
-@pytest.mark.filterwarnings("error")
-def test_the_picture_of_every_kind_of_run_is_1600_pixels_wide(kind, tmp_path):
-    notify.draw_report(kind.run, kind.history, tmp_path / "report.png")
-    height, width, _ = imread(tmp_path / "report.png").shape
+def test_every_kind_of_run_is_drawn_a_panel_a_model_and_the_history(kind):
+    assert len(kind.figure.axes) == len(kind.run.models) + 1
+    assert [words for words in kind.draws if words not in kind.words] == []
+    height, width, _ = imread(kind.picture).shape
     assert width == 1600
-    assert 700 <= height <= 1500
+    assert 500 <= height <= 1500
 
 
 def test_every_kind_of_run_ends_with_the_command_that_finishes_it(kind):
     command = kind.run.finish_command
     if command:
-        assert f"`{command}`" in in_discord(kind.run)["description"]
-        assert in_summary(kind.run).endswith(f"\nto finish the job: {command}\n")
+        assert f"`{command}`" in kind.embed["description"]
+        assert kind.summary.endswith(f"\nto finish the job: {command}\n")
     else:
-        assert "to finish" not in in_discord(kind.run)["description"] + in_summary(kind.run)
+        assert "to finish" not in kind.embed["description"] + kind.summary
+
+
+def test_every_kind_of_run_has_its_details_clear_of_headline_and_frame(kind):
+    details = 0
+    for axes in kind.figure.axes:
+        frame = axes.get_window_extent()
+        headline = axes._left_title.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent()
+            if text.get_text() and box.y1 > frame.y1:
+                details += 1
+                assert box.y1 <= headline.y0 + 1, text.get_text()
+                assert box.y0 >= frame.y1 + 2 or not axes.axison, text.get_text()
+    assert details >= len(kind.run.models) - 1, "only clusters have none"
+
+
+def test_what_can_be_done_next_is_said_after_a_demo_and_a_first_run(told):
+    for run, said in (
+        (told(), 2),
+        (told(NONE | {"genre": {}}), 1),
+        (told({"genre": {"previous": 0.5}}), 0),
+        (told({"genre": {"previous": 0.5}}, parameters=told().parameters | {"demo": 500}), 2),
+        (told(dict.fromkeys(models.MODELS, OSError("x"))), 0),
+    ):
+        assert in_summary(run).count("\nto go on: ") == said
 
 
 # ---- The picture ---------------------------------------------------------------------------------
-def test_the_picture_sorts_confusions_by_share_of_genres_with_enough_songs():
-    confusions = [
-        ["a", "b", 40, 0.10],
-        ["c", "d", 30, 0.50],
-        ["e", "f", 9, 0.90],
-        ["g", "h", 8, 0.2],
-    ]
-    drawn = [actual for actual, *_ in notify.confusions_to_draw(confusions)]
-    assert drawn == ["c", "g", "a"], "e has 10 songs"
+ONLY_GENRE = NONE | {"genre": {}}
 
 
-def test_the_picture_shows_confusions_of_small_genres_where_there_are_no_others():
-    drawn = notify.confusions_to_draw([["a", "b", 2, 0.2], ["c", "d", 1, 0.5]])
-    assert [actual for actual, *_ in drawn] == ["c", "a"]
+def test_the_picture_shows_confusions_by_share_of_genres_with_enough_songs_where_there_are(told):
+    few = [["a", "b", 2, 0.2], ["c", "d", 1, 0.5]]
+    many = [["e", "f", 40, 0.10], ["g", "h", 30, 0.50], ["i", "j", 9, 0.90], ["k", "l", 8, 0.2]]
+    for confusions, drawn in ((few, "ca"), (many, "gke")):  # i has 10 songs
+        run = told(NONE | {"genre": {"plot": {"confusions": confusions}}})
+        assert re.findall(r"(\w) → \w:", words_of(figure_of(run))) == [*drawn]
 
 
-def test_the_picture_shows_both_lines_where_two_models_are_equally_good(told):
-    history = nights(30, genre=0.91, energy=0.91)
-    axes = notify.report_figure(told(), history).axes[-1]
-    lines = {line.get_label(): line for line in axes.get_lines()}
+def lines_of_history(run, history):
+    """The lines of the history by model, and the crosses of each as [(run, value)]."""
+    drawn = figure_of(run, history).axes[-1].get_lines()
+    lines = {line.get_label(): line for line in drawn[::2]}
+    crosses = {}
+    for name, cross in zip(lines, drawn[1::2]):
+        marked = pd.Series(cross.get_ydata(), cross.get_xdata(), dtype=float)
+        crosses[name] = list(marked.dropna().items())
+    return lines, crosses
+
+
+def test_the_history_shows_both_lines_where_two_models_are_equally_good(told):
+    lines, _ = lines_of_history(told(ONLY_GENRE), nights(30, genre=0.91, energy=0.91))
     below = lines["genre"]
     above = lines["energy"]
     assert below.get_zorder() <= above.get_zorder(), "energy is drawn later"
@@ -4030,38 +4092,75 @@ def test_the_picture_shows_both_lines_where_two_models_are_equally_good(told):
     assert below.get_markersize() > above.get_markersize() + 1
 
 
-@pytest.mark.parametrize(
-    "changed", [{}, {"energy": HELD | {"error": "held back: " + "it fell " * 99}}]
-)
-def test_the_picture_writes_details_clear_of_headline_and_frame(told, changed):
-    run = told(changed)
-    for name in ("genre", "energy", "popularity"):
-        run.models[name].metrics["leans_on"] = {"artist_name": 0.31}
-    figure = notify.report_figure(run, [])
+def test_the_history_marks_what_was_held_back_at_its_value_and_keeps_a_models_looks(told):
+    history = []
+    for night, model, status, value, table in cells("""
+        1 | genre    | failed    |     | my songs
+        1 | energy   | held_back | 0.3 | my songs
+        1 | similar  | trained   | 0.5 |
+        2 | genre    | trained   | 0.9 | my songs
+        2 | clusters | trained   | 0.1 | songs
+        3 | genre    | failed    |     | my songs
+        3 | energy   | held_back | 0.6 | my songs
+        3 | similar  | failed    |     | my songs
+        4 | genre    | trained   | 0.8 | my songs
+        4 | similar  | held_back |     | my songs"""):
+        line = {"run": f"2026-11-0{night}T03:00", "model": model, "status": status}
+        line["value"] = float(value) if value else None
+        if table:  # lines of the earlier edition have none
+            line["table"] = table
+        history.append(line)
+    lines, crosses = lines_of_history(told(ONLY_GENRE), history)
+    assert list(lines) == ["genre", "energy", "similar"], "no line of another table"
+    assert crosses == {
+        "genre": [(2, 0.9)],
+        "energy": [(0, 0.3), (2, 0.6)],
+        "similar": [(2, 0.5), (3, 0.5)],
+    }
+    alone, _ = lines_of_history(told(ONLY_GENRE), history[2:3])
+    for look in ("get_color", "get_marker", "get_linewidth"):
+        assert getattr(alone["similar"], look)() == getattr(lines["similar"], look)()
+
+
+def test_the_picture_cuts_no_command_and_no_table(told):
+    long = "a" * 63
+    command = f"python /srv/{long}/train.py --table-name {long} --only genre --force"
+    held = f"held back: R² 0.5, the current model has 0.8; to publish all the same: {command}"
+    run = told(
+        {"genre": HELD | {"error": held}, "energy": OSError(f"{long} is gone; do this: {command}")},
+        table=f"{long}.{long}",
+        warnings=[f"{long} moved; to see it: {command}"] * 2,
+    )
+    figure = figure_of(run)
     figure.draw_without_rendering()
-    details = 0
-    for axes in figure.axes:
-        frame = axes.get_window_extent()
-        headline = axes._left_title.get_window_extent()
-        for text in axes.texts:
-            box = text.get_window_extent()
-            if box.y0 > frame.y1 - 1:
-                details += 1
-                assert box.y0 >= frame.y1 + 2, text.get_text()
-                assert box.y1 <= headline.y0 + 1, text.get_text()
-    assert details >= 7
+    drawn = words_of(figure)
+    assert "the current model has 0.8 …" in drawn
+    assert f"warning: {long} moved …" in drawn
+    assert drawn.count("--force") == 1, "where there is room for it"
+    assert f"500 songs of {long}.{long}" in drawn
+    assert max(text.get_window_extent().x1 for text in figure.texts) <= 1600
+
+
+def test_the_picture_shows_every_share_of_similar(told):
+    plot = {"same_genre_at": [1.0, 0.53, 0.52, 0.01], "by_chance": 0.005}
+    axes = figure_of(told(NONE | {"similar": {"plot": plot}})).axes[0]
+    low, high = axes.get_ylim()
+    assert low <= 0
+    assert high > 1
 
 
 def test_the_picture_and_prefects_page_say_what_a_model_leans_on(told):
-    run = told()
-    falls = {"artist_name": 0.31, "album_name": 0.12, "year": 0.051, "key": 0.02}
+    falls = {"artist": 0.31, "time_signature": 0.12, "duration_ms": 0.051, "key": 0.02}
+    run = told(ONLY_GENRE)
     run.models["genre"].metrics["leans_on"] = falls
-    said = "leans on artist 0.31, album 0.12, year 0.05"
-    assert said in in_picture(run)
-    assert said in notify.model_page("genre", run.models["genre"], [])
-    assert "leans on" not in notify.model_page(
-        "energy", dataclasses.replace(run.models["energy"], metrics={"r2": 0.5}), []
-    )
+    said = "leans on artist 0.31, time signature 0.12, duration 0.05"
+    page = notify.model_page("genre", run.models["genre"], nights(2))
+    assert said in words_of(figure_of(run))
+    assert said in page
+    assert "accuracy 0." in page
+    assert "|2026-11-01T03:00|failed|" in page
+    assert not INTERNAL.search(page)
+    assert "leans on" not in notify.model_page("energy", notify.Outcome("failed", "no"), [])
 
 
 # ---- The terminal --------------------------------------------------------------------------------
