@@ -4714,7 +4714,7 @@ def newcomer(table, tmp_path):
     type_in(tmp_path, f"git init -q origin; cd origin; {committed}; git clone -q . ../clone").end()
     (folder / ".venv").symlink_to(sys.prefix)
     songs = db.demo_songs(600).head(300)
-    songs.loc[0, "track_name"] = "Silent Winter Static"
+    songs.loc[0, "track_name"] = "Secret Desert Secret"
     songs.to_csv(folder / "songs.csv", index=False)
     return SimpleNamespace(folder=folder, own={"DATABASE_URL": None})
 
@@ -4744,7 +4744,7 @@ def test_a_newcomers_way_through_the_docs(newcomer, tmp_path):
     text = type_block("own songs", folder, **own).end()
     assert text.count("5 of 5 models trained") == 2
     assert "300 songs loaded" in text
-    text = type_block("use", folder, **own).end(0, "Like Silent Winter Static by", "genre is again")
+    text = type_block("use", folder, **own).end(0, "Like Secret Desert Secret by", "genre is again")
     assert "genre_predicted" in (folder / "predicted.csv").read_text().splitlines()[0]
     type_block("predictions", folder, **own).end(0, "5 of 5 models trained")
     flow = printed("flow") + "print(result['models']['genre']['status'])"
