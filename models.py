@@ -19,31 +19,32 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
+import gc
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import chain, repeat
 from logging.handlers import QueueHandler
-from multiprocessing.connection import Client, Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -110,8 +111,9 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
             f"the table has {learnable}"
         )
-    known, new, leans = _judge("genre", GenreClassifier, songs, _genre_answers, accuracy_score)
-    final = _fit("genre", GenreClassifier(), songs)
+    final, known, new, leans = _fit_and_judge(
+        "genre", GenreClassifier(), GenreClassifier, songs, _genre_answers, accuracy_score
+    )
     return final, {
         "accuracy": _figure(accuracy_score, known),
         "accuracy_new_artists": _figure(accuracy_score, new),
@@ -285,9 +287,15 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, d
             "baseline": np.full(len(held_out), learnt[target].mean()),
         }
 
-    known, new, leans = _judge(target, partial(SongRegressor, target), songs, answers, r2_score)
     fits = AVERAGED if len(songs) < FEW_SONGS else 1
-    final = _fit(target, SongRegressor(target, fits), songs)
+    final, known, new, leans = _fit_and_judge(
+        target,
+        SongRegressor(target, fits),
+        partial(SongRegressor, target),
+        songs,
+        answers,
+        r2_score,
+    )
     return final, {
         "r2": _figure(r2_score, known),
         "r2_new_artists": _figure(r2_score, new),
@@ -389,11 +397,8 @@ FEATURED = re.compile(
     r"[(\[\-]\s*(?:feat\.?|ft\.?|featuring|with)\s+([^()\[\]]+)"  # "Title (feat. B & C)"
     r"|[(\[\-]\s*([^()\[\]\-]+?)(?:'s)?\s+(?:[a-z]+\s+)?(?:remix|edit|mix)"  # "Title - B Remix"
 )
-# Two models split the same texts, each twice: for its evaluation and for the model that is saved.
-TEXTS_KEPT = 1 << 18
 
 
-@lru_cache(TEXTS_KEPT)
 def credits(artist_name: str) -> list[str]:
     """Return the credited artists: "A;B" is A and B."""
     return [name.strip() for name in artist_name.casefold().split(";")]
@@ -413,7 +418,6 @@ def featured(track_name: str) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
-@lru_cache(TEXTS_KEPT)
 def tokens(text: str) -> list[str]:
     """Return the tokens of a title: "remix" tells something even of an artist never seen."""
     return TOKEN.findall(text.casefold())
@@ -495,46 +499,72 @@ def in_parts(
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1, None where nobody knows it.
-PROGRESS_STEP = 0.02  # at least between two records: they shall cost nothing
-PROGRESS_SECONDS = 10  # a fit that takes longer says each quarter where only INFO is seen
+PROGRESS_STEP = (
+    0.05  # of a part, at least between two shares that are told: they shall cost nothing
+)
+PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is seen
 
 Progress = Callable[[float], None]
 
 
-def _say(name: str, phase: str, count: int, share: float | None = None) -> None:
-    extra = {"model": name, "phase": phase, "share": share}
+def _say(name: str, phase: str, count: int) -> None:
+    extra = {"model": name, "phase": phase, "share": None}
     log.info("%s: %s on %s songs", name, phase, f"{count:,}", extra=extra)
 
 
 def _say_nothing(share: float) -> None:
-    """Take the place of a _Progress where nobody asked for one."""
+    """Take the place of a progress where nobody asked for one."""
+
+
+class Part(NamedTuple):
+    """A part of a model's training that needs no other part of it."""
+
+    phase: str  # "fitting" or "evaluating"
+    work: Callable[[Progress], Any]
+
+    def take(self, tell: Progress) -> Any:
+        """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
+        told = 0.0
+
+        def progress(share: float) -> None:
+            nonlocal told
+            if share - told >= PROGRESS_STEP or share == 1:
+                told = share
+                tell(share)
+
+        tell(told)
+        return self.work(progress)
 
 
 class _Progress:
-    """Log what share is done, as often as one calls it but a record per PROGRESS_STEP at most.
+    """Log what share of a model's training is done, from those of its parts.
 
-    The level is DEBUG; INFO where another quarter is done of what takes long.
+    The level is DEBUG; INFO where a part begins, and each quarter of what takes long.
     """
 
-    def __init__(self, name: str, phase: str, start: float = 0.0, end: float = 1.0) -> None:
-        """`start` and `end` are the shares to log where the caller's is 0 and 1."""
+    def __init__(self, name: str, phases: Sequence[str]) -> None:
+        """`phases`: of each part what it does."""
         self.name = name
-        self.phase = phase
-        self.start = start
-        self.end = end
-        self.said = start
+        self.phases = phases
+        self.shares = [0.0] * len(phases)
+        self.done = 0.0
         self.began = time.monotonic()
 
-    def __call__(self, share: float) -> None:
-        share = self.start + (self.end - self.start) * share
-        if share - self.said < PROGRESS_STEP and share < 1:
-            return
+    def __call__(self, part: int, share: float) -> None:
+        """Take notice of the share of the part of that number."""
+        quarter = int(4 * self.done)
+        self.shares[part] = share
+        self.done = sum(self.shares) / len(self.shares)
         takes_long = time.monotonic() - self.began > PROGRESS_SECONDS
-        another_quarter = int(4 * share) > int(4 * self.said) and share < 1
-        level = logging.INFO if takes_long and another_quarter else logging.DEBUG
-        self.said = share
-        extra = {"model": self.name, "phase": self.phase, "share": round(share, 4)}
-        log.log(level, "%s: %s, %.0f %%", self.name, self.phase, 100 * share, extra=extra)
+        another_quarter = quarter < int(4 * self.done) < 4
+        level = logging.DEBUG
+        if takes_long and another_quarter:
+            level = logging.INFO
+        if share == 0:
+            level = logging.INFO
+        phase = self.phases[part]
+        extra = {"model": self.name, "phase": phase, "share": round(self.done, 4)}
+        log.log(level, "%s: %s, %.0f %%", self.name, phase, 100 * self.done, extra=extra)
 
 
 # ---- Genre ---------------------------------------------------------------------------------------
@@ -1282,6 +1312,7 @@ def _rank_of_title(title: str, text: str) -> int | None:
 
 # ---- Evaluation: which songs a model is judged by, and on what it leans --------------------------
 
+Metric = Callable[[Any, Any], float]
 Answers = dict[str, np.ndarray]  # "actual", "predicted", …: a value per held-out song
 
 LEAN_SONGS = 1000  # held-out songs whose columns are shuffled
@@ -1314,68 +1345,55 @@ def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
     return rank < int(len(distinct) * share)
 
 
-def _judge(
+def _fit_and_judge(
     name: str,
+    final: Any,
     make: Callable[[], Any],
     songs: pd.DataFrame,
     answers: Callable[[Any, pd.DataFrame, pd.DataFrame], Answers],
-    metric: Callable[[Any, Any], float],
-) -> tuple[Answers, Answers, dict[str, float]]:
-    """Judge estimators, one for each split, on the songs it has not learnt from.
+    metric: Metric,
+) -> tuple[Any, Answers, Answers, dict[str, float]]:
+    """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
-    `name` is the model and the column it predicts; `make()` gives an estimator;
-    `answers(estimator, learnt, held_out)` is what is judged. Return the answers of known artists'
-    songs and of new artists', those of all splits end to end ({} where nothing was held out), and
-    what the first split's estimator leans on, by the metric.
+    `name` is the model and the column it predicts; `make()` gives an estimator to judge;
+    `answers(estimator, learnt, held_out)` is what is judged. Return the fitted estimator, the
+    answers of known artists' songs and of new artists', those of all splits end to end ({} where
+    nothing was held out), and what the first split's estimator leans on, by the metric.
     """
-    known: list[Answers] = []
-    new: list[Answers] = []
-    leans: dict[str, float] = {}
-    part = 1 / (_splits(songs) + 1)  # of the work: the last is the fit on all songs
-    for split in range(_splits(songs)):
-        train, is_known, is_new = holdout(songs, split)
-        _say(name, "evaluating", (~train).sum(), split * part)
-        progress = _Progress(name, "evaluating", split * part, (split + 1) * part)
-        judged = make().fit(songs[train], songs.loc[train, name], progress)
-        if is_known.any():
-            known.append(answers(judged, songs[train], songs[is_known]))
-        if is_new.any():
-            new.append(answers(judged, songs[train], songs[is_new]))
-        if split == 0:
-            leans = leans_on(judged, songs[is_known], name, metric)
-    return _end_to_end(known), _end_to_end(new), leans
 
+    def judge(split: int, progress: Progress) -> tuple[Any, ...]:
+        train, known, new = holdout(songs, split)
+        learnt = songs[train]
+        judged = make().fit(learnt, learnt[name], progress)
+        said = [answers(judged, learnt, songs[some]) if some.any() else {} for some in (known, new)]
+        leans = leans_on(judged, songs[known], name, metric) if split == 0 else {}
+        return *said, leans
 
-def _fit(name: str, final: Any, songs: pd.DataFrame) -> Any:
-    """Return the estimator that is saved, fitted on all songs."""
-    start = 1 - 1 / (_splits(songs) + 1)
-    _say(name, "fitting", len(songs), start)
-    final.fit(songs, songs[name], _Progress(name, "fitting", start))
+    parts = [Part("fitting", partial(final.fit, songs, songs[name]))]  # the longest
+    splits = SPLITS if len(songs) < FEW_SONGS else 1
+    parts += [Part("evaluating", partial(judge, split)) for split in range(splits)]
+    final, *judged = _take_parts(name, parts)
     if final.fitted_on_ < len(songs):
         log.info(
             "%s: fitted on a sample of %s songs; artists are counted over all",
             name,
             f"{final.fitted_on_:,}",
         )
-    return final
+    known, new, leans = zip(*judged)
+    return final, _end_to_end(known), _end_to_end(new), leans[0]
 
 
-def _splits(songs: pd.DataFrame) -> int:
-    return SPLITS if len(songs) < FEW_SONGS else 1
-
-
-def _end_to_end(parts: list[Answers]) -> Answers:
-    if not parts:
+def _end_to_end(parts: Sequence[Answers]) -> Answers:
+    some = [part for part in parts if part]
+    if not some:
         return {}
     whole = {}
-    for key in parts[0]:
-        whole[key] = np.concatenate([part[key] for part in parts])
+    for key in some[0]:
+        whole[key] = np.concatenate([part[key] for part in some])
     return whole
 
 
-def leans_on(
-    estimator: Any, songs: pd.DataFrame, target: str, metric: Callable[[Any, Any], float]
-) -> dict[str, float]:
+def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> dict[str, float]:
     """Return {column: fall}: how far the metric falls when a column is shuffled, largest first.
 
     Permutation importance (Breiman, "Random Forests", 2001) of each column that the estimator looks
@@ -1402,9 +1420,7 @@ def leans_on(
     return falls
 
 
-def _figure(
-    metric: Callable[[Any, Any], float], answers: Answers, key: str = "predicted"
-) -> float | None:
+def _figure(metric: Metric, answers: Answers, key: str = "predicted") -> float | None:
     """Return the metric of the actual values and answers[key]; None of fewer than two songs."""
     if not answers or len(answers["actual"]) < 2:
         return None
@@ -1987,7 +2003,7 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
         index = loaded["similar"]["estimator"]
         songs, rows = _neighbours_together(songs, index)
     trained_at = max(model["trained_at"] for model in loaded.values())
-    progress = _Progress("predictions", "predicting")
+    progress = _Progress("predictions", ["predicting"])
     for start in range(0, len(songs), PREDICTED_AT_ONCE):
         end = start + PREDICTED_AT_ONCE
         some = songs.iloc[start:end]
@@ -1997,7 +2013,7 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
         if index:
             frame["similar_tracks"] = _similar_tracks(index, rows[start:end], frame.index)
         yield frame
-        progress(min(1, end / len(songs)))
+        progress(0, min(1, end / len(songs)))
 
 
 def _neighbours_together(
@@ -2030,16 +2046,20 @@ def _similar_tracks(index: SimilarSongs, rows: np.ndarray, labels: pd.Index) -> 
 #
 # A run asks for steps with take(). One process, the fork server, has imported everything and holds
 # the songs; it takes each step in a fork of itself. So a step that crashes or is killed costs that
-# step alone, and the process that asked holds nothing heavy.
+# step alone, and the process that asked holds nothing heavy. The parts of a training are forks of
+# its step. As many forks work at once as there are cores; more would only hold memory.
+
+CORE_SECONDS = 0.005  # between two looks for a free core
 
 _songs: dict[tuple, tuple] = {}  # that this process holds: (url, table) -> (songs, describe(songs))
 
 
-def take(step: str, *arguments: Any) -> Any:
-    """Have this process's fork server take a step of STEPS; return what the step returns.
+def take(step: Callable, *arguments: Any) -> Any:
+    """Have this process's fork server take a step; return what the step returns.
 
-    What the step logs is logged here, in the thread that asked. Raises the step's error, or Killed.
-    Where this process has no fork server, as on a worker, there is one for this step alone.
+    `step`: a function of a module. What it logs is logged here, in the thread that asked. Raises
+    its error, or Killed. Where this process has no fork server, as on a worker, there is one for
+    this step alone.
     """
     if _fork_server is None:
         with fork_server():
@@ -2103,16 +2123,6 @@ def draw(run: Any, path: Path) -> None:
     notify.draw_report(run, read_history(run.models_dir), list(MODELS), path)
 
 
-STEPS: dict[str, Callable] = {
-    "load_csv": db.load_csv,
-    "load_demo": db.load_demo,
-    "read_songs": read_songs,
-    "train": train,
-    "predict_table": predict_table,
-    "draw": draw,
-}
-
-
 @contextmanager
 def fork_server(*inherited: IO) -> Iterator[None]:
     """Have this process's fork server run while the block does; then it and its forks are gone.
@@ -2139,73 +2149,61 @@ class ForkServerProcess:
 
     def __init__(self, inherited: list[int]) -> None:
         self.inherited = inherited
-        self.folder = tempfile.TemporaryDirectory()  # which nobody else may enter
         self.starting = threading.RLock()
         self.ended = False
         self._start()
 
     def _start(self) -> None:
-        self.address = f"{self.folder.name}/{time.monotonic_ns()}"  # 107 bytes at most
-        with socket.socket(socket.AF_UNIX) as listening:
-            listening.bind(self.address)  # here, so that nobody has to wait until it listens
-            listening.listen(100)
-            # faulthandler: what crashes a step leaves its traceback in the log
-            words = [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())]
-            with signals_held():
-                self.process = subprocess.Popen(
-                    words,
-                    stdin=listening.fileno(),
-                    pass_fds=self.inherited,
-                    start_new_session=True,  # Ctrl-C is for the process that started this one
-                )
+        self.asking, asked = multiprocessing.Pipe()
+        # faulthandler: what crashes a step leaves its traceback in the log
+        words = [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())]
+        with asked, signals_held():
+            self.process = subprocess.Popen(
+                words,
+                stdin=asked.fileno(),
+                pass_fds=self.inherited,
+                start_new_session=True,  # Ctrl-C is for the process that started this one
+            )
 
-    def _connect(self) -> Connection:
+    def take(self, step: Callable, arguments: tuple) -> Any:
         with self.starting:
-            if self.ended:
-                raise EOFError
-            if self.process.poll() is not None:
+            if self.process.poll() is not None and not self.ended:
                 self._start()
-            return Client(self.address)
-
-    def take(self, step: str, arguments: tuple) -> Any:
-        try:
-            with self._connect() as connection:
-                connection.send((step, arguments))
-                message = connection.recv()
-                while isinstance(message, logging.LogRecord):
-                    logging.getLogger(message.name).handle(message)
-                    message = connection.recv()
-        except (EOFError, ConnectionError):
-            raise Killed("it was killed (was memory short?)") from None
-        result, error = message
-        if error:
-            raise error
-        return result
+            ours, theirs = multiprocessing.Pipe()
+            with theirs, suppress(BrokenPipeError):  # it was killed just now: `ours` has an end
+                self.asking.send((step, arguments))
+                send_handle(self.asking, theirs.fileno(), self.process.pid)
+        with ours:
+            return _answers([ours])[0]
 
     def kill(self) -> None:
         with self.starting:
             self.ended = True
             self.process.kill()
             self.process.wait()
-            self.folder.cleanup()
-
-    def memory_mb(self) -> float:
-        """Return the memory of the fork server and its forks, shared pages counted once (Linux)."""
-        pid = self.process.pid
-        try:
-            forks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        except OSError:
-            forks = []
-        return sum(_memory_mb(process) for process in [str(pid), *forks])
 
 
 _fork_server: ForkServerProcess | None = None
 
 
 def memory_mb() -> float:
-    """Return the memory of this process, its fork server and the forks, in MB; 0 where unknown."""
-    forks = _fork_server.memory_mb() if _fork_server else 0
-    return _memory_mb("self") + forks
+    """Return the memory of this process, its fork server and the forks, in MB; 0 where unknown.
+
+    Pages that they share are counted once (Linux).
+    """
+    processes = ["self"]
+    if _fork_server:
+        processes += _with_forks(str(_fork_server.process.pid))
+    return sum(map(_memory_mb, processes))
+
+
+def _with_forks(pid: str) -> list[str]:
+    """Return a process, its forks, and theirs."""
+    try:
+        forks = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        forks = []
+    return [pid, *chain.from_iterable(map(_with_forks, forks))]
 
 
 def _memory_mb(process: str) -> float:
@@ -2216,74 +2214,106 @@ def _memory_mb(process: str) -> float:
     return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
 
 
-class Asked(Connection):
-    """A connection on which a step was asked for."""
+def _answers(forks: list[Any], progress: Any = None) -> list[Any]:
+    """Return what the forks at the other ends of the connections answer; log what they log.
 
-    step: str
-    arguments: tuple
-
-
-# A fork is safe where libraries expect it; macOS's do not, so there a step is a thread.
-_MixIn: Any = socketserver.ForkingMixIn if sys.platform == "linux" else socketserver.ThreadingMixIn
-
-
-class ForkServer(_MixIn, socketserver.UnixStreamServer):
-    """Take the steps that are asked for on the socket at standard input, each in a fork.
-
-    This process has a single thread, as a fork copies no other. It closes its end of a connection
-    right after the fork, so a killed step is an end of file for whoever waits.
+    `progress(number of a fork, share)` is told. Raises the first error of one, or Killed.
     """
+    answers: list[Any] = [None] * len(forks)
+    waiting = list(forks)
+    while waiting:
+        ready: list[Any] = wait(waiting)
+        for fork in ready:
+            try:
+                message = fork.recv()
+            except (EOFError, ConnectionError):
+                raise Killed("it was killed (was memory short?)") from None
+            if isinstance(message, logging.LogRecord):
+                logging.getLogger(message.name).handle(message)
+            elif isinstance(message, float):
+                progress(forks.index(fork), message)
+            elif isinstance(message, Exception):
+                raise message
+            else:
+                answers[forks.index(fork)] = message
+                waiting.remove(fork)
+    return answers
 
-    daemon_threads = True
 
-    def __init__(self, parent: int) -> None:
-        import joblib
+# The cores that forks share: how many (0: this process is none), and a file with a byte for each.
+_cores = 0
+_cores_file = -1
 
-        super().__init__("", socketserver.BaseRequestHandler, bind_and_activate=False)
-        self.socket = socket.socket(fileno=0)
-        self.parent = parent
-        self.pid = os.getpid()
-        self.max_children = joblib.cpu_count()  # more at once would only hold memory
 
-    def get_request(self) -> tuple[Any, Any]:
-        request, address = self.socket.accept()
-        return Asked(request.detach()), address
+def _fork(asker: Connection, step: Callable, *arguments: Any) -> Any:
+    """Take a step in a fork of this process, which answers whoever asked; return its Process."""
+    parent = os.getpid()
 
-    def process_request(self, request: Any, address: Any) -> None:
-        request.step, request.arguments = request.recv()
-        if request.step == "read_songs":  # in this process, so that the forks share them
-            self.finish_request(request, address)
-            self.shutdown_request(request)
-        else:
-            super().process_request(request, address)
+    def be_fork() -> None:
+        die_with(parent)
+        with suppress(OSError):  # where memory is short the kernel shall end this, no database
+            Path("/proc/self/oom_score_adj").write_text("500")
+        logging.root.handlers.clear()  # the parent's
+        _wait_for_core()
+        _answer(asker, step, arguments)
 
-    def finish_request(self, request: Any, address: Any) -> None:
-        """Take a step; send what it logs, then (its result, its error)."""
-        if os.getpid() != self.pid:
-            die_with(self.pid)
-            with suppress(OSError):  # where memory is short the kernel shall end this, no database
-                Path("/proc/self/oom_score_adj").write_text("500")
-        asking = threading.get_ident()
-        handler = _Sender(request)  # type: ignore[arg-type]
-        handler.addFilter(lambda record: record.thread == asking)
-        logging.root.addHandler(handler)
-        try:
-            answer = _attempt(STEPS[request.step], request.arguments)
-            with suppress(BrokenPipeError):  # whoever asked is gone, and this process soon will be
-                request.send(answer)
-        finally:
-            logging.root.removeHandler(handler)
+    gc.freeze()  # what is there now is the garbage collector's no more: it would copy it all
+    process = multiprocessing.get_context("fork").Process(target=be_fork)
+    process.start()
+    asker.close()  # so a fork that is killed is an end of file for whoever waits
+    return process
 
-    def shutdown_request(self, request: Any) -> None:
-        request.close()
 
-    def close_request(self, request: Any) -> None:
-        request.close()
+def _wait_for_core() -> None:
+    """Take one of the cores: a lock on its byte, which the kernel frees when its holder ends."""
+    fcntl.lockf(_cores_file, fcntl.LOCK_EX, 1)  # the first byte: whose turn it is to look
+    while True:
+        for core in range(1, _cores + 1):
+            with suppress(OSError):
+                fcntl.lockf(_cores_file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, core)
+                fcntl.lockf(_cores_file, fcntl.LOCK_UN, 1)
+                return
+        time.sleep(CORE_SECONDS)
 
-    def service_actions(self) -> None:
-        super().service_actions()
-        if os.getppid() != self.parent:  # where die_with() cannot help
-            sys.exit()
+
+def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
+    """Take a step; send what it logs, then its result or its error."""
+    asking = threading.get_ident()
+    handler = _Sender(asker)  # type: ignore[arg-type]
+    handler.addFilter(lambda record: record.thread == asking)
+    logging.root.addHandler(handler)
+    try:
+        answer = _attempt(step, arguments)
+    finally:
+        logging.root.removeHandler(handler)
+    if _cores:  # is let go of before the answer is read, for which there may be no core
+        fcntl.lockf(_cores_file, fcntl.LOCK_UN)
+    with asker, suppress(BrokenPipeError):  # it is gone, and this process soon will be
+        asker.send(answer)
+
+
+def _take_parts(name: str, parts: list[Part]) -> list[Any]:
+    """Return what the parts of a model's training return.
+
+    In a fork, where there are cores, each is a fork of it; elsewhere, as in a notebook, they are
+    taken one after the other. Raises what a part raises, or Killed.
+    """
+    progress = _Progress(name, [part.phase for part in parts])
+    if _cores < 2:
+        return [part.take(partial(progress, number)) for number, part in enumerate(parts)]
+    connections = []
+    forks = []
+    fcntl.lockf(_cores_file, fcntl.LOCK_UN)
+    try:
+        for part in parts:
+            ours, theirs = multiprocessing.Pipe()
+            connections.append(ours)
+            forks.append(_fork(theirs, part.take, theirs.send))
+        return _answers(connections, progress)
+    finally:
+        for fork in forks:
+            fork.kill()
+        _wait_for_core()
 
 
 class _Sender(QueueHandler):
@@ -2296,29 +2326,50 @@ class _Sender(QueueHandler):
             self.queue.send(record)
 
 
-def _attempt(step: Callable, arguments: tuple) -> tuple[Any, Exception | None]:
-    """Return (what the step returns, None) or (None, its error), which can be sent: no secrets."""
+def _attempt(step: Callable, arguments: tuple) -> Any:
+    """Return what the step returns or its error, which can be sent: no secrets."""
     result, error = notify.attempt(step, *arguments)
     if error is None:
-        return result, None
+        return result
     if not isinstance(error, notify.SAY_IT_ALL):
         kind = StepFailed if notify.heals(error) else SameInputFails
-        return None, kind(notify.explain(error))
+        return kind(notify.explain(error))
     error.args = tuple(db.redact(part) if isinstance(part, str) else part for part in error.args)
-    return None, error
+    return error
 
 
 def serve_forks(parent: int) -> int:
-    """Be the fork server of that process until it ends."""
+    """Be the fork server of that process until it ends.
+
+    Steps are asked for on connections that come through standard input. This process has a single
+    thread, as a fork copies no other.
+    """
+    global _cores, _cores_file
     die_with(parent)  # before the imports, which take two seconds
+    import joblib
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
     import sklearn.pipeline  # noqa: F401
 
     notify.quiet_logs(keep_shares=True)
     logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
-    ForkServer(parent).serve_forever()
-    return 0
+    threads = ThreadPoolExecutor(joblib.cpu_count())
+    if sys.platform == "linux":
+        _cores = joblib.cpu_count()
+        _cores_file = os.memfd_create("cores")
+    asked = Connection(0)
+    while True:
+        try:
+            step, arguments = asked.recv()
+            asker = Connection(recv_handle(asked))
+        except EOFError:  # whoever asks is gone
+            return 0
+        if step is read_songs:  # in this process, so that the forks share them
+            _answer(asker, step, arguments)
+        elif _cores:
+            _fork(asker, step, *arguments)
+        else:  # libraries expect a fork on Linux; on macOS it is not safe
+            threads.submit(_answer, asker, step, arguments)
 
 
 @contextmanager

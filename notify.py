@@ -548,8 +548,8 @@ def quiet_logs(keep_shares: bool = False) -> None:
     """Let our log lines through, and no secret in any line of ours or of Prefect's.
 
     Records that carry a share of what is done move the bars of `live_status`; those of level DEBUG
-    go no further, and of the others one a quarter does. With `keep_shares` all go on: for a process
-    that sends what it logs to the one with the terminal.
+    go no further. With `keep_shares` all go on: for a process that sends what it logs to the one
+    with the terminal.
     """
     for logger in map(logging.getLogger, LOGGERS):
         logger.setLevel(logging.DEBUG)
@@ -580,24 +580,14 @@ def _without_secrets(record: logging.LogRecord) -> bool:
 
 
 _live_lines: list["_LiveLines"] = []  # of the terminal, while live_status shows them
-_quarters: dict[tuple, int] = {}  # (model, phase) -> the last quarter that went into the log
 
 
 def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
     """A logging filter: show a record's share, let the record go on where a log wants it."""
-    share = getattr(record, "share", None)
-    if share is None:
-        return record.levelno >= logging.INFO
-    for lines in _live_lines:
-        lines.show(record)
-    if record.levelno != logging.INFO:
-        return record.levelno > logging.INFO
-    key = (getattr(record, "model", ""), getattr(record, "phase", ""))
-    quarter = int(4 * share)
-    if _quarters.get(key) == quarter:
-        return False
-    _quarters[key] = quarter
-    return True
+    if getattr(record, "share", None) is not None:
+        for lines in _live_lines:
+            lines.show(record)
+    return record.levelno >= logging.INFO
 
 
 # ---- Terminal ------------------------------------------------------------------------------------

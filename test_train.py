@@ -1189,6 +1189,48 @@ def test_a_fork_server_that_is_killed_is_started_again(table, toys, tmp_path, we
     assert webhook.got[0][1], "and draws the picture"
 
 
+def forks_of(pid):
+    return [int(fork) for fork in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def at_work(run):
+    """Return the forks of each of two steps of the run, the one that is saved first."""
+    steps = []
+
+    def both():
+        steps[:] = [forks_of(step) for step in forks_of(pid_of(run, "forkserver"))]
+        return len(list(filter(None, steps))) == 2
+
+    run.at("genre: fitting")
+    assert wait_until(both), run.text
+    return steps
+
+
+def test_a_judge_and_a_fit_that_are_killed_are_trained_again_alone(table, tmp_path, webhook):
+    """And no folder for temporary files is too deep for it."""
+    db.load_demo(4_000, table, "spotify_songs")
+    deep = tmp_path / ("x" * 98)
+    deep.mkdir()
+    run = Run(f"--only genre,popularity --models-dir {tmp_path}/models", TMPDIR=deep)
+    (fit, *_), (*_, judge) = at_work(run)
+    os.kill(fit, signal.SIGKILL)
+    os.kill(judge, signal.SIGKILL)
+    again = "it was killed (was memory short?); it was trained again, alone"
+    run.end(0, "2 of 2 models trained", f"genre: {again}", f"popularity: {again}")
+    assert webhook.got[0][0]["color"] == YELLOW
+
+
+def test_a_run_that_ends_amid_judges_and_fits_leaves_none(table, tmp_path, webhook):
+    db.load_demo(4_000, table, "spotify_songs")
+    line = "--only genre,popularity --models-dir"
+    stopped, killed = (Run(f"{line} {tmp_path}/{name}") for name in ("stopped", "killed"))
+    at_work(killed)
+    killed.process.kill()
+    at_work(stopped)
+    stop(stopped, tmp_path / "stopped", webhook)
+    killed.end(-signal.SIGKILL)
+
+
 @slow
 def test_prefects_temporary_server_is_killed_amid_the_fits(table, toys, tmp_path, webhook):
     own = toys("steady,swinging") | {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path / "prefect"}
@@ -2836,17 +2878,47 @@ def test_the_share_that_is_done_rises_from_0_to_1(songs, caplog, name):
     assert {record.model for record in records} == {name}
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0, 1)
-    assert len(shares) <= 50 + 2 * (models.SPLITS + 1), "a record per 2 % and one per phase"
+    assert len(shares) <= 21 * (models.SPLITS + 1), "a record per 5 % of a part and at its start"
     quiet = [record for record in records if record.levelname == "INFO"]
     assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
+
+
+def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_counts(
+    songs, trained, caplog, monkeypatch
+):
+    """In the fork server each of the four parts of a training is a process."""
+    caplog.set_level("DEBUG", "models")
+    processes = set()
+    monkeypatch.setattr(models, "_memory_mb", lambda process: processes.add(process) or 0)
+    over = threading.Event()
+
+    def watch():
+        while not over.wait(0.02):
+            models.memory_mb()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    names = "genre", "energy", "popularity"
+    with models.fork_server():
+        for name in names:
+            caplog.clear()
+            _, metrics = models.take(models.MODELS[name], songs)
+            assert json.dumps(metrics) == json.dumps(trained[name][1])
+            shares = [record.share for record in caplog.records if hasattr(record, "share")]
+            assert shares == sorted(shares)
+            assert (shares[0], shares[-1]) == (0, 1)
+        over.set()
+        watching.join()
+    parts = models.SPLITS + 1 if os.cpu_count() > 1 else 0
+    assert len(processes) == len(["this one", "the fork server"]) + len(names) * (1 + parts)
 
 
 def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
     caplog.set_level("INFO", "models")
     monkeypatch.setattr(models, "PROGRESS_SECONDS", -1)
-    progress = models._Progress("genre", "fitting")
+    progress = models._Progress("genre", ["fitting"])
     for step in range(1, 21):
-        progress(step / 20)
+        progress(0, step / 20)
     said = [record.getMessage() for record in caplog.records]
     assert said == ["genre: fitting, 25 %", "genre: fitting, 50 %", "genre: fitting, 75 %"]
 
@@ -4186,7 +4258,6 @@ def our_logs(caplog):
     """The log as notify.quiet_logs leaves it, until the test ends."""
     loggers = [logging.getLogger(name) for name in notify.LOGGERS]
     before = [(logger, logger.level, list(logger.filters)) for logger in loggers]
-    notify._quarters.clear()
     notify.quiet_logs()
     yield caplog
     for logger, level, filters in before:
@@ -4282,21 +4353,12 @@ def test_the_terminal_keeps_what_is_live_out_of_its_log_but_for_warnings(termina
     assert logged == ["genre: two; retrying", "of nobody"]
 
 
-def test_a_log_without_a_terminal_gets_a_line_a_quarter(our_logs):
+def test_a_log_without_a_terminal_gets_what_is_told_and_not_what_only_moves_a_bar(our_logs):
     with notify.live_status(["genre"]):
-        for step in range(101):
-            say(f"genre: {step}", model="genre", phase="fitting", share=step / 100)
-            say("genre: a step", logging.DEBUG, model="genre", phase="fitting", share=step / 100)
-    assert our_logs.messages == [f"genre: {step}" for step in (0, 25, 50, 75, 100)]
-
-
-def test_a_log_gets_the_quarters_of_every_phase_and_every_run(our_logs):
-    for phase in ("judging", "fitting", "judging"):
-        for share in (0.0, 0.1, 0.5, 0.6, 1.0):
-            say(f"{phase} {share}", model="genre", phase=phase, share=share)
-    said = " ".join(our_logs.messages)
-    judging = "judging 0.0 judging 0.5 judging 1.0"
-    assert said == f"{judging} fitting 0.0 fitting 0.5 fitting 1.0 {judging}"
+        say("genre: fitting, 25 %", model="genre", phase="fitting", share=0.25)
+        say("genre: fitting, 27 %", logging.DEBUG, model="genre", phase="fitting", share=0.27)
+        say("genre: fitting, 50 %", model="genre", phase="fitting", share=0.5)
+    assert our_logs.messages == ["genre: fitting, 25 %", "genre: fitting, 50 %"]
 
 
 def test_a_log_tells_no_secret_of_a_traceback_from_another_process(our_logs, monkeypatch):

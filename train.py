@@ -101,7 +101,7 @@ STOP_SECONDS = 1.5  # from a stop to the end of the process, whatever still wait
 STOPS = {signal.SIGTERM, signal.SIGINT}
 DASK_SECONDS = 30  # for a Dask cluster to answer and to have a worker
 CHECK_SECONDS = 4  # for all that --check looks at, side by side
-MEMORY_SECONDS = 0.5  # between two looks at the memory of a run
+MEMORY_SECONDS = 1  # between two looks at the memory of a run: each costs 3 ms a process
 
 log = logging.getLogger("train")
 
@@ -222,7 +222,7 @@ def train_and_publish(run: Run) -> None:
         into = run.parameters["predict_into"]
         if into:
             database_task("predict_task", "predict")(
-                "predict_table", url, run.table, into, run.models_dir
+                models.predict_table, url, run.table, into, run.models_dir
             )
 
 
@@ -231,16 +231,16 @@ def read_songs(run: Run) -> str:
     given = run.parameters
     url = db.database_url(demo=run.demo is not None)
     if run.demo:
-        database_task("load_demo_task", "load demo songs")("load_demo", run.demo, url, run.table)
+        database_task("load_demo_task", "load demo songs")(db.load_demo, run.demo, url, run.table)
     elif given["csv_path"]:
         rejected = str(Path(run.models_dir, "rejected_rows.csv"))
         run.csv = database_task("load_csv_task", "load CSV")(
-            "load_csv", given["csv_path"], url, run.table, given["truncate_table"], rejected
+            db.load_csv, given["csv_path"], url, run.table, given["truncate_table"], rejected
         )
         run.warnings += run.csv["warnings"]
     start = time.monotonic()
     songs = database_task("load_songs_task", "load songs")(
-        "read_songs", url, run.table, run.models_dir
+        models.read_songs, url, run.table, run.models_dir
     )
     run.rows = songs["rows"]
     run.read_seconds = time.monotonic() - start
@@ -283,7 +283,7 @@ def submit(runner: Any, run: Run, name: str, url: str) -> PrefectFuture:
     elsewhere = run.parameters["dask"] and url == db.setting("DATABASE_URL")
     given = None if elsewhere else url
     arguments = (name, given, about, run.models_dir, run.parameters["force"])
-    return runner.submit(training_task(name), {"step": "train", "arguments": arguments})
+    return runner.submit(training_task(name), {"step": models.train, "arguments": arguments})
 
 
 def note(run: Run, name: str, report: dict | None, error: Any) -> None:
@@ -324,7 +324,7 @@ def write_artifacts(run: Run) -> None:
 # ---- The tasks: plain functions, decorated here and nowhere else ---------------------------------
 
 
-def take(step: str, *arguments: Any) -> Any:
+def take(step: Callable, *arguments: Any) -> Any:
     """Have the fork server take a step; what it logs is logged here, in the task's thread."""
     return models.take(step, *arguments)
 
@@ -560,7 +560,7 @@ def tell(run: Run) -> None:
     picture: Path | None = None
     if run.models and not stopped:
         picture = Path(run.models_dir, "report.png")
-        _, trouble = notify.attempt(models.take, "draw", run, picture)
+        _, trouble = notify.attempt(models.take, models.draw, run, picture)
         if trouble:
             picture = None
             run.warnings.append(f"the picture could not be made: {notify.explain(trouble)}")
