@@ -4584,14 +4584,14 @@ def test_every_block_of_the_docs_is_done_by_a_test_or_by_ci():
 def test_what_the_docs_link_to_is_there():
     for path in DOCS:
         for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
-            target, _, heading = link.partition("#")
             if "://" in link:
                 continue
-            assert (path.parent / target).exists(), link
-            titles = (
-                re.findall("^#+ (.*)", (path.parent / target).read_text(), re.M) if heading else []
-            )
-            assert heading in ["", *(title.lower().replace(" ", "-") for title in titles)], link
+            name, _, heading = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            if heading:
+                title = heading.replace("-", " ")
+                assert re.search(f"^#+ {title}$", target.read_text(), re.M | re.I), link
 
 
 def rows_of(path, heading):
@@ -4616,6 +4616,12 @@ FAILS = {
         test_a_fit_that_is_killed_is_trained_again_alone_and_no_other,
         test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_alone,
         test_what_is_killed_twice_has_failed_and_the_others_are_published,
+    ],
+    "the fork server is killed ([below](#a-process-for-each-step))": [
+        test_a_fork_server_that_is_killed_is_started_again
+    ],
+    "Prefect's temporary server is killed": [
+        test_prefects_temporary_server_is_killed_amid_the_fits
     ],
     "one model fails": [test_a_bad_night_is_yellow_and_partial],
     "all models fail or are held back": [test_what_a_run_was],
@@ -4642,6 +4648,10 @@ FAILS = {
     "Prefect's temporary server does not start: its database is damaged, "
     "its folder cannot be written to": [
         test_why_prefects_temporary_server_does_not_start_is_told_within_seconds
+    ],
+    "what lies beside the models is damaged: a report, a line of the history": [
+        test_a_damaged_report_is_named_once_and_costs_nothing_else,
+        test_a_damaged_history_is_named_once_and_costs_nothing_else,
     ],
     "nobody reads what a run writes: the reader goes away, the disk is full, streams are closed": [
         test_a_run_goes_on_where_nobody_reads_what_it_says
