@@ -120,16 +120,6 @@ RANGES = {
     "time_signature": (0, 99),
     "year": (1000, 2999),
 }
-PREDICTIONS = {
-    "track_id": "text PRIMARY KEY",
-    "genre_predicted": "text",
-    "genre_confidence": "real",
-    "cluster": "integer",
-    "energy_predicted": "real",
-    "popularity_predicted": "real",
-    "similar_tracks": "text[]",
-    "models_trained_at": "timestamptz",
-}
 
 
 class Expected(Exception):
@@ -259,13 +249,6 @@ def load_csv(
     return {**found, **counts, "loaded": loaded, "repeated": repeated}
 
 
-def _padded(fields: list[str], width: int) -> list[str]:
-    padded = fields[:width]
-    while len(padded) < width:
-        padded.append("")
-    return padded
-
-
 class _Sorted(NamedTuple):
     """What became of the rows of a CSV file, counted while they are read."""
 
@@ -359,20 +342,49 @@ def _in_blocks(rows: Iterator, size: int) -> Iterator[list]:
 def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return (rows, songs) of a CSV file for predictions, one row each for each row of the file.
 
-    `rows` are all cells as text under the file's own header; `songs` all our columns, in which what
-    is missing or cannot be read is "" or NaN. Raises DataError.
+    `rows` are all cells as text under the file's own header; `songs` what read_rows makes of them.
+    Raises DataError.
     """
     import pandas as pd
 
     with _open_csv(path) as (file, _):
         header, rows = _read_rows(file, path)
-        fields = [_padded(row.fields, len(header)) for row in rows]
+        cells = pd.DataFrame([row.fields for row in rows], dtype="str")
+    cells = cells.reindex(columns=range(len(header))).fillna("").set_axis(header, axis=1)
+    return cells, read_rows(cells, str(path))
+
+
+def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
+    """Return the songs that rows describe, for predictions: all our columns, a row each.
+
+    Names and values are understood as those of a CSV file; what is missing or cannot be read is ""
+    or NaN. Raises DataError where most of AUDIO is missing, or a column has another scale.
+    """
+    header = [str(name) for name in rows]
+    cells = rows.astype(object).where(rows.notna(), "").astype("str")
+    fields = cells.to_numpy().tolist()
     songs = _our_cells(_look_at(header, fields), fields)
     songs = songs.reindex(columns=list(COLUMNS), fill_value="").astype("str")
-    _read_values(songs, str(path), Counter())
+    _read_values(songs, where, Counter())
     numbers = [name for name in songs if name not in TEXT]
-    cells = pd.DataFrame(fields, columns=header, dtype="str")
-    return cells, songs.astype(dict.fromkeys(numbers, "float32"))
+    songs = songs.astype(dict.fromkeys(numbers, "float32"))
+    if songs.empty:
+        return songs
+    there = songs.columns[songs.notna().any() & (songs != "").any()]
+    demand_sound(there, header, where)
+    missing = [name for name in ("genre", "popularity", *REQUIRED) if name not in there]
+    if missing:
+        said = "%s has nothing in the columns %s; that is treated as missing"
+        log.warning(said, where, ", ".join(missing))
+    return songs
+
+
+def demand_sound(
+    names: Iterable[str], found: Iterable[str] = (), where: str = "the DataFrame"
+) -> None:
+    """Raise DataError if most of AUDIO is missing among `names`; `found` is what is there."""
+    if 2 * len({*AUDIO}.difference(names)) > len(AUDIO):
+        _demand(names, list(found or names), where, "found: {}. Rename or add them")
 
 
 def _merge(cursor, table: str, columns: list[str], file: IO[str], truncate: bool) -> int:
@@ -428,50 +440,51 @@ def _stage(cursor, columns: list[str], file: IO[str]) -> int:
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
-def replace_predictions(url: str, table: str, frames: Iterable[pd.DataFrame]) -> None:
+def replace_predictions(
+    url: str, table: str, columns: dict[str, str], frames: Iterable[pd.DataFrame]
+) -> None:
     """Put the rows of the DataFrames in place of those of the table, which is made if need be.
 
-    The columns are those of PREDICTIONS; one that a DataFrame lacks is NULL. All in one
-    transaction: whoever reads sees the old rows or the new ones, whole, and grants and views stay
-    (a new table in place of the old one would lose them). Raises DataError (other columns: it is
-    not ours; no permission) or DatabaseUnavailable.
+    `columns` are {name: SQL type}, track_id among them; one that a DataFrame lacks is NULL, as is
+    the NAME_predicted of a model that is gone. All in one transaction: whoever reads sees the old
+    rows or the new ones, whole, and grants and views stay (a new table in place of the old one
+    would lose them). Raises DataError (other columns: it is not ours; no permission) or
+    DatabaseUnavailable.
     """
+    with connect(url) as cursor:  # of its own: nobody shall wait for its lock until the rows are in
+        name = _table_of_predictions(cursor, table, columns)
     with connect(url) as cursor:
-        name, columns, *_ = _find(cursor, table)
-        if columns is None:
-            made = ", ".join(f"{column} {kind}" for column, kind in PREDICTIONS.items())
-            cursor.execute(f"CREATE TABLE {name} ({made})")
-        elif list(columns) != list(PREDICTIONS):
-            _refuse_predictions(table, name, list(columns))
         cursor.execute(f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
         cursor.execute(f"DELETE FROM {name}")
+        copy = f"COPY {name} ({', '.join(columns)}) FROM STDIN (FORMAT csv)"
         for frame in frames:
-            rows = frame.reindex(columns=list(PREDICTIONS))
-            rows["similar_tracks"] = [postgres_array(tracks) for tracks in rows["similar_tracks"]]
-            text = io.StringIO(rows.to_csv(index=False, header=False))
-            cursor.copy_expert(f"COPY {name} FROM STDIN (FORMAT csv)", text, BLOCK)
+            text = frame.reindex(columns=list(columns)).to_csv(index=False, header=False)
+            cursor.copy_expert(copy, io.StringIO(text), BLOCK)
 
 
-def postgres_array(track_ids) -> str | None:
-    """Return the ids as PostgreSQL writes an array of text; None for None or NaN."""
-    if track_ids is None or isinstance(track_ids, float):
-        return None
-    # strings of JSON are valid elements of an array
-    return "{" + ",".join(json.dumps(name, ensure_ascii=False) for name in track_ids) + "}"
-
-
-def _refuse_predictions(table: str, name: str, columns: list[str]) -> None:
-    before = [column.replace("similar_tracks", "similar") for column in PREDICTIONS]
-    if columns == before:
+def _table_of_predictions(cursor, table: str, columns: dict[str, str]) -> str:
+    """Make the table, or add the columns it lacks; return its quoted name."""
+    name, there, *_ = _find(cursor, table)
+    if there is None:
+        cursor.execute(f"CREATE TABLE {name} (track_id text PRIMARY KEY)")
+        there = {"track_id": "text"}
+    elif "models_trained_at" not in there or not all(
+        column in columns or column.endswith("_predicted") for column in there
+    ):
         raise DataError(
-            f'"{table}" has the column "similar" of earlier versions, which is called '
-            f"similar_tracks now; rename it: "
-            f'ALTER TABLE {name} RENAME COLUMN "similar" TO similar_tracks'
+            f'"{table}" is no table of predictions: its columns are {", ".join(there)}; '
+            "choose another name for them"
         )
-    raise DataError(
-        f'"{table}" is no table of predictions: its columns are {", ".join(columns)}; '
-        "choose another name for them"
-    )
+    lacking = [f"ADD {column} {kind}" for column, kind in columns.items() if column not in there]
+    if lacking:
+        cursor.execute(f"ALTER TABLE {name} {', '.join(lacking)}")
+    return name
+
+
+def postgres_array(texts: Iterable[str]) -> str:
+    """Return texts as PostgreSQL writes an array of them."""
+    # strings of JSON are valid elements of an array
+    return "{" + ",".join(json.dumps(text, ensure_ascii=False) for text in texts) + "}"
 
 
 # ---- Demo songs ----------------------------------------------------------------------------------
@@ -1580,6 +1593,11 @@ ADVICE = [  # the first whose pattern is found counts
     ),
     _Advice(r"^42501.*for \w+ (\S+)", False, "Ask its owner for: GRANT {rights} ON {0} TO {user}"),
     _Advice(
+        r"^42501.*owner of table (\S+)",
+        False,
+        "A new model adds a column: have the owner of {0} do this once",
+    ),
+    _Advice(
         "^25006",
         False,
         "Use the primary server, not a replica or a read-only role, in DATABASE_URL",
@@ -1823,28 +1841,27 @@ def setting(name: str) -> str:
     return (file.get(name) or "").strip()
 
 
-def _setting_if_known(name: str) -> str:
-    with contextlib.suppress(DataError):
-        return setting(name)
-    return ""
+# What may be a key in a URL: its password, or a part of the path or query, but for words of small
+# letters (nightly-songs) and dates.
+KEY = re.compile(r"(?<=:)[^/@]*(?=@)|(?<=[/=:])(?=[\w.@-]*[A-Z\d])(?=[\w.@-]*[A-Za-z])[\w.@-]{8,}")
 
 
 def redact(text: object, *secrets: str) -> str:
-    """Return `text` without `secrets`, the password of DATABASE_URL and the webhook's token.
+    """Return `text` without `secrets`, the password of DATABASE_URL and the keys in any setting.
 
     Whatever else looks like either is left out as well.
     """
     text = str(text)
-    webhook = _setting_if_known("DISCORD_WEBHOOK_URL")
-    hidden = [
-        *secrets,
-        webhook,
-        webhook.rstrip("/").rpartition("/")[2],
-        _setting_if_known("PGPASSWORD"),
-    ]
-    hidden += _heartbeat_secrets(_setting_if_known("HEARTBEAT_URL"))
+    settings: dict[str, Any] = dict(os.environ)
+    with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is said elsewhere
+        settings = dotenv.dotenv_values(ROOT / ".env", interpolate=False) | settings
+    hidden = [*secrets, settings.get("PGPASSWORD") or ""]
+    for name, value in settings.items():
+        if name not in ("DATABASE_URL", "PREFECT_API_URL"):  # of the first the password is known
+            keys = KEY.findall((value or "").partition("://")[2])
+            hidden += [key for key in keys if key not in str(ROOT)]
     with contextlib.suppress(psycopg2.Error):
-        parts = psycopg2.extensions.parse_dsn(_setting_if_known("DATABASE_URL"))
+        parts = psycopg2.extensions.parse_dsn(settings.get("DATABASE_URL") or "")
         hidden.append(parts.get("password", ""))
     forms = set()
     for secret in hidden:
@@ -1853,18 +1870,12 @@ def redact(text: object, *secrets: str) -> str:
         # a password "music" must not eat into "musician"
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", "***", text)
     for pattern in (
-        r"(://[^\s:/@]*:)[^\s/]*(?=@)",
+        r"(://[^\s:/@]*:)(?!password@)[^\s/]*(?=@)",
         r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
-        r"(/api/(?:v\d+/)?webhooks/\d+/)[\w-]+",
+        r"(/api/(?:v\d+/)?webhooks/\d+/|hooks\.slack\.com/services/)[\w/-]+",
     ):
         text = re.sub(pattern, r"\1***", text)
     return text
-
-
-def _heartbeat_secrets(url: str) -> list[str]:
-    """Return `url` and what may be a key in its path, which a name like nightly-songs is not."""
-    parts = re.findall(r"[\w-]{8,}", url.partition("://")[2].partition("/")[2])
-    return [url, *[part for part in parts if not re.fullmatch("[a-z_-]+", part)]]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

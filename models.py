@@ -1,4 +1,4 @@
-"""The five models: training, estimators, evaluation, files, predicting.
+"""The models: training, estimators, evaluation, files, predicting.
 
     python models.py show                                   # the current models, metrics, age
     python models.py similar "Bohemian Rhapsody" -k 10      # by title or track_id
@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -77,7 +77,8 @@ KNOWN_SONGS = 0.12  # share of the other artists' songs held out
 FEW_SONGS = 50_000  # of fewer, what is held out of one split leaves much to chance ...
 SPLITS = 3  # ... so a model is judged on so many, ...
 AVERAGED = 3  # ... and a regressor that is saved averages so many fits; one that is judged is one
-SMALL_TABLE = 10_000  # songs: fewer are learnt with smaller steps
+SMALL_TABLE = 5_000  # songs: so few are learnt with other steps, and by a second model
+LARGE_TABLE = 20_000  # so many are not; between the two it fades
 
 # The gate: how much worse than the current model a new one may be and still take its place.
 GATE_RELATIVE = 0.05
@@ -91,7 +92,7 @@ DRIFT_RATIO = 1.5  # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25  # change of a feature's mean, in standard deviations
 
 
-# ---- The five training functions: songs in; a fitted estimator and its metrics out ---------------
+# ---- The training functions: songs in; a fitted estimator and its metrics out --------------------
 
 
 def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
@@ -111,8 +112,9 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
             f"the table has {learnable}"
         )
+    make = partial(GenreClassifier, len(songs))
     final, known, new, leans = _fit_and_judge(
-        "genre", GenreClassifier(), GenreClassifier, songs, _genre_answers, accuracy_score
+        "genre", GenreClassifier(), make, songs, _genre_answers, accuracy_score
     )
     return final, {
         "accuracy": _figure(accuracy_score, known),
@@ -226,7 +228,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
 
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no
-# core waits for it.
+# core waits for it. A model has the name of the column of songs that it predicts, if it does.
 MODELS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "genre": train_genre,
     "clusters": train_clusters,
@@ -234,6 +236,19 @@ MODELS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "popularity": train_popularity,
     "similar": train_similar,
 }
+
+
+def chosen(only: list[str] | str | None) -> list[str]:
+    """Return the models asked for, in their usual order.
+
+    `only` is None for all, a name, or names with or without commas. Raises DataError for another.
+    """
+    text = ",".join(only) if isinstance(only, list) else only
+    names = [name.strip() for name in (text or ",".join(MODELS)).split(",")]
+    for name in filter(None, names):
+        if name not in MODELS:
+            raise DataError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+    return [name for name in MODELS if name in names]
 
 
 def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
@@ -247,7 +262,7 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
         known = songs[name].notna() & (songs[name] != "")
         if not known.all():
             songs = songs[known].reset_index(drop=True)
-    # No needless copy: five of a large table are more than the table itself.
+    # No needless copy: one for each model is more than the table itself.
     if not songs["track_id"].is_unique:
         songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
     if len(songs) < at_least:
@@ -287,11 +302,12 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, d
             "baseline": np.full(len(held_out), learnt[target].mean()),
         }
 
+    make = partial(SongRegressor, target, table_songs=len(songs))
     fits = AVERAGED if len(songs) < FEW_SONGS else 1
     final, known, new, leans = _fit_and_judge(
         target,
         SongRegressor(target, fits),
-        partial(SongRegressor, target),
+        make,
         songs,
         answers,
         r2_score,
@@ -496,6 +512,14 @@ def in_parts(
     return np.concatenate(parts)
 
 
+def fewness(songs: int, none: int = LARGE_TABLE) -> float:
+    """Return how small a table of so many songs is: 1 to SMALL_TABLE songs, 0 from `none` on.
+
+    In between it falls with their logarithm. What hangs on the size of a table hangs on this.
+    """
+    return float(np.interp(np.log(songs), np.log([SMALL_TABLE, none]), [1, 0]))
+
+
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1, None where nobody knows it.
@@ -597,10 +621,8 @@ class GenreClassifier:
     HIDDEN = 128
     EPOCHS = 6
     MAX_BATCH = 512
-    # Rates of Adam and, for the tokens, of Adagrad: few songs are learnt better with smaller steps
-    # of the dense weights and larger ones of the tokens, each of which comes up but seldom.
-    RATES = (0.004, 0.05)
-    RATES_OF_FEW = (0.002, 0.1)
+    RATE = 0.004  # of Adam
+    TOKEN_RATE = 0.05  # of Adagrad
     DROPOUT = 0.2
     TOKEN_DROPOUT = 0.5
     CHUNK = 20_000  # songs predicted at a time
@@ -608,12 +630,9 @@ class GenreClassifier:
     classes_: np.ndarray
     fitted_on_: int
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load what an earlier edition saved, too: it called tokens words."""
-        if "words_" in state:
-            state["tokens_"] = state.pop("words_")
-            state["network_"]["tokens"] = state["network_"].pop("words")
-        self.__dict__.update(state)
+    def __init__(self, table_songs: int = 0) -> None:
+        """`table_songs` is the number of songs of the table, where fit() is given a part of it."""
+        self.table_songs = table_songs
 
     def fit(
         self, songs: pd.DataFrame, genre: pd.Series, progress: Progress = _say_nothing
@@ -635,7 +654,8 @@ class GenreClassifier:
         return self
 
     def predict_proba(self, songs: pd.DataFrame) -> np.ndarray:
-        """Return P(genre), float32, songs x classes_."""
+        """Return P(genre), float32, songs x classes_; DataError where songs lack most of AUDIO."""
+        db.demand_sound(songs)
 
         def probabilities(part: pd.DataFrame) -> np.ndarray:
             return softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part))
@@ -752,7 +772,11 @@ class GenreClassifier:
         batch = int(np.clip(n // 150, 16, self.MAX_BATCH))
         epochs = max(self.EPOCHS, 200 * batch // n)
         self.network_ = self._first_weights(numbers.shape[1], texts.shape[1], rng)
-        rate, token_rate = self.RATES_OF_FEW if n < SMALL_TABLE else self.RATES
+        # Few songs are learnt better with smaller steps of the dense weights and larger ones of the
+        # tokens, each of which comes up but seldom.
+        few = fewness(self.table_songs or n)
+        rate = self.RATE * 0.5**few
+        token_rate = self.TOKEN_RATE * 2**few
         update = _Update(self.network_)
         orders = [rng.permutation(n) for _ in range(epochs)]
         steps = epochs * len(range(0, n, batch))
@@ -907,8 +931,25 @@ def summary_without_own_fold(
     return summary(others)
 
 
+class Settings(NamedTuple):
+    """How a column of numbers is learnt. These are popularity's, and do for any."""
+
+    rate: float = 0.07  # of the boosting
+    tokens: bool = True  # does it look at tokens and text_counts?
+    quadratic: bool = False  # does it start from a quadratic of the audio, or the genre's mean?
+
+
+SETTINGS = {
+    # It hangs on the audio; what tokens tell of it does not hold for other songs.
+    "energy": Settings(rate=0.1, tokens=False, quadratic=True),
+}
+
+
 class SongRegressor:
     """Gradient boosting on audio, genre, and what is known of the artist's and the album's songs.
+
+    Of small tables the mean with extremely randomised trees on the same rows (Geurts, Ernst and
+    Wehenkel, 2006), which overfit in another way.
 
     "Known" is count, mean and spread of their residuals, for popularity also those of the songs
     with the same tokens. The trees learn once with a random fold of songs hidden (an artist known)
@@ -924,7 +965,8 @@ class SongRegressor:
     MAX_GENRES = 254  # HistGradientBoosting takes 255 categories; rarer genres count as missing
     PRIOR_SONGS = 10  # a genre's mean is shrunk towards that of all songs as if it had more of them
     CURVE_ROWS = 100_000  # rows the quadratic is fitted on, and predicted at a time
-    LEARNING_RATE = {"energy": 0.1, "popularity": 0.07}
+    RATE_OF_FEW = 0.65  # times the learning rate: few songs are learnt with smaller steps
+    RIDGE_OF_FEW = 40  # times the ridge: or the quadratic learns few songs by heart
     TREES = {
         "max_iter": 150,
         "max_leaf_nodes": 47,
@@ -933,21 +975,23 @@ class SongRegressor:
         "l2_regularization": 1.0,
         "early_stopping": False,
     }
+    EXTRA_WEIGHT = 0.35  # of the extra trees, where songs are few
+    EXTRA_NONE = 10_000  # songs: to tables of so many they add nothing
+    EXTRA_TREES = {"n_estimators": 60, "min_samples_leaf": 5, "max_leaf_nodes": 400}
 
     fitted_on_: int
+    weights_: list[float] | None = None  # of trees_; None where they count alike
 
-    def __init__(self, target: str, fits: int = 1) -> None:
-        """`target` is "energy" or "popularity"; `fits` that differ in their seeds are averaged."""
+    def __init__(self, target: str, fits: int = 1, table_songs: int = 0) -> None:
+        """`target` is a column of numbers; `fits` that differ in their seeds are averaged.
+
+        `table_songs` is the number of songs of the table, where fit() is given a part of it.
+        """
         self.target = target
         self.fits = fits
-        # What tokens and text_counts tell of energy does not hold for other songs.
-        self.uses_tokens = target == "popularity"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load what an earlier edition saved, too: it called tokens words."""
-        if "words" in state:
-            state["uses_tokens"] = state.pop("words")
-        self.__dict__.update(state)
+        self.table_songs = table_songs
+        self.settings = SETTINGS.get(target, Settings())
+        self.uses_tokens = self.settings.tokens
 
     def fit(
         self, songs: pd.DataFrame, y: pd.Series, progress: Progress = _say_nothing
@@ -956,8 +1000,9 @@ class SongRegressor:
 
         The target's own column is not looked at.
         """
-        from sklearn.ensemble import HistGradientBoostingRegressor
+        from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
 
+        self.size_ = self.table_songs or len(songs)
         actual = np.asarray(y, dtype=float)
         rng = np.random.default_rng(SEED)
         audio = present(songs, AUDIO + MORE_AUDIO)
@@ -970,8 +1015,10 @@ class SongRegressor:
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
-        rate = self.LEARNING_RATE[self.target] * min(1, len(songs) / SMALL_TABLE) ** 0.25
+        rate = self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_)
+        extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
+        self.weights_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
                 learning_rate=rate,
@@ -980,11 +1027,20 @@ class SongRegressor:
                 **self.TREES,
             )
             self.trees_.append(trees.fit(X, residual[rows]))
+            self.weights_.append(1 - extra_weight)
             progress((fit + 1) / self.fits)
+        if extra_weight:
+            extra = ExtraTreesRegressor(random_state=SEED, **self.EXTRA_TREES)
+            self.trees_.append(extra.fit(X, residual[rows]))
+            self.weights_.append(self.fits * extra_weight)
         return self
 
     def predict(self, songs: pd.DataFrame) -> np.ndarray:
-        """Return the target of each song; what is absent or unknown is a missing value."""
+        """Return the target of each song; what is absent or unknown is a missing value.
+
+        Raises DataError where most of AUDIO is absent.
+        """
+        db.demand_sound(songs)
         if not len(songs):
             return np.zeros(0)
         known = [self._audio(songs)]
@@ -993,7 +1049,8 @@ class SongRegressor:
             matrix, _ = incidence(column(songs, name), split, levels)
             known.append(summary(matrix @ totals))
         X = np.hstack(known)
-        residual = np.mean([trees.predict(X) for trees in self.trees_], axis=0)
+        answers = [trees.predict(X) for trees in self.trees_]
+        residual = np.average(answers, axis=0, weights=self.weights_)
         return np.clip(self._start(songs) + residual, *self.range_)
 
     def looks_at(self) -> list[str]:
@@ -1050,7 +1107,7 @@ class SongRegressor:
     def _fit_start(self, songs: pd.DataFrame, y: np.ndarray, rng: np.random.Generator) -> None:
         """Learn where the residuals start from.
 
-        That is the genre's shrunken mean; of energy, a quadratic of that and of the audio.
+        That is the genre's shrunken mean; or, of energy, a quadratic of that and of the audio.
         """
         import pandas as pd
 
@@ -1062,8 +1119,7 @@ class SongRegressor:
         # Drawn for both: the folds drawn next are then those of earlier editions.
         some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
         self.curve_ = None
-        # Popularity hangs too little on the audio: there a quadratic adds noise.
-        if self.target == "energy":
+        if self.settings.quadratic:
             self.curve_ = self._quadratic().fit(self._plane(songs.iloc[some]), y[some])
 
     def _quadratic(self) -> Any:
@@ -1077,7 +1133,7 @@ class SongRegressor:
             StandardScaler(),
             PolynomialFeatures(2, include_bias=False),
             StandardScaler(),
-            Ridge(10.0),
+            Ridge(10.0 * self.RIDGE_OF_FEW ** fewness(self.size_)),
         )
 
     def _start(self, songs: pd.DataFrame) -> np.ndarray:
@@ -1453,7 +1509,7 @@ def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) 
 
 # ---- Files: models/NAME.joblib, models/metrics/NAME.json, models/versions/ -----------------------
 
-SPACE_NEEDED = 100 << 20  # bytes free for a night: five models, their versions and a picture
+SPACE_NEEDED = 100 << 20  # bytes free for a night: models, their versions and a picture
 
 Report = dict[str, Any]
 # The keys that a report and a line of the history have at least.
@@ -1603,6 +1659,12 @@ def to_train(name: str, models_dir: Path | str) -> str:
     return f"{command} --only {name}"
 
 
+def folder_for(models_dir: str | None, demo: int | None) -> Path:
+    """Return where the models go."""
+    default = MODELS_DIR if demo is None else db.ROOT / "demo" / "models"
+    return Path(models_dir or default).resolve()
+
+
 def in_folder(models_dir: Path | str) -> tuple[Any, ...]:
     """Return the options that say where the models are."""
     folder = Path(models_dir).resolve()
@@ -1643,18 +1705,19 @@ def publish(
 
     `about` says how it was trained: `run`, `settings`, `command` and what else shall stand in the
     report. A model whose primary metric is worse than the current one's by more than 5 % of it, and
-    by more than 0.01, is held back: it is in versions/ only. The first model, one trained with
-    other settings and `force` are never held back. Killed at any moment, and whatever call fails,
-    this leaves either the old model or the new one, whole.
+    by more than 0.01, is held back: it is in versions/ only. The first model of a table, one
+    trained with other settings and `force` are never held back. Killed at any moment, and whatever
+    call fails, this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
     for folder in ("metrics", "versions"):
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
-    reason = None
-    if current and not force:
-        reason = _worse(report, current)
+    if current and current.get("table") != report.get("table"):  # figures of other songs
+        report["in_place_of"] = current.get("table")
+        current = None
+    reason = _worse(report, current) if current and not force else None
     report["status"] = "held_back" if reason else "trained"
     report["error"] = reason
     report["previous"] = current["metrics"].get(next(iter(metrics))) if current else None
@@ -1886,12 +1949,18 @@ def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS
     """Return a sentence for each thing that moved since a model was trained last on that table.
 
     `now` is what describe() says of tonight's songs. What matters most comes first: a feature that
-    left its range, then the number of songs, then the genres.
+    left its range, then the number of songs, then the genres. Where all models are of another
+    table, that is the sentence.
     """
     reports = [read_report(name, models_dir) for name in MODELS]
     earlier = [report for report in reports if report and report.get("table") == table]
     if not earlier:
-        return []
+        others = sorted({str(report.get("table")) for report in reports if report})
+        return [
+            f"the models so far are of {other}; those of {table} take their place and are not "
+            "compared with them; to keep both, give each table its own --models-dir"
+            for other in others
+        ]
     before = max(earlier, key=lambda report: report["trained_at"])["data"]
     sentences = []
     for name in sorted(now["means"].keys() & before["means"]):
@@ -1925,19 +1994,18 @@ def _drift_of_genres(now: dict[str, float], before: dict[str, float]) -> list[st
 
 # ---- Predicting ----------------------------------------------------------------------------------
 
-PREDICTING = ("genre", "clusters", "energy", "popularity")
 PREDICTED_AT_ONCE = 10_000  # songs of a table
 
 
 def load_models(
-    models_dir: Path | str = MODELS_DIR, names: Sequence[str] = ()
+    models_dir: Path | str = MODELS_DIR, names: Iterable[str] = MODELS
 ) -> dict[str, dict[str, Any]]:
-    """Return {name: what load_model gives} of the models that there are, of all or of `names`.
+    """Return {name: what load_model gives} of the models that there are.
 
     Logs why others are left out. Raises ModelError where there is none.
     """
     loaded = {}
-    for name in names or MODELS:
+    for name in names:
         try:
             loaded[name] = load_model(name, models_dir)
         except ModelError as error:
@@ -1950,53 +2018,104 @@ def load_models(
     return loaded
 
 
-def predict(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """Return what the models that load_models has loaded say, a row per song, in its order.
+class Adds(NamedTuple):
+    """What a model adds to the predictions."""
 
+    columns: dict[str, str]  # {name: its type in SQL}
+    values: Callable[[Any, pd.DataFrame], Iterable]  # of an estimator and songs: column by column
+
+
+def _genre_and_confidence(model: GenreClassifier, songs: pd.DataFrame) -> Iterable:
+    probabilities = model.predict_proba(songs)
+    return model.classes_[probabilities.argmax(axis=1)], probabilities.max(axis=1)
+
+
+def _cluster(model: Any, songs: pd.DataFrame) -> Iterable:
+    """Return the cluster of each song, missing where one of its features is."""
+    import pandas as pd
+
+    features = songs[list(AUDIO)].astype(np.float64).dropna()
+    clusters = model.predict(features) if len(features) else []
+    return [pd.Series(clusters, features.index, "Int64")]
+
+
+ADDS = {
+    "genre": Adds({"genre_predicted": "text", "genre_confidence": "real"}, _genre_and_confidence),
+    "clusters": Adds({"cluster": "integer"}, _cluster),
+}
+
+
+def adds(name: str) -> Adds | None:
+    """Return what the model of that name adds to the predictions, None for nothing.
+
+    A model of a column of songs adds NAME_predicted, a number, unless ADDS has it otherwise.
+    """
+    if name in db.COLUMNS and name not in ADDS:
+        return Adds({f"{name}_predicted": "real"}, lambda model, songs: [model.predict(songs)])
+    return ADDS.get(name)
+
+
+def predict(
+    rows: Any, models_dir: Path | str = MODELS_DIR, loaded: dict | None = None
+) -> pd.DataFrame:
+    """Return what the models say of rows, a row each, under the rows' own index.
+
+    `rows` is a DataFrame as pandas reads it or a list of dicts, with the names and values that a
+    CSV may have; `loaded` is what load_models gave, which saves reading the files of `models_dir`.
     Columns: genre_predicted, genre_confidence (probability), cluster, energy_predicted,
     popularity_predicted, as far as there are models. A missing feature is treated as missing, a
-    missing genre as the predicted one, a song with a missing feature is in no cluster.
+    missing genre as the predicted one, a song with a missing feature is in no cluster. Raises
+    DataError where rows lack most of the sound, or ModelError where there is no model.
     """
     import pandas as pd
 
+    rows = pd.DataFrame(rows)
+    songs = db.read_rows(rows)
+    said = _added(songs, loaded or load_models(models_dir, filter(adds, MODELS)))
+    return said.set_axis(rows.index)
+
+
+def _added(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Return the columns that the models add to songs that are read."""
+    import pandas as pd
+
     added = pd.DataFrame(index=songs.index)
-    for name in PREDICTING:
-        if name not in loaded:
-            continue
-        model = loaded[name]["estimator"]
+    for name, model in loaded.items():
+        its = adds(name)
+        if its:
+            for column, said in zip(its.columns, its.values(model["estimator"], songs)):
+                added[column] = said
         if name == "genre":
-            probabilities = model.predict_proba(songs)
-            added["genre_predicted"] = model.classes_[probabilities.argmax(axis=1)]
-            added["genre_confidence"] = probabilities.max(axis=1).round(4)
             songs = songs.assign(genre=genres(songs).fillna(added["genre_predicted"]))
-        elif name == "clusters":
-            features = songs[list(AUDIO)].astype(np.float64).dropna()
-            clusters = model.predict(features) if len(features) else []
-            added["cluster"] = pd.Series(clusters, features.index, "Int64")
-        else:
-            added[f"{name}_predicted"] = model.predict(songs).round(4)
-    return added
+    return added.round(4)
 
 
-def predict_table(url: str, table: str, into: str, models_dir: Path | str = MODELS_DIR) -> int:
+def predict_table(
+    url: str, table: str, into: str, models_dir: Path | str = MODELS_DIR
+) -> dict[str, Any]:
     """Put what the models say of every song of a table in place of the rows of the table `into`.
 
-    Its columns are db.PREDICTIONS; `similar_tracks` are ten track_ids, the most similar first.
-    Where a model is missing its columns are NULL, and so is `similar_tracks` for songs that came
-    after the training. Returns the number of songs. Raises ModelError (no models), DataError (no
-    such table, no permission, `into` is another kind of table) or DatabaseUnavailable.
+    Its columns are track_id, those that the models add, `similar_tracks` (ten track_ids, the most
+    similar first) and `models_trained_at`. Where a model is missing its columns are NULL, and so is
+    `similar_tracks` for songs that came after the training. Return dict(rows, into, seconds).
+    Raises ModelError (no models), DataError (no such table, no permission, `into` is another kind
+    of table) or DatabaseUnavailable.
     """
+    start = time.monotonic()
     songs = db.load_songs(url, table)
     loaded = load_models(models_dir)
     log.info("predicting %s songs of %s", f"{len(songs):,}", table)
-    db.replace_predictions(url, into, _predictions(songs, loaded))
-    log.info("the predictions are in %s", into)
+    columns = {"track_id": "text"}
+    for its in filter(None, map(adds, MODELS)):
+        columns |= its.columns
+    columns |= {"similar_tracks": "text[]", "models_trained_at": "timestamptz"}
+    db.replace_predictions(url, into, columns, _predictions(songs, loaded))
     log.debug("predictions: written", extra={"model": "predictions", "phase": "done", "share": 1.0})
-    return len(songs)
+    return {"rows": len(songs), "into": into, "seconds": time.monotonic() - start}
 
 
 def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iterator[pd.DataFrame]:
-    """Yield the rows of db.PREDICTIONS, PREDICTED_AT_ONCE at a time."""
+    """Yield the rows of the table of predictions, PREDICTED_AT_ONCE at a time."""
     index = None
     rows = np.full(len(songs), -1)  # of the songs in the index; -1 where it has not seen them
     if "similar" in loaded:
@@ -2007,7 +2126,7 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
     for start in range(0, len(songs), PREDICTED_AT_ONCE):
         end = start + PREDICTED_AT_ONCE
         some = songs.iloc[start:end]
-        frame = predict(some, loaded)
+        frame = _added(some, loaded)
         frame["track_id"] = some["track_id"]
         frame["models_trained_at"] = trained_at
         if index:
@@ -2036,9 +2155,11 @@ def _similar_tracks(index: SimilarSongs, rows: np.ndarray, labels: pd.Index) -> 
     import pandas as pd
 
     seen = rows >= 0
-    tracks = [index.track_ids_[found] for found, _ in index.neighbours_of(rows[seen], workers=-1)]
     similar = pd.Series(None, labels, dtype=object)
-    similar[seen] = pd.Series(tracks, labels[seen], dtype=object)
+    similar[seen] = [
+        db.postgres_array(index.track_ids_[found])
+        for found, _ in index.neighbours_of(rows[seen], workers=-1)
+    ]
     return similar
 
 
@@ -2502,57 +2623,29 @@ def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
 
 
 def predict_songs(options: argparse.Namespace) -> int:
-    """Write the rows of a CSV with the predictions added, or print the first of them.
+    """Print the rows of a CSV with the predictions added, or write them with --out.
 
     Or, with --into, put the predictions of a table into another.
     """
+    start = time.monotonic()
+    out = Path(options.out or ".").resolve()
+    if options.out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
+        raise DataError(f"cannot write {out}; give --out a file in a folder that can be written to")
     if options.into:
-        predict_table(db.database_url(), options.table_name, options.into, options.models_dir)
-        return 0
-    rows, songs = db.read_csv(options.csv)
-    _refuse_without_features(options.csv, rows, songs)
-    added = predict(songs, load_models(options.models_dir, PREDICTING))
-    complete = rows.assign(**added)
-    if options.out:
-        write_atomically(Path(options.out), partial(complete.to_csv, index=False))
-        columns = ", ".join(added)
-        log.info("%s songs with %s written to %s", f"{len(complete):,}", columns, options.out)
-    elif options.json:
-        print(complete.to_json(orient="records", lines=True, force_ascii=False), end="")
+        url = db.database_url()
+        done = predict_table(url, options.table_name, options.into, options.models_dir)
     else:
-        _print_predictions(songs, added)
+        rows, songs = db.read_csv(options.csv)
+        loaded = load_models(options.models_dir, filter(adds, MODELS))
+        complete = rows.assign(**_added(songs, loaded))
+        if not options.out:
+            as_json = partial(complete.to_json, orient="records", lines=True, force_ascii=False)
+            print(as_json() if options.json else complete.to_csv(index=False), end="")
+            return 0
+        write_atomically(out, partial(complete.to_csv, index=False))
+        done = {"rows": len(rows), "into": str(out), "seconds": time.monotonic() - start}
+    print(json.dumps(done) if options.json else notify.in_words(done))
     return 0
-
-
-def _refuse_without_features(path: str, rows: pd.DataFrame, songs: pd.DataFrame) -> None:
-    """Raise DataError where most features are missing; log what else is."""
-    missing = []
-    for name in ("track_id", "genre", "popularity", *db.REQUIRED):
-        if songs[name].isna().all() or (songs[name] == "").all():
-            missing.append(name)
-    if len(set(missing) & set(AUDIO)) > len(AUDIO) / 2:
-        raise DataError(
-            f"{path} lacks most of what the models listen to: {', '.join(missing)}; "
-            f"it has {', '.join(rows)}. Rename its columns"
-        )
-    if missing:
-        log.warning(
-            "%s has nothing in the columns %s; that is treated as missing",
-            path,
-            ", ".join(missing),
-        )
-
-
-def _print_predictions(songs: pd.DataFrame, added: pd.DataFrame) -> None:
-    """Print the first 20 songs with what is predicted of them."""
-    names = {name: name.removesuffix("_predicted").removeprefix("genre_") for name in added}
-    titles = songs[["track_name", "artist_name"]].set_axis(["title", "artist"], axis=1)
-    shown = titles.join(added.rename(columns={name: names[name] + ">" for name in names})).head(20)
-    lines = []
-    for row in shown.to_numpy(object):
-        lines.append([f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row])
-    above = [(f"{len(songs):,} songs; --out FILE writes them all", "bold")]
-    notify.print_table([*shown], lines, above=above)
 
 
 def roll_back(options: argparse.Namespace) -> int:
@@ -2563,7 +2656,8 @@ def roll_back(options: argparse.Namespace) -> int:
     with one_run_at_a_time(folder):
         report = rollback(options.model, folder)
     metric, _ = notify.metric_and_change(report["metrics"], None)
-    print(f"{options.model} is again the version trained {report['trained_at']} ({metric})")
+    trained = f"trained {report['trained_at']} on {report['table']}"
+    print(f"{options.model} is again the version {trained} ({metric})")
     return 0
 
 
@@ -2599,7 +2693,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--table-name", default="spotify_songs", help=text)
     text = "put predictions and neighbours of all songs into this table"
     add("--into", metavar="TABLE", help=text)
-    add("--out", help="the CSV to write (default: print the first 20)")
+    add("--out", help="the CSV to write (default: it is printed)")
     add = command("rollback", roll_back, "put the previous version of a model back")
     add("model", choices=list(MODELS))
     serving = commands.add_parser("forkserver", help="take the steps of the run of that process")
@@ -2619,6 +2713,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return options.run(options)
+    except BrokenPipeError:  # whoever reads has read enough, as head does
+        return 0
     except (db.Expected, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2

@@ -83,6 +83,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # killed steps, and what was done about them
     csv: dict | None = None  # what load_csv returned
+    predicted: dict | None = None  # what predict_table returned
     rows: int | None = None  # songs that were read
     read_seconds: float | None = None  # that reading them took
     seconds: float = 0.0  # that the run took
@@ -96,8 +97,9 @@ class Run:
 
     @property
     def table(self) -> str:
-        """The table or view of songs."""
-        return self.parameters["table_name"]
+        """The table or view of songs; made-up ones have a table of their own."""
+        name = self.parameters["table_name"]
+        return name if self.demo is None else f"demo_{name}"
 
     @property
     def demo(self) -> int | None:
@@ -220,6 +222,26 @@ def message_of(run: Run) -> str:
     return "; ".join(said)
 
 
+def command_of(parameters: dict, models_dir: str) -> str:
+    """Return the command line of a run but for the models it trains and the CSV.
+
+    `parameters` are the flow's, `models_dir` the full path.
+    """
+    words: list[Any] = []
+    defaults = {"table_name": "spotify_songs", "n_clusters": 2}
+    for name in ("table_name", "n_clusters", "demo", "dask", "predict_into"):
+        value = parameters[name]
+        if value != defaults.get(name):
+            words += [f"--{name.replace('_', '-')}", value]
+    if parameters["models_dir"]:
+        words += ["--models-dir", models_dir]
+    if parameters["force"]:
+        words.append("--force")
+    if not parameters["enable_notifications"]:
+        words.append("--no-notify")
+    return command("train.py", *words)
+
+
 def finish_command(run: Run) -> str:
     """Return the command that trains what this run has not, also where the CSV is not loaded."""
     arguments = ["--failed"]
@@ -244,6 +266,7 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
     return {
         "run": run.started_at,
         "model": name,
+        "table": run.table,
         "status": status,
         "metric": metric,
         "value": value,
@@ -448,6 +471,8 @@ def notes(run: Run) -> list[str]:
     said += [f"warning: {plain(warning)}" for warning in warnings_of(run)]
     if run.csv:
         said.append(_rows_of_csv(run.csv))
+    if run.predicted:
+        said.append(in_words(run.predicted))
     return said
 
 
@@ -459,6 +484,12 @@ def what_next(run: Run) -> list[str]:
     if "similar" in with_status(run, "trained"):
         uses.append(["similar", run.models["similar"].plot["example"]])
     return [command("models.py", *words, "--models-dir", run.models_dir) for words in uses]
+
+
+def in_words(predicted: dict) -> str:
+    """Return what predicting did, a dict(rows, into, seconds), in words."""
+    took = duration(predicted["seconds"])
+    return f"predictions of {predicted['rows']:,} songs are in {predicted['into']}, {took}"
 
 
 def _rows_of_csv(csv: dict) -> str:
