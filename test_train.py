@@ -3792,23 +3792,14 @@ def test_who_may_not_write_predictions_is_told_what_to_ask_for(url, predicted, a
     assert "A new model adds a column: have the owner of said do this once." in said
 
 
-# What docs/CONTRIBUTING.md says of a sixth model.
-SIXTH = """
-def train_tempo(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
-    \"\"\"Predict tempo (BPM) from the other features, genre, album and artist.\"\"\"
-    return _train_regressor("tempo", songs)
-
-MODELS["tempo"] = train_tempo
-"""
-
-
 def test_a_sixth_model_is_a_function_and_a_line(
     url, songs, predicted, models_dir, ask, monkeypatch
 ):
     execute(url, "GRANT SELECT ON said TO guest; CREATE VIEW seen AS SELECT * FROM said")
     monkeypatch.setitem(models.MODELS, "tempo", None)  # and all is put back in the end
     monkeypatch.setattr(models, "train_tempo", None, raising=False)
-    exec("from __future__ import annotations\n" + SIXTH, vars(models))
+    sixth = printed("sixth model") + 'MODELS["tempo"] = train_tempo'
+    exec("from __future__ import annotations\n" + sixth, vars(models))
     train = models.MODELS["tempo"]
     refused(
         "tempo needs the column tempo, which the table lacks", train, songs.drop(columns="tempo")
