@@ -2207,12 +2207,14 @@ class SameInputFails(StepFailed, ValueError):
 def read_songs(url: str | None, table: str, models_dir: str) -> dict:
     """Read the songs of a table and hold them for the steps to come.
 
-    Return {"rows": their number, "warnings": a sentence for each thing that drifted}. `url` None:
-    the DATABASE_URL of this machine. Raises what db.load_songs raises.
+    Return {"rows": their number, "warnings": those of db.load_songs, and a sentence for each thing
+    that drifted}. `url` None: the DATABASE_URL of this machine. Raises what db.load_songs raises.
     """
     songs, data = _hold_songs(url, table)
-    moved, _ = notify.attempt(drift_since, data, table, models_dir)
-    return {"rows": len(songs), "warnings": moved or []}
+    drifted, _ = notify.attempt(drift_since, data, table, models_dir)
+    for moved in drifted or []:
+        log.warning("the songs are not those of the last training: %s", moved)
+    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + (drifted or [])}
 
 
 def _hold_songs(url: str | None, table: str) -> tuple:

@@ -494,10 +494,11 @@ def in_words(predicted: dict) -> str:
 
 def _rows_of_csv(csv: dict) -> str:
     rejected = csv["rejected"]
-    said = (
-        f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, "
-        f"{csv['repeated']:,} repeated, {sum(rejected.values()):,} rejected"
-    )
+    said = f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded"
+    said += f", {csv['repeated']:,} repeated"
+    if csv.get("different"):  # and may be other songs
+        said += f" ({csv['different']:,} with different values)"
+    said += f", {sum(rejected.values()):,} rejected"
     if rejected:
         reasons = [f"{plain(reason, 80)}: {count:,}" for reason, count in rejected.items()]
         said += f" ({'; '.join(reasons)})"

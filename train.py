@@ -244,9 +244,7 @@ def read_songs(run: Run) -> str:
     run.rows = songs["rows"]
     run.read_seconds = time.monotonic() - start
     log.info("%s songs read from %s in %.1f s", f"{run.rows:,}", run.table, run.read_seconds)
-    for moved in songs["warnings"]:
-        log.warning("the songs are not those of the last training: %s", moved)
-        run.warnings.append(moved)
+    run.warnings += songs["warnings"]
     return url
 
 
