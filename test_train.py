@@ -5169,7 +5169,9 @@ def test_a_newcomers_way_through_the_docs(newcomer, tmp_path):
     type_block("predictions", folder, **own).end(0, ALL)
     flow = printed("flow") + "print(result['models']['genre']['status'])"
     Run(shlex.quote(flow), "-c", folder, **own).end(0, "trained")
-    script = printed("predict").replace("models.predict(songs)", "print(models.predict(songs))")
+    script = printed("predict").replace(
+        "models.predict(songs)", "print(list(models.predict(songs)))"
+    )
     Run(shlex.quote(script), "-c", folder, **own).end(0, "energy_predicted")
     type_block("dask packages", folder, **own).end()
     type_block("upgrade", folder, **own).end(0, "table ok spotify_songs has 600 rows")
