@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import warnings
@@ -5073,6 +5074,36 @@ def test_the_queries_on_predictions_answer(url, predicted):
     assert [title for title, _ in alike] == titles.reindex(tracks).dropna().tolist()
     execute(url, printed("sample", places))
     assert 10 < len(db.load_songs(url, "some_songs")) < 60
+
+
+class Slack(http.server.BaseHTTPRequestHandler):
+    """A webhook that takes {"text": ...}; `got` has the texts."""
+
+    log_message = lambda *_: None
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.got.append(body["text"])
+        self.send_response(200 if self.path.endswith(TOKEN) else 404)
+        self.end_headers()
+
+
+def test_another_messenger_is_told_as_the_docs_print_it(told, monkeypatch, caplog):
+    monkeypatch.setattr(notify, "post_slack", None, raising=False)
+    exec(printed("messenger"), vars(notify))
+    call = textwrap.dedent(printed("its call"))
+    run = told({"genre": OSError("x")})
+    with http.server.HTTPServer(("127.0.0.1", 0), Slack) as server:
+        server.got = []
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        for key in TOKEN, f"{TOKEN}/gone":
+            url = f"http://127.0.0.1:{server.server_port}/services/T0/B0/{key}"
+            monkeypatch.setenv("SLACK_WEBHOOK_URL", url)
+            exec(call, {"db": db, "notify": notify, "run": run})
+        server.shutdown()
+    assert server.got[0].startswith(f"{MOST}; failed: genre\n500 songs of")
+    assert "Slack was not told: the server answered 404" in caplog.text
+    assert TOKEN not in caplog.text
 
 
 # ---- The same, long: a newcomer types what the docs print ----------------------------------------
