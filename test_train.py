@@ -5237,12 +5237,12 @@ def test_the_units_of_systemd_are_valid_and_start_a_run(newcomer, tmp_path):
 def test_a_sixth_model_is_one_function_and_one_line(newcomer):
     folder = newcomer.folder
     source = (folder / "models.py").read_text()
-    for before, new in {
-        "\n\ndef train_similar(": "\n\n" + printed("sixth model"),
-        "}\n\n\ndef _usable(": printed("its line"),
+    for after, new in {
+        '    return _train_regressor("popularity", songs)\n': "\n\n" + printed("sixth model"),
+        '    "similar": train_similar,\n': printed("its line"),
     }.items():
-        assert before in source
-        source = source.replace(before, new + before, 1)
+        assert source.count(after) == 1
+        source = source.replace(after, after + new)
     (folder / "models.py").write_text(source)
     assert_does_as_printed("its run", folder, **newcomer.own)
     text = type_in(folder, "python models.py predict songs.csv --models-dir demo/models").end()
