@@ -3921,7 +3921,7 @@ def test_rows_are_understood_as_those_of_a_csv(songs, models_dir, tmp_path):
 
 def test_predict_refuses_what_it_cannot_answer(songs, models_dir, tmp_path, ask):
     songs.head(30).drop(columns=list(db.AUDIO[:4])).to_csv(tmp_path / "in.csv", index=False)
-    lacks = "lacks the columns danceability, energy, loudness, speechiness; found: track_id, "
+    lacks = "lacks the columns danceability, energy, loudness, speechiness; it has track_id, "
     assert f"in.csv {lacks}" in ask("predict", tmp_path / "in.csv", status=2)
     nothing = pd.DataFrame({"x": [1, 2]})
     lacks = "the DataFrame lacks the columns artist_name, track_name, danceability, .*; found: x"
