@@ -116,7 +116,7 @@ class Run:
         return self.parameters["enable_notifications"]
 
 
-def outcome_of(report: dict, folder: str | Path) -> Outcome:
+def outcome_of(report: dict, folder: str) -> Outcome:
     """Return what became of a model, from its `report`: what stands in its metrics file.
 
     `folder`: the models directory.
@@ -180,10 +180,9 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
             f"Prefect cannot be imported ({type(error).__name__}: {error}); correct the variable "
             "PREFECT_... or the file it names, or install again: pip install -r requirements.txt"
         )
+    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, add_help=False)
     if {"--check", "--help", "-h", "--serve"} & {*arguments}:
-        print(f"train.py: error: {explain(cause)}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
-    parser = argparse.ArgumentParser(add_help=False)
+        parser.error(explain(cause))
     parser.add_argument("--table-name", default="spotify_songs")
     parser.add_argument("--demo", nargs="?", type=int, const=10_000)
     parser.add_argument("--no-notify", dest="enable_notifications", action="store_false")
@@ -385,8 +384,11 @@ def figures(metrics: dict) -> list[str]:
     """Return the metrics that are known as people say them, the primary one first: "R² 0.826"."""
     primary = next(iter(metrics))
     name = METRICS.get(primary, plain(primary).replace("_", " "))
-    further = [key for key in METRICS if key != primary and metrics.get(key) is not None]
-    told = [f"{METRICS[key]} {number(metrics[key])}" for key in further]
+    told = [
+        f"{said} {number(metrics[key])}"
+        for key, said in METRICS.items()
+        if key != primary and metrics.get(key) is not None
+    ]
     return [f"{name} {number(metrics[primary])}", *told]
 
 
@@ -1030,7 +1032,7 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
     table = table.drop_duplicates(["run", "model"], keep="last")
     runs = sorted(table["run"].unique())[-RUNS_SHOWN:]
     for at, (name, colour, marker) in enumerate(zip(names, PALETTE, MARKERS)):
-        lines = table[(table["model"] == name) & table["run"].isin(runs)]
+        lines = table.query("model == @name and run in @runs")
         if lines.empty:
             continue
         places = lines["run"].map(runs.index)
@@ -1111,7 +1113,7 @@ DISCORD_SAYS = {
 
 
 def post_discord(
-    run: Run, url: str, picture: str | Path | None = None, seconds: float = POST_SECONDS
+    run: Run, url: str, picture: Path | None = None, seconds: float = POST_SECONDS
 ) -> bool:
     """Post one message about the run, with the picture (a PNG) if given.
 
@@ -1189,14 +1191,14 @@ def escape(text: object) -> str:
     return re.sub(r"^([#>+-]|\d+(?=\.))", "\u200b\\1", literal)
 
 
-def _post(url: str, run: Run, picture: str | Path | None, deadline: float) -> None:
+def _post(url: str, run: Run, picture: Path | None, deadline: float) -> None:
     """Send the message, without the picture where Discord does not take it.
 
     Raises Expected where it takes neither.
     """
     _demand_address(url, NO_WEBHOOK)
     if picture:
-        message = _with_picture(url, discord_payload(run), Path(picture).read_bytes())
+        message = _with_picture(url, discord_payload(run), picture.read_bytes())
         reply = _send(message, deadline)
         if reply.status not in (400, 413):
             return _succeed(reply, DISCORD_SAYS)
@@ -1390,11 +1392,10 @@ def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> b
 
     The step is given up after `seconds`: looking up a name knows no timeout of its own.
     """
-    errors: list[Exception | None] = []  # what became of the step, once it has ended
+    ended: list[Exception | None] = []  # what became of the step
 
     def take_step() -> None:
-        _, error = attempt(step, *arguments)
-        errors.append(error)
+        ended.append(attempt(step, *arguments)[1])
 
     thread = threading.Thread(target=take_step, daemon=True)
     try:
@@ -1402,7 +1403,7 @@ def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> b
         thread.join(seconds)
     except RuntimeError:  # no more threads can be started
         take_step()
-    error = errors[0] if errors else TimeoutError(f"no answer within {seconds:.0f} s")
+    error = ended[0] if ended else TimeoutError(f"no answer within {seconds:.0f} s")
     if error:
         log.warning("%s: %s", failure, plain(explain(error), 600))
     return error is None
