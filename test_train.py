@@ -807,7 +807,6 @@ def test_the_printed_commands_finish_the_job(bad):
     --failed --only genre | --failed chooses the models itself; leave out --only
     --cron '0 3 * * *' | --cron must be accompanied by --serve
     --serve --failed | --serve trains what each run is asked for; leave out --failed
-    --dask tcp://127.0.0.1:8786 | --dask needs
      | DATABASE_RETRY_SECONDS is 'soon'; write a number of seconds, such as 30"""),
 )
 def test_wrong_usage_is_said(monkeypatch, line, sentence):
@@ -828,9 +827,11 @@ def test_wrong_usage_ends_with_2_and_no_traceback(tmp_path):
     serve = Run("--serve", **own)
     csv = Run("--check --csv-path /nowhere.csv", **own)
     wrong = Run("--only jazz", **own)
+    dask = Run("--dask tcp://127.0.0.1:8786", **own)
     serve.end(2, "--serve needs a Prefect server; start one: prefect server start")
     csv.end(2, "--csv-path /nowhere.csv: No such file or directory; give a CSV file")
     wrong.end(2, "train.py: error: there is no model 'jazz'")
+    dask.end(2, "train.py: error: --dask needs")
 
 
 def test_help_and_readme_name_the_same_options():
