@@ -3114,14 +3114,16 @@ def check_shares(name, logged):
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0, 1)
     assert len(shares) <= 21 * (models.SPLITS + 1), "a record per 5 % of a part and at its start"
+    return records
+
+
+def test_a_training_without_forks_says_how_far_it_is(songs, caplog, monkeypatch):
+    caplog.set_level("DEBUG", "models")
+    monkeypatch.setattr(models, "PROGRESS_SECONDS", 1000)
+    models.train_energy(songs.head(300))
+    records = check_shares("energy", caplog)
     quiet = [record for record in records if record.levelname == "INFO"]
     assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
-
-
-def test_a_training_without_forks_says_how_far_it_is(songs, caplog):
-    caplog.set_level("DEBUG", "models")
-    models.train_energy(songs.head(300))
-    check_shares("energy", caplog)
 
 
 def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_counts(
@@ -3129,7 +3131,6 @@ def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_co
 ):
     """In the fork server each of the four parts of a training is a process."""
     caplog.set_level("DEBUG", "models")
-    monkeypatch.setattr(models, "PROGRESS_SECONDS", 1000)
     processes = set()
     monkeypatch.setattr(models, "_memory_mb", lambda process: processes.add(process) or 0)
     over = threading.Event()
@@ -5053,7 +5054,7 @@ def test_readme_names_the_models_in_their_order():
     assert rows_of(ROOT / "docs" / "PREFECT_SETUP.md", "model | task | runs are named") == names
 
 
-THEIRS = """
+A_TABLE_OF_THEIRS = """
 CREATE SCHEMA musik;
 CREATE TABLE musik.lieder AS
 SELECT track_id AS id, artist_name AS interpret, track_name AS titel, genre AS stil,
@@ -5067,7 +5068,7 @@ SELECT track_id AS id, artist_name AS interpret, track_name AS titel, genre AS s
 
 def test_a_view_makes_our_songs_of_a_table_of_ones_own(url):
     db.load_demo(60, url, "songs")
-    execute(url, THEIRS)
+    execute(url, A_TABLE_OF_THEIRS)
     execute(url, printed("view"))
     read = db.load_songs(url, "songs_to_train")
     ours = db.load_songs(url, "songs")[list(read)]
