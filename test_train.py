@@ -3139,7 +3139,7 @@ def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_co
         while not over.wait(0.02):
             models.memory_mb()
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     names = "genre", "energy", "popularity"
     with models.fork_server():
