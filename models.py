@@ -16,7 +16,6 @@ neither.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import fcntl
 import gc
@@ -32,13 +31,13 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from importlib import metadata
 from itertools import chain, repeat
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
@@ -64,6 +63,10 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 log = logging.getLogger("models")
+
+Metrics = dict[str, Any]  # the primary metric first
+Report = dict[str, Any]  # of a model, as in its metrics file
+Folder = Path | str
 
 ROOT = Path(__file__).resolve().parent
 MODELS_DIR = ROOT / "models"
@@ -94,7 +97,7 @@ DRIFT_DEVIATIONS = 0.25  # change of a feature's mean, in standard deviations
 # ---- The training functions: songs in; a fitted estimator and its metrics out --------------------
 
 
-def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
+def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
     """Classify the genre. Return (GenreClassifier, metrics), the primary metric first.
 
     Figures are shares of held-out songs: `accuracy`, `top3_accuracy` and `f1_macro` on songs of
@@ -127,11 +130,11 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
     }
 
 
-def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, dict[str, Any]]:
+def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metrics]:
     """Cluster songs by sound: standardised audio features, k-means. Return (Pipeline, metrics).
 
-    `silhouette` (-1 to 1) is that of a seeded sample; `sizes` are songs, `means` each cluster's
-    mean features, `labels` two words for those in which it differs most. Cluster 0 is the largest.
+    `silhouette` (-1 to 1) is that of a seeded sample; `sizes` are songs, `labels` two
+    words for the features in which a cluster differs most. Cluster 0 is the largest.
     Raises DataError where there are fewer than n_clusters distinct songs.
     """
     from sklearn.cluster import KMeans
@@ -146,12 +149,11 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, dict[
             f"clusters needs at least {n_clusters} distinct songs for {n_clusters} clusters; "
             f"the table has {distinct}"
         )
-    _say("clusters", "fitting", len(songs))
+    _say_fitting("clusters", songs)
     kmeans = KMeans(n_clusters, n_init=4, random_state=SEED)
     pipeline = make_pipeline(StandardScaler(), kmeans).fit(features)
     _largest_first(kmeans)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
-    _say("clusters", "evaluating", len(sample))
     standardised = pipeline[0].transform(features.iloc[sample])
     sizes = np.bincount(kmeans.labels_, minlength=n_clusters).tolist()
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
@@ -160,12 +162,11 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, dict[
         "silhouette": _silhouette(standardised, kmeans.labels_[sample]),
         "sizes": sizes,
         "labels": labels,
-        "means": features.groupby(kmeans.labels_).mean().round(4).to_dict("records"),
         "plot": {"points": points, "labels": labels, "sizes": sizes},
     }
 
 
-def train_energy(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
+def train_energy(songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Predict energy (0 to 1) from the other features, genre, album and artist.
 
     Return (SongRegressor, metrics): those of train_popularity.
@@ -173,7 +174,7 @@ def train_energy(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
     return _train_regressor("energy", songs)
 
 
-def train_popularity(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
+def train_popularity(songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Predict popularity (0 to 100) from sound, genre, titles, album and artist.
 
     Return (SongRegressor, metrics), the primary metric first. `r2`, `mae`, `rmse` are on held-out
@@ -184,16 +185,16 @@ def train_popularity(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]
     return _train_regressor("popularity", songs)
 
 
-def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
+def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
     """Index songs by sound and company. Return (SimilarSongs, metrics).
 
     Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's
     own genre, which the query does not know (`same_genre_at_10`), against what drawing songs at
-    random would give (`same_genre_by_chance`), the share by the song's own artist, and milliseconds
-    of processor time per query. Raises DataError where there is but one recording.
+    random would give (`same_genre_by_chance`), and the share by the song's own artist. Raises
+    DataError where there is but one recording.
     """
     songs = _usable(songs, "similar", 2)
-    _say("similar", "fitting", len(songs))
+    _say_fitting("similar", songs)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
     index = SimilarSongs().fit(songs, sample)
     if not index.recording_.any():
@@ -203,10 +204,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
             "similar: the songs have fewer than two genres, so the company they keep is left out: "
             "it is sound alone that counts"
         )
-    _say("similar", "evaluating", len(sample))
-    start = time.thread_time()  # of this thread alone: other models may be computing beside it
     same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
-    query_ms = (time.thread_time() - start) / len(sample) * 1000
     same_genre = _neighbours_of_own_genre(index, genres(songs), sample)
     at_10 = by_chance = None
     if len(same_genre):
@@ -216,7 +214,6 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
         "same_genre_at_10": at_10,
         "same_genre_by_chance": by_chance,
         "same_artist_at_10": float(np.mean(np.concatenate(same_artist))),
-        "query_ms": query_ms,
         "plot": {
             "same_genre_at": same_genre.mean().tolist(),
             "by_chance": by_chance,
@@ -227,7 +224,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no
 # core waits for it. A model has the name of the column of songs that it predicts, if it does.
-MODELS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+MODELS: dict[str, Callable[..., tuple[Any, Metrics]]] = {
     "genre": train_genre,
     "clusters": train_clusters,
     "energy": train_energy,
@@ -269,7 +266,7 @@ def _genre_answers(
     }
 
 
-def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
+def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Return (SongRegressor, metrics) for the target column."""
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
@@ -406,7 +403,7 @@ def credits(artist_name: str) -> list[str]:
 
 def first_artist(artist_name: str) -> list[str]:
     """Return the first of the credited artists, as a list of one."""
-    return [artist_name.partition(";")[0].strip().casefold()]
+    return credits(artist_name)[:1]
 
 
 def featured(track_name: str) -> list[str]:
@@ -507,64 +504,54 @@ PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is 
 Progress = Callable[[float], None]
 
 
-def _say(name: str, phase: str, count: int) -> None:
-    extra = {"model": name, "phase": phase, "share": None}
-    log.info("%s: %s on %s songs", name, phase, f"{count:,}", extra=extra)
+def _say_fitting(name: str, songs: pd.DataFrame) -> None:
+    extra = {"model": name, "phase": "fitting"}
+    log.info("%s: fitting on %s songs", name, f"{len(songs):,}", extra=extra)
 
 
 def _say_nothing(share: float) -> None:
     """Take the place of a progress where nobody asked for one."""
 
 
-class Part(NamedTuple):
-    """A part of a model's training that needs no other part of it."""
-
-    phase: str  # "fitting" or "evaluating"
-    work: Callable[[Progress], Any]
-
-    def take(self, tell: Progress) -> Any:
-        """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
-        told = 0.0
-
-        def progress(share: float) -> None:
-            nonlocal told
-            if share - told >= PROGRESS_STEP or share == 1:
-                told = share
-                tell(share)
-
-        tell(told)
-        return self.work(progress)
+# A part of a model's training that needs no other part of it: what it does, "fitting" or
+# "evaluating", and the function that does it.
+Part = tuple[str, Callable[[Progress], Any]]
 
 
-class _Progress:
-    """Log what share of a model's training is done, from those of its parts.
+def _take_part(work: Callable[[Progress], Any], tell: Progress) -> Any:
+    """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
+    told = 0.0
 
-    The level is DEBUG; INFO where a part begins, and each quarter of what takes long.
+    def progress(share: float) -> None:
+        nonlocal told
+        if share - told >= PROGRESS_STEP or share == 1:
+            told = share
+            tell(share)
+
+    tell(told)
+    return work(progress)
+
+
+def _progress(name: str, phases: Sequence[str]) -> Callable[[int, float], None]:
+    """Return a function(number of a part, its share) that logs the share of the whole.
+
+    `phases`: of each part what it does. The level is DEBUG; INFO where a part begins, and each
+    quarter of what takes long.
     """
+    shares = [0.0] * len(phases)
+    began = time.monotonic()
 
-    def __init__(self, name: str, phases: Sequence[str]) -> None:
-        """`phases`: of each part what it does."""
-        self.name = name
-        self.phases = phases
-        self.shares = [0.0] * len(phases)
-        self.done = 0.0
-        self.began = time.monotonic()
+    def progress(part: int, share: float) -> None:
+        quarter = int(4 * sum(shares) / len(shares))
+        shares[part] = share
+        done = sum(shares) / len(shares)
+        takes_long = time.monotonic() - began > PROGRESS_SECONDS
+        another_quarter = takes_long and quarter < int(4 * done) < 4
+        level = logging.INFO if share == 0 or another_quarter else logging.DEBUG
+        extra = {"model": name, "phase": phases[part], "share": round(done, 4)}
+        log.log(level, "%s: %s, %.0f %%", name, phases[part], 100 * done, extra=extra)
 
-    def __call__(self, part: int, share: float) -> None:
-        """Take notice of the share of the part of that number."""
-        quarter = int(4 * self.done)
-        self.shares[part] = share
-        self.done = sum(self.shares) / len(self.shares)
-        takes_long = time.monotonic() - self.began > PROGRESS_SECONDS
-        another_quarter = quarter < int(4 * self.done) < 4
-        level = logging.DEBUG
-        if takes_long and another_quarter:
-            level = logging.INFO
-        if share == 0:
-            level = logging.INFO
-        phase = self.phases[part]
-        extra = {"model": self.name, "phase": phase, "share": round(self.done, 4)}
-        log.log(level, "%s: %s, %.0f %%", self.name, phase, 100 * self.done, extra=extra)
+    return progress
 
 
 # ---- Genre ---------------------------------------------------------------------------------------
@@ -1374,9 +1361,9 @@ def _fit_and_judge(
         leans = leans_on(judged, songs[known], name, metric) if split == 0 else {}
         return *said, leans
 
-    parts = [Part("fitting", partial(final.fit, songs, songs[name]))]  # the longest
+    parts: list[Part] = [("fitting", partial(final.fit, songs, songs[name]))]  # the longest
     splits = SPLITS if len(songs) < FEW_SONGS else 1
-    parts += [Part("evaluating", partial(judge, split)) for split in range(splits)]
+    parts += [("evaluating", partial(judge, split)) for split in range(splits)]
     final, *judged = _take_parts(name, parts)
     if final.fitted_on_ < len(songs):
         log.info(
@@ -1432,7 +1419,7 @@ def _figure(metric: Metric, answers: Answers, key: str = "predicted") -> float |
     return float(metric(answers["actual"], answers[key]))
 
 
-def _plot_genres(actual: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+def _plot_genres(actual: np.ndarray, predicted: np.ndarray) -> Metrics:
     """Return the worst confusions, for the picture.
 
     Each is actual genre, predicted genre, songs, their share of the actual genre's songs.
@@ -1445,7 +1432,7 @@ def _plot_genres(actual: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
     return {"confusions": confusions}
 
 
-def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) -> dict[str, Any]:
+def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) -> Metrics:
     """Return a 2-D histogram: rows are bins of the actual value, columns of the predicted one."""
     low = float(actual.min())
     high = float(actual.max())
@@ -1460,7 +1447,6 @@ def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) 
 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: models, their versions and a picture
 
-Report = dict[str, Any]
 # The keys that a report and a line of the history have at least.
 REPORT = {
     "model",
@@ -1470,6 +1456,7 @@ REPORT = {
     "sha256",
     "metrics",
     "settings",
+    "table",
     "rows",
     "bytes",
 }
@@ -1576,7 +1563,7 @@ def _pass_over(what: Path | str, why: str | None) -> None:
     log.warning("%s is passed over: %s", what, why)
 
 
-def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None:
+def read_report(name: str, models_dir: Folder = MODELS_DIR) -> Report | None:
     """Return the report of the current model, None where the model is missing or not ours.
 
     It is the one with the file's SHA-256: in metrics/NAME.json, or, where a run was killed between
@@ -1593,14 +1580,14 @@ def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None
     return None
 
 
-def list_versions(name: str, models_dir: Path | str = MODELS_DIR) -> list[tuple[Path, Report]]:
+def list_versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (model path, report) of the versions beside the current model, the newest first."""
     current = read_report(name, models_dir) or {"sha256": None}
     versions = _versions(name, models_dir)
     return [version for version in versions if version[1]["sha256"] != current["sha256"]]
 
 
-def to_train(name: str, models_dir: Path | str) -> str:
+def to_train(name: str, models_dir: Folder) -> str:
     """Return the command line that trains a model as the last run into that folder did."""
     command = db.command("train.py", *in_folder(models_dir))
     for last in read_objects(_paths(name, models_dir)[1], {"command"}):
@@ -1608,13 +1595,13 @@ def to_train(name: str, models_dir: Path | str) -> str:
     return f"{command} --only {name}"
 
 
-def in_folder(models_dir: Path | str) -> tuple[Any, ...]:
+def in_folder(models_dir: Folder) -> tuple[Any, ...]:
     """Return the options that say where the models are."""
     folder = Path(models_dir).resolve()
     return () if folder == MODELS_DIR else ("--models-dir", folder)
 
 
-def load_model(name: str, models_dir: Path | str = MODELS_DIR) -> dict[str, Any]:
+def load_model(name: str, models_dir: Folder = MODELS_DIR) -> Report:
     """Return the saved dict of a model: `estimator`, `metrics` and all that is in its report.
 
     The file's SHA-256 is compared with its report's before anything is unpickled. Raises
@@ -1639,9 +1626,9 @@ def load_model(name: str, models_dir: Path | str = MODELS_DIR) -> dict[str, Any]
 def publish(
     name: str,
     estimator: Any,
-    metrics: dict[str, Any],
-    about: dict[str, Any],
-    models_dir: Path | str = MODELS_DIR,
+    metrics: Metrics,
+    about: Report,
+    models_dir: Folder,
     force: bool = False,
 ) -> Report:
     """Save a trained model as a version, put it in the current one's place, return its report.
@@ -1657,8 +1644,7 @@ def publish(
         (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
-    if current and current.get("table") != report.get("table"):  # figures of other songs
-        report["in_place_of"] = current.get("table")
+    if current and current["table"] != report["table"]:  # figures of other songs
         current = None
     reason = _worse(report, current) if current and not force else None
     report["status"] = "held_back" if reason else "trained"
@@ -1690,7 +1676,7 @@ def _write_version(version: Path, report: Report, estimator: Any) -> None:
     write_json(version.with_suffix(".json"), report)
 
 
-def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
+def rollback(name: str, models_dir: Folder) -> Report:
     """Put the previous version of a model back, its metrics with it; return its report.
 
     The model taken back stays in versions/ as "rolled_back" and is not gone back to again. Raises
@@ -1711,7 +1697,7 @@ def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
     raise ModelError(f"there is no earlier version of {name} in {folder} to go back to")
 
 
-def clean_up(models_dir: Path | str = MODELS_DIR) -> None:
+def clean_up(models_dir: Folder) -> None:
     """Remove what a killed run left half done: temporary files, versions without a half.
 
     These are known by their exact names: a folder may hold other things as well.
@@ -1727,9 +1713,8 @@ def clean_up(models_dir: Path | str = MODELS_DIR) -> None:
     _remove(*[path for path in versions if halves[path.stem] == 1])
 
 
-def _report(name: str, estimator: Any, metrics: dict[str, Any], about: dict[str, Any]) -> Report:
+def _report(name: str, estimator: Any, metrics: Metrics, about: Report) -> Report:
     """Return what is written down of a model that has just been trained."""
-    packages = ("scikit-learn", "pandas", "numpy")
     return {
         "model": name,
         "metrics": {key: value for key, value in metrics.items() if key != "plot"},
@@ -1737,7 +1722,6 @@ def _report(name: str, estimator: Any, metrics: dict[str, Any], about: dict[str,
         "trained_at": datetime.now(UTC).isoformat(),
         "guessing": _guessing(metrics),
         "settings": about["settings"] | getattr(estimator, "settings_", {}),
-        "versions": {package: metadata.version(package) for package in packages},
         "plot": metrics.get("plot", {}),
     }
 
@@ -1745,13 +1729,11 @@ def _report(name: str, estimator: Any, metrics: dict[str, Any], about: dict[str,
 BASELINES = {"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}
 
 
-def _guessing(metrics: dict[str, Any]) -> bool:
+def _guessing(metrics: Metrics) -> bool:
     """Return whether a model's primary metric is no better than its baseline, or than 0."""
     metric, value = next(iter(metrics.items()))
-    if value is None:
-        return False
-    baseline = metrics.get(BASELINES.get(metric, ""))
-    return value <= (baseline or 0)
+    baseline = metrics.get(BASELINES.get(metric, "")) or 0
+    return value is not None and value <= baseline
 
 
 def _worse(report: Report, current: Report) -> str | None:
@@ -1769,7 +1751,7 @@ def _worse(report: Report, current: Report) -> str | None:
     )
 
 
-def _put_in_place(version: Path, report: Report, models_dir: Path | str) -> None:
+def _put_in_place(version: Path, report: Report, models_dir: Folder) -> None:
     """Make a copy of a version the current model, then its report that model's.
 
     Where the report cannot be written, the one in versions/ is the model's.
@@ -1781,7 +1763,7 @@ def _put_in_place(version: Path, report: Report, models_dir: Path | str) -> None
         write_json(metrics_path, report)
 
 
-def _prune(name: str, models_dir: Path | str) -> None:
+def _prune(name: str, models_dir: Folder) -> None:
     """Keep five versions, of which at most one that was not good enough.
 
     So bad nights do not push out good ones.
@@ -1807,7 +1789,7 @@ def _find(folder: Path, pattern: str) -> list[Path]:
     return []
 
 
-def _paths(name: str, models_dir: Path | str) -> tuple[Path, Path]:
+def _paths(name: str, models_dir: Folder) -> tuple[Path, Path]:
     """Return where the current model is, and its report."""
     models_dir = Path(models_dir)
     return models_dir / f"{name}.joblib", models_dir / "metrics" / f"{name}.json"
@@ -1816,13 +1798,13 @@ def _paths(name: str, models_dir: Path | str) -> tuple[Path, Path]:
 MOMENT = r"\d{8}T\d{6}\.\d{6}"  # in the name of a version, as _version writes it
 
 
-def _version(report: Report, models_dir: Path | str) -> Path:
+def _version(report: Report, models_dir: Folder) -> Path:
     """Return where versions/ holds the model of a report; beside it, as .json, the report."""
     moment = datetime.fromisoformat(report["trained_at"])
     return Path(models_dir) / "versions" / f"{report['model']}-{moment:%Y%m%dT%H%M%S.%f}.joblib"
 
 
-def _versions(name: str, models_dir: Path | str) -> list[tuple[Path, Report]]:
+def _versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (path of the model, its report) of everything in versions/, the newest first."""
     versions = []
     names = rf"{re.escape(name)}-{MOMENT}\.json"
@@ -1841,7 +1823,7 @@ def _sha256(path: Path) -> str | None:
 # ---- Written down beside the models: the history and the data ------------------------------------
 
 
-def append_history(models_dir: Path | str, lines: list[dict[str, Any]]) -> None:
+def append_history(models_dir: Folder, lines: list[dict]) -> None:
     """Append lines to metrics/history.jsonl, one JSON object each."""
     path = Path(models_dir) / "metrics" / "history.jsonl"
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -1854,12 +1836,12 @@ def append_history(models_dir: Path | str, lines: list[dict[str, Any]]) -> None:
             file.write(text)
 
 
-def read_history(models_dir: Path | str = MODELS_DIR) -> list[dict[str, Any]]:
+def read_history(models_dir: Folder) -> list[dict]:
     """Return the lines of metrics/history.jsonl, the oldest first, without lines cut short."""
     return read_objects(Path(models_dir) / "metrics" / "history.jsonl", LINE, by_line=True)
 
 
-def owed(models_dir: Path | str = MODELS_DIR) -> list[str]:
+def owed(models_dir: Folder) -> list[str]:
     """Return the models whose last run failed, was held back or killed, and those with no file."""
     last = {line["model"]: line for line in read_history(models_dir)}
     missing = []
@@ -1874,7 +1856,7 @@ def owed(models_dir: Path | str = MODELS_DIR) -> list[str]:
     return missing
 
 
-def describe(songs: pd.DataFrame) -> dict[str, Any]:
+def describe(songs: pd.DataFrame) -> dict:
     """Return what a later run compares its songs with.
 
     `rows`, the share of each genre, mean and standard deviation of each feature.
@@ -1888,7 +1870,7 @@ def describe(songs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS_DIR) -> list[str]:
+def drift_since(now: dict, table: str, models_dir: Folder) -> list[str]:
     """Return a sentence for each thing that moved since a model was trained last on that table.
 
     `now` is what describe() says of tonight's songs. What matters most comes first: a feature that
@@ -1896,9 +1878,9 @@ def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS
     table, that is the sentence.
     """
     reports = [read_report(name, models_dir) for name in MODELS]
-    earlier = [report for report in reports if report and report.get("table") == table]
+    earlier = [report for report in reports if report and report["table"] == table]
     if not earlier:
-        others = sorted({str(report.get("table")) for report in reports if report})
+        others = sorted({report["table"] for report in reports if report})
         return [
             f"the models so far are of {other}; those of {table} take their place and are not "
             "compared with them; to keep both, give each table its own --models-dir"
@@ -1940,9 +1922,7 @@ def _drift_of_genres(now: dict[str, float], before: dict[str, float]) -> list[st
 PREDICTED_AT_ONCE = 10_000  # songs of a table
 
 
-def load_models(
-    models_dir: Path | str = MODELS_DIR, names: Iterable[str] = MODELS
-) -> dict[str, dict[str, Any]]:
+def load_models(models_dir: Folder, names: Iterable[str] = MODELS) -> dict[str, Report]:
     """Return {name: what load_model gives} of the models that there are.
 
     Logs why others are left out. Raises ModelError where there is none.
@@ -1998,9 +1978,7 @@ def adds(name: str) -> Adds | None:
     return ADDS.get(name)
 
 
-def predict(
-    rows: Any, models_dir: Path | str = MODELS_DIR, loaded: dict | None = None
-) -> pd.DataFrame:
+def predict(rows: Any, models_dir: Folder = MODELS_DIR, loaded: dict | None = None) -> pd.DataFrame:
     """Return what the models say of rows, a row each, under the rows' own index.
 
     `rows` is a DataFrame as pandas reads it or a list of dicts, with the names and values that a
@@ -2018,7 +1996,7 @@ def predict(
     return said.set_axis(rows.index)
 
 
-def _added(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def _added(songs: pd.DataFrame, loaded: dict[str, Report]) -> pd.DataFrame:
     """Return the columns that the models add to songs that are read."""
     import pandas as pd
 
@@ -2033,9 +2011,7 @@ def _added(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFra
     return added.round(4)
 
 
-def predict_table(
-    url: str, table: str, into: str, models_dir: Path | str = MODELS_DIR
-) -> dict[str, Any]:
+def predict_table(url: str, table: str, into: str, models_dir: Folder) -> dict:
     """Put what the models say of every song of a table in place of the rows of the table `into`.
 
     Its columns are track_id, those that the models add, `similar_tracks` (ten track_ids, the most
@@ -2057,7 +2033,7 @@ def predict_table(
     return {"rows": len(songs), "into": into, "seconds": time.monotonic() - start}
 
 
-def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iterator[pd.DataFrame]:
+def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.DataFrame]:
     """Yield the rows of the table of predictions, PREDICTED_AT_ONCE at a time."""
     index = None
     rows = np.full(len(songs), -1)  # of the songs in the index; -1 where it has not seen them
@@ -2065,7 +2041,7 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
         index = loaded["similar"]["estimator"]
         songs, rows = _neighbours_together(songs, index)
     trained_at = max(model["trained_at"] for model in loaded.values())
-    progress = _Progress("predictions", ["predicting"])
+    progress = _progress("predictions", ["predicting"])
     for start in range(0, len(songs), PREDICTED_AT_ONCE):
         end = start + PREDICTED_AT_ONCE
         some = songs.iloc[start:end]
@@ -2362,17 +2338,18 @@ def _take_parts(name: str, parts: list[Part]) -> list[Any]:
     In a fork, where there are cores, each is a fork of it; elsewhere, as in a notebook, they are
     taken one after the other. Raises what a part raises, or Killed.
     """
-    progress = _Progress(name, [part.phase for part in parts])
+    phases, works = zip(*parts)
+    progress = _progress(name, phases)
     if _cores < 2:
-        return [part.take(partial(progress, number)) for number, part in enumerate(parts)]
+        return [_take_part(work, partial(progress, part)) for part, work in enumerate(works)]
     connections = []
     forks = []
     fcntl.lockf(_cores_file, fcntl.LOCK_UN)
     try:
-        for part in parts:
+        for work in works:
             ours, theirs = multiprocessing.Pipe()
             connections.append(ours)
-            forks.append(_fork(theirs, part.take, theirs.send))
+            forks.append(_fork(theirs, _take_part, work, theirs.send))
         return _answers(connections, progress)
     finally:
         for fork in forks:
@@ -2461,7 +2438,7 @@ def die_with(parent: int) -> None:
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def show(options: argparse.Namespace) -> int:
+def show(options: Namespace) -> int:
     """Print the current models; 2 if there is none."""
     rows: list[list[Any]] = []
     reports = {}
@@ -2497,7 +2474,7 @@ def show(options: argparse.Namespace) -> int:
     return 0 if reports else 2
 
 
-def similar(options: argparse.Namespace) -> int:
+def similar(options: Namespace) -> int:
     """Print the songs most like one song."""
     index = load_model("similar", options.models_dir)["estimator"]
     row = _row_meant(index, options.song, options.artist)
@@ -2528,7 +2505,7 @@ def similar(options: argparse.Namespace) -> int:
     return 0
 
 
-def titles(options: argparse.Namespace) -> int:
+def titles(options: Namespace) -> int:
     """Print the songs whose titles contain the text, the first 20 of them."""
     index = load_model("similar", options.models_dir)["estimator"]
     text = options.text.casefold()
@@ -2565,7 +2542,7 @@ def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
     return [line.format(**_song(index, row)) for row in rows[:20]]
 
 
-def predict_songs(options: argparse.Namespace) -> int:
+def predict_songs(options: Namespace) -> int:
     """Print the rows of a CSV with the predictions added, or write them with --out.
 
     Or, with --into, put the predictions of a table into another.
@@ -2591,7 +2568,7 @@ def predict_songs(options: argparse.Namespace) -> int:
     return 0
 
 
-def roll_back(options: argparse.Namespace) -> int:
+def roll_back(options: Namespace) -> int:
     """Put the previous version of a model back."""
     folder = Path(options.models_dir).resolve()
     if not folder.is_dir():
@@ -2604,19 +2581,19 @@ def roll_back(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="models.py", description="Look at the trained models and use them."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    folder = argparse.ArgumentParser(add_help=False)
+    folder = ArgumentParser(add_help=False)
     folder.add_argument(
         "--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)"
     )
-    machine = argparse.ArgumentParser(add_help=False)
+    machine = ArgumentParser(add_help=False)
     machine.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *more: Any) -> Any:
+    def command(name: str, run: Callable[[Namespace], int], text: str, *more: Any) -> Any:
         added = commands.add_parser(name, parents=[folder, *more], help=text)
         added.set_defaults(run=run)
         return added.add_argument

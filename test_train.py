@@ -2958,7 +2958,7 @@ def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_co
 def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
     caplog.set_level("INFO", "models")
     monkeypatch.setattr(models, "PROGRESS_SECONDS", -1)
-    progress = models._Progress("genre", ["fitting"])
+    progress = models._progress("genre", ["fitting"])
     for step in range(1, 21):
         progress(0, step / 20)
     said = [record.getMessage() for record in caplog.records]
@@ -2972,8 +2972,7 @@ def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(so
     needed = few[few.columns.intersection([*HEADER, name])]
     some = (few, repeated, needed)
     first, again, bare = (
-        json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
-        for rows in some
+        json.loads(json.dumps(models.MODELS[name](rows)[1], allow_nan=False)) for rows in some
     )
     assert first == again
     assert next(iter(bare.values())) is not None
@@ -3184,10 +3183,9 @@ def test_a_model_is_compared_with_those_of_its_own_table_only(songs, tmp_path, a
     data = models.describe(songs)
     publish(tmp_path, 0.9, data=data)
     other = publish(tmp_path, 0.2, table="other", data=data)
-    assert (other["status"], other["previous"], other["in_place_of"]) == ("trained", None, "songs")
+    assert (other["status"], other["previous"]) == ("trained", None)
     worse = publish(tmp_path, 0.1, table="other")
     assert (worse["status"], worse["previous"]) == ("held_back", 0.2)
-    assert "in_place_of" not in worse
     assert models.drift_since(data, "other", tmp_path) == []
     assert models.drift_since(data, "third", tmp_path) == [
         "the models so far are of other; those of third take their place and are not compared "
@@ -3526,7 +3524,7 @@ def test_a_damaged_history_is_named_once_and_costs_nothing_else(tmp_path, caplog
     assert ("energy" in models.owed(tmp_path)) != kept
     assert history[:1] == (good if kept else [])
     run = notify.Run({"table_name": "t", "demo": None}, [], "", "", "2026-12-01T00:00:00Z", "here")
-    assert notify.report_figure(run, history)
+    assert notify.report_figure(run, history, list(models.MODELS))
     assert named_once(caplog, path)
 
 
