@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import uuid
 import zlib
 from collections import Counter, deque
@@ -62,10 +63,9 @@ START_SECONDS = 120  # the embedded server, crash recovery on a slow disk includ
 HTTP_SECONDS = 30
 BLOCK = 1 << 20  # bytes that COPY gives or takes in one go
 MAX_LINE = 16 << 20  # characters
-BLOCK_ROWS = 20_000  # of a CSV file that are looked at together
+BLOCK_ROWS = 20_000  # that are looked at together; the first of them decide, in --check too
 LOG_ROWS = 100_000  # of a CSV file between two log lines
-CHECK_ROWS = 1000  # of a CSV file that --check looks at
-MANY_REJECTED = 0.1  # share of a CSV file's rows from which on their loss is a warning of the run
+MANY = 0.1  # share of the rows from which on their loss is a warning of the run
 MISTAKES = 10, 0.01  # so many rows, or this share, may be out of a feature's range by mistake
 
 # ---- Columns -------------------------------------------------------------------------------------
@@ -101,21 +101,11 @@ COLUMNS = (
 )
 TEXT = ("track_id", "artist_name", "track_name", "genre", "album_name")
 INTEGERS = ("key", "mode", "duration_ms", "time_signature", "explicit", "year")
-UNIT = (  # from 0 to 1
-    "danceability",
-    "energy",
-    "speechiness",
-    "acousticness",
-    "instrumentalness",
-    "valence",
-    "liveness",
-    "mode",
-    "explicit",
-)
 ANY_NUMBER = (-2e9, 2e9)  # what an integer of PostgreSQL holds
 RANGES = {
     **dict.fromkeys(COLUMNS, ANY_NUMBER),
-    **dict.fromkeys(UNIT, (0, 1)),
+    **dict.fromkeys((*AUDIO, "liveness", "mode", "explicit"), (0, 1)),
+    "loudness": (-1000, 1000),  # dB
     "key": (-1, 11),
     "time_signature": (0, 99),
     "year": (1000, 2999),
@@ -135,29 +125,32 @@ class DatabaseUnavailable(Expected):
 
 
 # ---- Reading the songs ---------------------------------------------------------------------------
-def load_songs(url: str, table: str) -> pd.DataFrame:
-    """Read the table, once.
+def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
+    """Read a table or view, once, by the names and values that are read in a CSV file.
 
     Return our columns as far as they hold values, sorted by track_id, one row a song. Text columns
     are strings ("" where unknown), all others float32 (NaN where unknown). Songs without artist,
-    title or one of the seven features that are REQUIRED are left out, with a warning.
+    title or one of the seven features that are REQUIRED are left out, with a warning. `most` limits
+    the rows that are looked at. In `.attrs` are "warnings", sentences for the run, and "wrong",
+    {reason or column: rows left out or values that cannot be read}.
 
     Raises DataError (missing table or columns, another scale, nothing left) or
     DatabaseUnavailable.
     """
     where = f'The table "{table}"'
-    songs = _read_table(url, table)
-    numbers = [column for column in songs if column not in TEXT]
+    songs, layout = _read_table(url, table, most)
+    read = len(songs)
     unread: Counter[str] = Counter()
-    reasons = _read_values(songs, where, unread)
+    reasons = _read_values(songs, layout, unread)
+    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
+    songs["artist_name"] = songs["artist_name"].map(artists)
     left_out = Counter(reasons[reasons != ""])
+    numbers = [column for column in songs if column not in TEXT]
     songs = songs[reasons == ""].astype(dict.fromkeys(numbers, "float32"))
     if not songs["track_id"].is_monotonic_increasing:  # ids were made, or cut out of URIs
         songs = songs.sort_values("track_id", kind="stable")
-    repeated = int(songs["track_id"].duplicated().sum())
-    if repeated:
-        left_out["repeated track_id"] = repeated
-        songs = songs.sort_values(list(songs)).drop_duplicates("track_id", keep="last")
+    if not songs["track_id"].is_unique:
+        songs = _last_of_each(songs, left_out)
     if songs.empty:
         raise DataError(
             f"{where} has no song that can be used ({_in_words(left_out)}); "
@@ -165,44 +158,61 @@ def load_songs(url: str, table: str) -> pd.DataFrame:
         )
     if left_out:
         log.warning('Left out of "%s": %s', table, _in_words(left_out))
-    _log_unread(unread, table)
-    return songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
+    songs = songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
+    songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, where)
+    songs.attrs["wrong"] = left_out + unread
+    return songs
 
 
-def _read_table(url: str, table: str) -> pd.DataFrame:
-    """Return our columns of the table, as text or, where they are numbers there, as float32."""
+def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
+    """Return one row for each track_id; count the others in `left_out`."""
+    songs = songs.sort_values(list(songs))
+    repeated = songs.duplicated("track_id", keep="last")
+    same = songs.duplicated(["track_id", *AUDIO], keep="last")
+    left_out[REPEATED] = int((repeated & same).sum())
+    left_out[REPEATED_DIFFERENT] = int((repeated & ~same).sum())
+    return songs[~repeated]
+
+
+def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _Layout]:
+    """Return our columns of the table, as text or, where they are numbers there, as float32.
+
+    And how they were found.
+    """
     import pandas as pd
 
+    numeric = "smallint|integer|bigint|real|double precision|numeric.*"
     with tempfile.TemporaryFile() as file:
         with connect(url, read_only=True) as cursor:
             name, columns = _open_table(cursor, table)
-            used = [column for column in COLUMNS if column in columns]
-            selected = [
-                f"array_to_string({column}, ';')" if columns[column].endswith("[]") else column
-                for column in used
-            ]
-            query = (  # track_id comes first in `used`
-                f"COPY (SELECT {', '.join(selected)} FROM {name} "
-                f'ORDER BY {used[0]}::text COLLATE "C") TO STDOUT (FORMAT csv)'
-            )
+            header = list(columns)
+            quoted = [sql.Identifier(column).as_string(cursor) for column in header]
+            sample = ", ".join(f"coalesce(left({column}::text, 300), '')" for column in quoted)
+            cursor.execute(f"SELECT {sample} FROM {name} LIMIT {BLOCK_ROWS}")
+            layout = _look_at(header, cursor.fetchall(), f'The table "{table}"')
+            cells = []
+            kinds = {}
+            for column, place in layout.columns.items():
+                kind = columns[header[place]]
+                array = kind.endswith("[]")
+                cells.append(f"array_to_string({quoted[place]}, ';')" if array else quoted[place])
+                number = column not in TEXT and re.fullmatch(numeric, kind)
+                kinds[column] = "float32" if number else "str"
+            order = f'ORDER BY {cells[0]}::text COLLATE "C"'  # the track_id comes first
+            end = f"LIMIT {most}" if most else order
+            query = f"COPY (SELECT {', '.join(cells)} FROM {name} {end}) TO STDOUT (FORMAT csv)"
             cursor.copy_expert(query, file, BLOCK)
-        _warn_of_likely_names(f'The table "{table}"', used, list(columns))
         file.seek(0)
-        numbers = [column for column in used if _holds_numbers(column, columns[column])]
-        kinds = {column: "float32" if column in numbers else "str" for column in used}
-        return pd.read_csv(
+        missing = {column: ["", "NaN"] for column in kinds if kinds[column] == "float32"}
+        songs = pd.read_csv(
             file,
             header=None,
-            names=used,
+            names=list(kinds),
             dtype=kinds,
             keep_default_na=False,
-            na_values=dict.fromkeys(numbers, ["", "NaN"]),
+            na_values=missing,
         )
-
-
-def _holds_numbers(column: str, kind: str) -> bool:
-    numbers = "smallint|integer|bigint|real|double precision|numeric.*"
-    return column not in TEXT and re.fullmatch(numbers, kind) is not None
+    return songs, layout
 
 
 # ---- Loading a CSV file --------------------------------------------------------------------------
@@ -218,23 +228,26 @@ def load_csv(
     New track_ids are inserted, known ones updated, the last row of a track_id wins; `truncate`
     empties the table first. Rows that cannot be loaded go to `rejected_path`, with line and reason.
 
-    Return dict(read, loaded, repeated, rejected={reason: rows}, examples=[first three],
-    unread={column: values}, warnings=[sentences]). Raises DataError (file, columns, another scale,
-    most rows cannot be loaded, no permission) or DatabaseUnavailable.
+    Return dict(read, loaded, repeated, different=those of them that have other features,
+    rejected={reason: rows}, examples=[first three], unread={column: values}, warnings=[sentences]).
+    Raises DataError (file, columns, another scale, most rows cannot be loaded, no permission) or
+    DatabaseUnavailable.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as good:
         with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
             # without a connection: servers end those that idle
-            columns, found = _convert(csv_path, good, aside)
+            columns, artists, found = _convert(csv_path, good, aside)
         rejected = found["rejected"].total()
         if not rejected and os.path.isfile(aside.name):  # os.devnull is none
             os.unlink(aside.name)
         good.seek(0)
         with connect(url) as cursor:
-            repeated = _merge(cursor, table, columns, good, truncate)
+            repeated, different = _merge(cursor, table, columns, artists, good, truncate)
     loaded = found["read"] - rejected - repeated
-    said = '%d songs loaded into "%s" (%d rows read, %d repeated)'
-    log.info(said, loaded, table, found["read"], repeated)
+    said = (
+        '%d songs loaded into "%s" (%d rows read, %d repeated, %d of these with different values)'
+    )
+    log.info(said, loaded, table, found["read"], repeated, different)
     log.debug("CSV: loaded", extra={"model": "CSV", "phase": "done", "share": 1.0})
     if rejected:
         log.warning(
@@ -244,99 +257,80 @@ def load_csv(
             aside.name,
             "; ".join(found["examples"]),
         )
+    lost = found["rejected"] + Counter({REPEATED_DIFFERENT: different})
+    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], csv_path)
     # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
-    counts = {"rejected": dict(found["rejected"]), "unread": dict(found["unread"])}
-    return {**found, **counts, "loaded": loaded, "repeated": repeated}
-
-
-class _Sorted(NamedTuple):
-    """What became of the rows of a CSV file, counted while they are read."""
-
-    put_aside: Callable[[list], object]  # writes a row of the file of rejected rows
-    rejected: Counter[str]
-    unread: Counter[str]
-    examples: list[str]
-
-    def reject(self, row: _Row, reason: str) -> None:
-        self.rejected[reason] += 1
-        self.put_aside([row.line, reason, *row.fields])
-        if len(self.examples) < 3:
-            cells = ",".join(row.fields)[:150]
-            self.examples.append(f"line {row.line}: {reason}: {cells}")
+    counts = {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
+    return {**found, **counts, "loaded": loaded, "repeated": repeated, "different": different}
 
 
 def _convert(
     path: str | Path, good: IO[str], aside: IO[str], most: int | None = None
-) -> tuple[list[str], dict]:
+) -> tuple[list[str], dict[str, str], dict]:
     """Write the songs of a CSV file to `good` and the rows that cannot be loaded to `aside`.
 
     Both are open files; `most` limits how many rows are looked at. Return (columns of `good`,
-    dict(read, rejected, examples, unread, warnings)).
+    {cell of artist_name: what it means}, dict(read, rejected, examples, unread, warnings)).
     """
-    done = _Sorted(csv.writer(aside).writerow, Counter(), Counter(), [])
-    rejected = done.rejected
-    read = 0
+    where = str(path)
+    put_aside = csv.writer(aside).writerow
+    rejected: Counter[str] = Counter()
+    found: dict = {"read": 0, "rejected": rejected, "examples": [], "unread": Counter()}
+    artists: Counter[str] = Counter()
     with _open_csv(path) as (file, share):
         header, rows = _read_rows(file, path)
-        _demand(
-            our_columns(header),
-            header,
-            str(path),
-            "found: {}. Rename or add them; the first line must name the columns",
-        )
-        done.put_aside(["line", "reason", *header])
-        layout = None
-        for block in _in_blocks(itertools.islice(rows, most), BLOCK_ROWS):
-            if layout is None:
-                layout = _look_at(header, [row.fields for row in block if not row.wrong])
-                _log_layout(layout, path)
-            columns = _sort(block, layout, str(path), good, done)
-            read += len(block)
-            if read % LOG_ROWS == 0:
+        rows = itertools.islice(rows, most)
+        block = list(itertools.islice(rows, BLOCK_ROWS))
+        _refuse_transposed(block, where)
+        _demand(our_columns(header), header, where)
+        if not block:
+            raise DataError(f"{path}: there is only a header; the table is unchanged")
+        put_aside(["line", "reason", *header])
+        layout = _look_at(header, [row.fields for row in block if not row.wrong], where)
+        while block:
+            songs = _sort(block, layout, put_aside, found)
+            songs.to_csv(good, header=False, index=False, lineterminator="\r\n")
+            artists.update(songs["artist_name"].tolist())
+            found["read"] += len(block)
+            if found["read"] % LOG_ROWS == 0:
                 progress = {"model": "CSV", "phase": "loading", "share": share()}
-                log.info("%s: %s rows read", path, f"{read:,}", extra=progress)
-    if not read or 2 * rejected.total() > read:
-        _refuse_most(done, read, path)
-    _log_unread(done.unread, path)
-    return columns, {
-        "read": read,
-        "rejected": rejected,
-        "examples": done.examples,
-        "unread": +done.unread,
-        "warnings": _warn_of_many(rejected, read, path),
-    }
+                log.info("%s: %s rows read", path, f"{found['read']:,}", extra=progress)
+            block = list(itertools.islice(rows, BLOCK_ROWS))
+    if 2 * rejected.total() > found["read"]:
+        raise DataError(
+            f"{path}: {rejected.total()} of {found['read']} rows cannot be loaded "
+            f"({_in_words(rejected)}); the table is unchanged. "
+            f"{'; '.join([*found['examples'], _fix(rejected.most_common(1)[0][0], path)])}"
+        )
+    meaning = _artists_of(artists, layout, where)
+    return list(songs), meaning, found | {"warnings": layout.warnings}
 
 
-def _refuse_most(done: _Sorted, read: int, path: str | Path) -> None:
-    rejected = done.rejected
-    why = _in_words(rejected) or "there is only a header"
-    hints = "; ".join([*done.examples, *_fix_of_most(rejected, path)])
-    raise DataError(
-        f"{path}: {rejected.total()} of {read} rows cannot be loaded ({why}); "
-        f"the table is unchanged. {hints}"
-    )
+def _sort(block: list[_Row], layout: _Layout, put_aside: Callable, found: dict) -> pd.DataFrame:
+    """Return the songs among some rows of a file; put the other rows aside and count them."""
+    import pandas as pd
 
-
-def _sort(block: list[_Row], layout: _Layout, path: str, good: IO[str], done: _Sorted) -> list[str]:
-    """Write the songs among some rows to `good` and reject the others; return their columns."""
     # rows of a wrong number of fields are shifted: their values say nothing
-    songs = _our_cells(layout, [row.fields for row in block if not row.wrong])
-    reasons = _read_values(songs, path, done.unread)
-    songs[reasons == ""].to_csv(good, header=False, index=False, lineterminator="\r\n")
+    fields = [row.fields for row in block if not row.wrong]
+    cells = pd.DataFrame(fields, columns=layout.header, dtype="str")
+    songs = _ours(cells, layout)
+    reasons = _read_values(songs, layout, found["unread"])
     reason_of_next = iter(reasons)
     for row in block:
         reason = row.wrong or next(reason_of_next)
-        if reason:
-            done.reject(row, reason)
-    return list(songs)
+        if not reason:
+            continue
+        found["rejected"][reason] += 1
+        put_aside([row.line, reason, *row.fields])
+        if len(found["examples"]) < 3:
+            cells = ",".join(row.fields)[:150]
+            found["examples"].append(f"line {row.line}: {reason}: {cells}")
+    return songs[reasons == ""]
 
 
-def _in_blocks(rows: Iterator, size: int) -> Iterator[list]:
-    """Yield lists of `size` rows, the last one shorter."""
-    block = list(itertools.islice(rows, size))
-    while block:
-        yield block
-        block = list(itertools.islice(rows, size))
+def _ours(cells: pd.DataFrame, layout: _Layout) -> pd.DataFrame:
+    """Return our columns of all the cells of a file."""
+    return cells.iloc[:, list(layout.columns.values())].set_axis(list(layout.columns), axis=1)
 
 
 def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -349,8 +343,9 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     with _open_csv(path) as (file, _):
         header, rows = _read_rows(file, path)
-        cells = pd.DataFrame([row.fields for row in rows], dtype="str")
-    cells = cells.reindex(columns=range(len(header))).fillna("").set_axis(header, axis=1)
+        cells = pd.DataFrame([row.fields for row in rows])
+    cells = cells.reindex(columns=range(len(header))).fillna("").astype("str")
+    cells.columns = header
     return cells, read_rows(cells, str(path))
 
 
@@ -361,11 +356,12 @@ def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
     or NaN. Raises DataError where most of AUDIO is missing, or a column has another scale.
     """
     header = [str(name) for name in rows]
-    cells = rows.astype(object).where(rows.notna(), "").astype("str")
-    fields = cells.to_numpy().tolist()
-    songs = _our_cells(_look_at(header, fields), fields)
-    songs = songs.reindex(columns=list(COLUMNS), fill_value="").astype("str")
-    _read_values(songs, where, Counter())
+    cells = rows.astype(object).where(rows.notna(), "").astype("str").reset_index(drop=True)
+    layout = _look_at(header, cells.to_numpy().tolist(), where)
+    songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
+    _read_values(songs, layout, Counter())
+    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
+    songs["artist_name"] = songs["artist_name"].map(artists).astype("str")
     numbers = [name for name in songs if name not in TEXT]
     songs = songs.astype(dict.fromkeys(numbers, "float32"))
     if songs.empty:
@@ -384,16 +380,19 @@ def demand_sound(
 ) -> None:
     """Raise DataError if most of AUDIO is missing among `names`; `found` is what is there."""
     if 2 * len({*AUDIO}.difference(names)) > len(AUDIO):
-        _demand(names, list(found or names), where, "found: {}. Rename or add them")
+        _demand(names, list(found or names), where)
 
 
-def _merge(cursor, table: str, columns: list[str], file: IO[str], truncate: bool) -> int:
+def _merge(
+    cursor, table: str, columns: list[str], artists: dict[str, str], file: IO[str], truncate: bool
+) -> tuple[int, int]:
     """COPY the songs of `file` and move them into the table.
 
-    What changed is updated, what is new is inserted. Return how many were repeats of a track_id.
+    What changed is updated, what is new is inserted. Return how many were repeats of a track_id,
+    and how many of these have other features.
     """
     name, kinds = _open_table(cursor, table, to_load=True)
-    repeated = _stage(cursor, columns, file)
+    repeated = _stage(cursor, columns, artists, file)
 
     def cast(column: str) -> str:
         value = f"s.{column}"
@@ -422,21 +421,33 @@ def _merge(cursor, table: str, columns: list[str], file: IO[str], truncate: bool
     return repeated
 
 
-def _stage(cursor, columns: list[str], file: IO[str]) -> int:
+def _stage(cursor, columns: list[str], artists: dict[str, str], file: IO[str]) -> tuple[int, int]:
     """COPY the songs of `file` into the table staging, the last of a track_id only.
 
-    Return how many others there were.
+    `artists` says what cells of artist_name mean. Return how many others there were, and how many
+    of these have other features than the last.
     """
     staged = ", ".join(
         f"{column} {'text' if column in TEXT else 'double precision'}" for column in columns
     )
     cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
     cursor.copy_expert("COPY staging FROM STDIN (FORMAT csv)", file, BLOCK)
+    different = " OR ".join(f"staging.{name} <> kept.{name}" for name in AUDIO)
     cursor.execute(
-        "DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging GROUP BY 1 "
-        "HAVING count(*) > 1) twice WHERE track_id = id AND staging.ctid < twice.last"
+        "WITH gone AS (DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging "
+        "GROUP BY 1 HAVING count(*) > 1) twice JOIN staging kept ON kept.ctid = last "
+        f"WHERE staging.track_id = id AND staging.ctid < last RETURNING {different} different) "
+        "SELECT count(*), count(*) FILTER (WHERE different) FROM gone"
     )
-    return cursor.rowcount
+    repeated = cursor.fetchone()
+    changed = {cell: names for cell, names in artists.items() if cell != names}
+    if changed:
+        cursor.execute(
+            "UPDATE staging SET artist_name = artists "
+            "FROM json_each_text(%s) meaning(cell, artists) WHERE artist_name = cell",
+            [json.dumps(changed)],
+        )
+    return repeated
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
@@ -555,7 +566,7 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
         album_name=[
             f"Demo Album {name}-{number}" for name, number in zip(artist, rng.integers(0, 5, n))
         ],
-        genre=[_demo_genre(number) for number in genre.tolist()],
+        genre=[f"demo-{GENRES[number]}" for number in genre],
         popularity=(35 + 12 * fame + 4 * songs.danceability).clip(0, 100).round(),
         loudness=(-8 + 3.4 * sound[1] + rng.normal(0, 1.3, n)).clip(-55, 2).round(3),
         tempo=(119 + 17 * pace).clip(45, 220).round(3),
@@ -568,49 +579,60 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     )[[*COLUMNS]]
 
 
-def _demo_genre(number: int) -> str:
-    name = f"demo-{GENRES[number % 20]}"
-    if number >= 20:
-        name += f"-{number // 20 + 1}"
-    return name
-
-
-# ---- CSV files: which column is which ------------------------------------------------------------
-# What else a column may be called, in order of trust, without what does not matter: case, spaces
-# and punctuation. Each of these, and our own name, may have a prefix, and is trusted more with it.
-PREFIXES = ("song", "track", "spotify", "audio", "audiofeatures")
-DURATION_UNITS = (  # {end of a column's name: milliseconds}
-    {"ms": 1, "msec": 1, "milliseconds": 1, "millis": 1}
-    | {"seconds": 1000, "secs": 1000, "sec": 1000}
-    | {"minutes": 60_000, "mins": 60_000, "min": 60_000}
+# ---- Which column is which -----------------------------------------------------------------------
+# What else a column may be called, in order of trust, without what does not matter: case, accents,
+# spaces and punctuation. Each of these, and our own name, may have a prefix, and is trusted more
+# with it. After them the same without brackets and the s of a plural.
+PREFIXES = (
+    "song track spotify audio audiofeatures audiofeature trackfeature feature "
+    "nombre nombredela nombredel nome nomeda nomedo nomdu"
 )
+DURATION_UNITS = {  # {how a column's name ends: milliseconds}
+    "(ms|msec|millis|milliseconds)$": 1,
+    "(s|sec|secs|seconds)$": 1000,
+    "(min|mins|minutes)$": 60_000,
+}
 ALIASES = {
     "track_id": (
         "spotifytrackid spotifysongid spotifyid spotifytrackuri spotifytrackurl spotifyurl "
         "uri trackurl songurl trackhref id"
     ),
     "artist_name": (
-        "artist artistsname artistnames artists mainartist singer singers band performer"
+        "artist mainartist singer band performer artista artiste interprete cantante cantor "
+        "chanteur interpret kunstler kuenstler sanger"
     ),
-    "track_name": "nameofsong nameoftrack songname track song title name",
+    "track_name": (
+        "nameofsong nameoftrack song track title tema cancion cancao musica faixa titulo titre "
+        "chanson morceau titel lied brano titolo canzone name nombre nome nom"
+    ),
     "album_name": "albumtitle album",
-    "genre": "genres playlistgenre topgenre maingenre artistgenre artistgenres musicgenre",
-    "popularity": "popularityscore",
+    "genre": (
+        "playlistgenre topgenre maingenre artistgenre musicgenre genero genere musikrichtung"
+    ),
+    "popularity": (
+        "popularityscore popularidad popularidade popularite popularitat beliebtheit popolarita"
+    ),
     "year": (
         "releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate "
-        "releaseddate dateofrelease albumreleasedate albumreleaseddate released"
+        "releaseddate dateofrelease albumreleasedate albumreleaseddate released ano annee jahr "
+        "anno erscheinungsjahr fechadelanzamiento datadelancamento datedesortie "
+        "veroffentlichungsdatum erscheinungsdatum datadiuscita anio"
     ),
     "loudness": "loudnessdb",
+    "valence": "happiness",
     "tempo": "tempobpm beatsperminute bpm",
-    "duration_ms": " ".join(
-        [f"duration{unit} durationin{unit} length{unit}" for unit in DURATION_UNITS]
-        + ["durations lengths duration length"]
+    "duration_ms": (
+        "durationmsec durationmillis durationmilliseconds durationinms durationinmilliseconds "
+        "durationseconds durationsec durationsecs durationinseconds durationinsec durations "
+        "durationminutes durationmin durationmins durationinminutes durationinmin "
+        "lengthms lengthinms lengthmilliseconds lengthseconds lengthsec lengths lengthinseconds "
+        "lengthminutes lengthmin lengthinminutes "
+        "duration length duracion duracao duree dauer durata"
     ),
     "explicit": "isexplicit explicitlyrics explicitcontent",
     "key": "musicalkey",
     "time_signature": "timesig beatsperbar",
 }
-MANY_COMMAS = 0.05  # share of artists from which on a comma may well stand between two
 LIKELY = 0.85  # of difflib's likeness: "valance", not "track_number" for track_name
 
 
@@ -619,38 +641,41 @@ def our_columns(header: list[str]) -> dict[str, int]:
 
     Of several columns that may be meant the most trusted one counts (see ALIASES).
     """
-    plain = _places(_plain(name) for name in header)
-    without_unit = _places(_plain(re.sub(r"\(.*\)", "", name)) for name in header)
+    return {name: places[0] for name, places in _candidates(header).items()}
+
+
+def _candidates(header: list[str]) -> dict[str, list[int]]:
+    """Return {our column name: positions of the columns that may be meant, by trust}."""
+    exact: dict[str, int] = {}
+    loose: dict[str, int] = {}
+    for place, name in enumerate(header):
+        exact.setdefault(_plain(name), place)
+        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", re.sub(r"\(.*\)|_", " ", name))  # trackNames
+        for form in (words, re.sub(r"(?<=\w{3})s\b", "", words)):
+            loose.setdefault(_plain(form).removesuffix("s"), place)
     found = {}
     for name in COLUMNS:
-        for places in (plain, without_unit):  # Loudness (in dB)
-            for other in _names_of(name):
-                if name not in found and other in places:
-                    found[name] = places[other]
+        names = list(_names_of(name))
+        places = [exact.get(other) for other in names]
+        places += [loose.get(other.removesuffix("s")) for other in names]
+        there = [place for place in dict.fromkeys(places) if place is not None]
+        if there:
+            found[name] = there
     return found
 
 
-def _places(names: Iterable[str]) -> dict[str, int]:
-    """Return {name: its place}, the first one if there are several of that name."""
-    places: dict[str, int] = {}
-    for place, name in enumerate(names):
-        places.setdefault(name, place)
-    return places
-
-
 def _plain(name: str) -> str:
-    """Return a column's name without case, "(s)", spaces and punctuation."""
-    return re.sub(r"\(s\)|[\W_]", "", name.lower())
+    """Return a column's name without case, accents, "(s)", spaces and punctuation."""
+    return re.sub(r"\(s\)|[\W_]", "", unicodedata.normalize("NFKD", name.lower()))
 
 
 def _names_of(name: str) -> Iterator[str]:
     """Yield what our column may be called, the most trusted name first."""
     own = name.replace("_", "")
     yield own
-    for other in [own, *ALIASES.get(name, "").split()]:
-        for prefix in PREFIXES:
-            yield prefix + other
-        yield other
+    names = [own, *ALIASES.get(name, "").split()]
+    for other, prefix in itertools.product(names, [*PREFIXES.split(), ""]):
+        yield prefix + other
 
 
 def _likely_name(name: str, header: list[str]) -> str:
@@ -659,50 +684,244 @@ def _likely_name(name: str, header: list[str]) -> str:
     It is never one that we know by its name. Abbreviations are recognised by their consonants.
     """
     known = our_columns(header)
-    if name in known:  # in a table, whose names have to be ours to the letter
+    if name in known:  # in a table to load into, whose names have to be ours to the letter
         return header[known[name]]
     wanted = name.replace("_", "")
-    others = [other for place, other in enumerate(header[:500]) if place not in known.values()]
-    for other in others:
-        plain = _plain(other)
-        if plain != wanted and difflib.SequenceMatcher(None, wanted, plain).ratio() >= LIKELY:
-            return other
-    for other in others:
-        plain = _plain(other)
+    others: dict[str, str] = {}
+    for place, other in enumerate(header[:500]):
+        if place not in known.values():
+            others.setdefault(_plain(other), other)
+    for plain in difflib.get_close_matches(wanted, others, 1, LIKELY):
+        return others[plain]
+    for plain, other in others.items():
         bones = re.sub("[aeiou]", "", plain)
-        same_bones = len(bones) >= 3 and re.sub("[aeiou]", "", wanted).startswith(bones)
+        same_bones = len(plain) >= 3 and re.sub("[aeiou]", "", wanted).startswith(bones)
         # dnce for danceability, but not people for popularity, which has no e
         if same_bones and re.search(".*".join(plain), wanted):
-            return other
-        if len(plain) >= 3 and wanted.startswith(plain):
             return other
     return ""
 
 
-def _demand(names: Iterable[str], there: list[str], where: str, fix: str) -> None:
+def _demand(names: Iterable[str], there: list[str], where: str) -> None:
     """Raise DataError if REQUIRED columns are missing among `names`; `there` is what is there."""
-    missing = []
-    for name in REQUIRED:
-        if name not in names:
-            missing.append(_with_likely_name(name, there))
-    if missing:
-        found = fix.format(", ".join(there)[:999])
-        raise DataError(f"{where} lacks the columns {', '.join(missing)}; {found}")
+    missing = [name for name in REQUIRED if name not in names]
+    if not missing:
+        return
+    hints = {}
+    for name in COLUMNS:
+        likely = "" if name in names else _likely_name(name, there)
+        hints[name] = f'{name} (closest: "{likely}")' if likely else name
+    lacks = f"{where} lacks the columns {', '.join(hints[name] for name in missing)}"
+    if missing == [name for name in AUDIO if hints[name] == name]:
+        raise DataError(f"{lacks}: {WITHOUT_FEATURES}")
+    others = [hints[name] for name in COLUMNS if name not in missing and hints[name] != name]
+    if others:
+        lacks += f"; also {', '.join(others)}"
+    raise DataError(
+        f"{lacks}; it has {', '.join(there)[:999]}. Rename or add them: the first line of a file "
+        "must name the columns; for a table make a view with these names, for --table-name"
+    )
 
 
-def _with_likely_name(name: str, there: list[str]) -> str:
-    likely = _likely_name(name, there)
-    if not likely:
-        return name
-    return f'{name} (closest: "{likely}")'
+WITHOUT_FEATURES = (
+    'it was exported without audio features; in Exportify switch on "Include audio features data" '
+    "and export it again"
+)
 
 
-def _warn_of_likely_names(where: str, names: Iterable[str], there: list[str]) -> None:
-    """Warn where genre or popularity is missing but another column seems to hold it."""
+def _refuse_transposed(rows: list[_Row], path: str | Path) -> None:
+    names = our_columns([row.fields[0] for row in rows[:100]])
+    if len(set(AUDIO) & set(names)) > len(AUDIO) / 2:
+        raise DataError(
+            f"{path} has a song in each column and a feature in each row; exchange rows and "
+            "columns (in a spreadsheet: copy, paste transposed)"
+        )
+
+
+# ---- What the cells say about the columns --------------------------------------------------------
+# Where no song has a value outside of 0 to that, somebody has scaled the column.
+SCALED = {"tempo": 20, "popularity": 1, "key": 1, "time_signature": 1, "loudness": float("inf")}
+SCALES = (
+    "divide percentages by 100: features must be 0 to 1, and loudness in dB, which is below 0 for "
+    "nearly every song"
+)
+LENGTHS = (20_000, 3_600_000)  # milliseconds, between which a typical song lasts
+FEW = 2, 0.05  # so many cells, or this share, may have a comma that separates nothing
+# A comma without a blank, but not that of 10,000 Maniacs.
+TIGHT = r",(?! )(?!(?<=\d,)\d{3}\b)"
+MOST = 0.9  # share of cells with a comma from which on it is part of a name: "Bach, Johann"
+REST_OF_NAME = r"(?i)(the|jr|sr)\b|.* (&|and|y|und|et|e) "  # The Creator, Wind & Fire
+
+
+class _Layout(NamedTuple):
+    """What the header and the first rows of a file or table say about its columns."""
+
+    header: list[str]
+    columns: dict[str, int]  # {our column: position}, track_id first
+    duration_unit: float  # milliseconds
+    warnings: list[str]  # what a person should know of the whole
+
+
+def _look_at(header: list[str], rows: list, where: str) -> _Layout:
+    """Return which column is which, by the header and the first rows; log what the rows decide.
+
+    Raises DataError where no song has audio features, or where their loudness is scaled.
+    """
+    cells = [list(map(str.strip, column)) for column in zip(*rows)] or [[] for _ in header]
+    columns = _choose(header, cells, where)
+    audio = [columns[name] for name in AUDIO if name in columns]
+    if rows and audio and not any(_has_values(cells[place]) for place in audio):
+        raise DataError(f"{where} has no audio features in any row: {WITHOUT_FEATURES}")
+    unit: float = 1
+    if "duration_ms" in columns:
+        place = columns["duration_ms"]
+        unit = _duration_unit(header[place], _readable("", cells[place]), where)
+    warnings = _drop_scaled(columns, cells, where)
+    unused = [name for place, name in enumerate(header) if name and place not in columns.values()]
+    if unused:
+        log.info("%s: columns that are not used: %s", where, ", ".join(unused)[:999])
     for name in ("genre", "popularity"):
-        likely = _likely_name(name, there)
-        if name not in names and likely:
+        likely = _likely_name(name, header)
+        if name not in columns and likely:
             log.warning('%s has no %s; if "%s" is meant, rename it', where, name, likely)
+    return _Layout(header, columns, unit, warnings)
+
+
+def _has_values(cells: list[str]) -> bool:
+    return any(cell.lower() not in NO_GENRE for cell in cells)
+
+
+def _choose(header: list[str], cells: list[list[str]], where: str) -> dict[str, int]:
+    """Return {our column: position}: of those of its names the first that holds what it should."""
+    known = our_columns(header)
+    # links to tracks are ids, whatever they are called; an "id" alone is trusted less
+    names = ["track_url" if _are_links(cells[n]) else name for n, name in enumerate(header)]
+    candidates = _candidates(names)
+    titles = cells[candidates.get("track_name", [0])[0]]
+    columns = {}
+    for name, places in candidates.items():
+        fit = [place for place in places if _has_values(cells[place])] or places
+        if name == "track_id":
+            fit = [place for place in fit if _tell_apart(cells[place], titles)]
+        for place in fit[:1]:
+            columns[name] = place
+            if known.get(name) != place:
+                log.info('%s: "%s" is taken for %s', where, header[place], name)
+    if "track_id" not in columns:
+        log.info("%s has no track_id: one is made of artist, title and album", where)
+    return columns
+
+
+def _are_links(cells: list[str]) -> bool:
+    texts = [cell for cell in cells[:100] if cell]
+    return bool(texts) and all(re.match(SPOTIFY_TRACK, text) for text in texts)
+
+
+def _tell_apart(ids: list[str], titles: list[str]) -> bool:
+    """Whether these may be ids of songs: not where one value stands for many titles."""
+    songs = set(zip(ids, map(str.lower, titles)))
+    known = Counter(name for name, _ in songs if name.lower() not in MISSING)
+    return known.total() - len(known) <= max(MISTAKES[0], MANY * known.total())
+
+
+def _readable(column: str, cells: list[str]) -> list[float]:
+    numbers = [_number(column, cell) for cell in cells]
+    return [number for number in numbers if abs(number) < UNREADABLE]
+
+
+def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) -> list[str]:
+    """Take out of `columns` what is on another scale than ours; return a sentence, as a list.
+
+    Raises DataError where one of them is needed: the models would learn nonsense.
+    """
+    found = {}
+    for name in [name for name in COLUMNS if name in columns and name in (*SCALED, *AUDIO)]:
+        numbers = _readable(name, cells[columns[name]])
+        outside = [number for number in numbers if not 0 <= number <= SCALED.get(name, 1.001)]
+        if name in INTEGERS:  # -1.3 may be a key that somebody has scaled
+            outside = [number for number in outside if number % 1 == 0]
+        other = len(outside) > max(MISTAKES[0], MISTAKES[1] * len(numbers))
+        if name in SCALED:
+            other = not outside and len(numbers) >= MIN_SONGS
+        if other:
+            found[name] = f"{name} goes from {min(numbers):.4g} to {max(numbers):.4g}"
+            del columns[name]
+    said = f"{where}: {', '.join(found.values())}"
+    if set(found) & set(REQUIRED):
+        raise DataError(f"{said}; {SCALES}")
+    if not found:
+        return []
+    said += ": scaled by somebody, and treated as missing"
+    log.warning(said)
+    return [said]
+
+
+def _duration_unit(name: str, numbers: list[float], where: str) -> float:
+    """Return the milliseconds in one unit of a column of durations.
+
+    Its name tells, unless a typical song would be over in seconds or last for hours; else its size.
+    """
+    units = [unit for end, unit in DURATION_UNITS.items() if re.search(end, _plain(name))]
+    units += DURATION_UNITS.values()
+    lengths = sorted(number for number in numbers if 0 < number < 1e9)
+    if lengths:  # not all of them are written 3:13
+        typical = lengths[len(lengths) // 2]
+        for unit in units:
+            if LENGTHS[0] <= typical * unit <= LENGTHS[1]:
+                if unit != units[0]:
+                    log.info('%s: each "%s" is read as %d ms', where, name, unit)
+                return unit
+    return units[0]
+
+
+def _artists_of(cells: Counter[str], layout: _Layout, where: str) -> dict[str, str]:
+    """Return {cell: its artists as A;B}: where a comma separates artists is told by all cells.
+
+    They are counted. Of "A, B" and "A,B" only the more usual one separates. A comma belongs to a
+    name where what stands after it looks like the rest of one and is never seen without what
+    stands before it.
+    """
+    meaning = dict(zip(cells, cells))
+    commas = [cell for cell in cells if "," in cell]
+    text = "\n".join(commas)
+    if not commas or any(";" in cell for cell in cells):
+        return meaning
+    if 2 * len(re.findall(TIGHT, text)) > text.count(","):
+        separated = {cell: re.sub(TIGHT, ";", cell) for cell in commas}
+    else:
+        separated = _separated(cells, commas)
+    rows = sum(cells[cell] for cell in commas if ";" in separated[cell])
+    exportify = "(s)" in layout.header[layout.columns["artist_name"]]
+    if not exportify and not max(FEW[0], FEW[1] * cells.total()) < rows < MOST * cells.total():
+        log.info("%s: a comma belongs to an artist's name; write A;B for two artists", where)
+        return meaning
+    names = [cell for cell in commas if ";" not in separated[cell]]
+    log.info(
+        "%s: a comma separates artists in %d rows, but not in %s; write A;B where that is wrong",
+        where,
+        rows,
+        "; ".join(names[:3]) or "any name",
+    )
+    return meaning | separated
+
+
+def _separated(cells: Counter[str], commas: list[str]) -> dict[str, str]:
+    """Return {cell: A;B for A, B} for some of all cells."""
+    seen: Counter[str] = Counter()  # names, and pairs of them as "A, B"
+    for cell, rows in cells.items():
+        names = cell.split(", ")
+        pairs = map(", ".join, itertools.pairwise(names))
+        seen.update(dict.fromkeys([*names, *pairs], rows))
+    separated = {}
+    for cell in commas:
+        artists, *others = cell.split(", ")
+        before = artists
+        for name in others:
+            rest = re.match(REST_OF_NAME, name) and 1 < seen[f"{before}, {name}"] == seen[name]
+            artists += f", {name}" if rest else f";{name}"
+            before = name
+        separated[cell] = artists
+    return separated
 
 
 # ---- CSV files: rows and cells -------------------------------------------------------------------
@@ -712,225 +931,120 @@ class _Row(NamedTuple):
     wrong: str  # why it is no row of the file, or ""
 
 
-class _Layout(NamedTuple):
-    """What the header and the first rows of a file say about its columns."""
-
-    header: list[str]
-    columns: dict[str, int]  # {our column: position}
-    commas_separate: bool  # artists
-    commas_belong: bool  # to names, though many have one
-    duration_unit: float | None  # milliseconds; None if it cannot be told
-
-
-class _Lines:
-    """The lines of a file, of which some can be given back, to be read again."""
-
-    def __init__(self, file: IO[str]):
-        self.file = file
-        self.taken: list[str] = []  # since the caller last emptied it
-        self.given_back: deque[str] = deque()
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.next_line()
-        if not line:
-            raise StopIteration
-        return line
-
-    def next_line(self) -> str:
-        """Return the next line, "" at the end; PostgreSQL has no NUL, so it is replaced."""
-        if self.given_back:
-            line = self.given_back.popleft()
-        else:
-            line = self.file.readline(MAX_LINE).replace("\0", "\ufffd")
-        if line:
-            self.taken.append(line)
-        return line
-
-    def give_back(self, lines: list[str]) -> None:
-        self.given_back.extendleft(reversed(lines))
-
-
 def _read_rows(file: IO[str], path: str | Path) -> tuple[list[str], Iterator[_Row]]:
     """Return (header, rows) of a CSV file; its rows are read as they are asked for."""
-    lines = _Lines(file)
-    first = lines.next_line()
+    number = 1
+    first = file.readline(MAX_LINE)
     while first and not first.strip():
-        first = lines.next_line()
+        first = file.readline(MAX_LINE)
+        number += 1
     mark = max(",;\t|", key=lambda mark: len(our_columns(first.split(mark))))
     header: list[str] = []
     with contextlib.suppress(csv.Error):
         header = next(csv.reader([first], delimiter=mark), [])
+    if len(header) == 1 and len(our_columns(first.split())) > len(AUDIO):
+        raise DataError(
+            f"{path}: blanks stand between its columns; put commas or tabs there, and "
+            "quotes around texts that have some of their own"
+        )
     if not header:
         raise DataError(f"{path} is empty or no CSV file; its first line must name the columns")
     if len(header) == 1 and len(our_columns(header[0].split(mark))) > 1:
-        raise DataError(f"{path}: each row is one quoted cell; {_unquote(path)}")
-    return header, _rows_after(lines, len(header), mark)
+        raise DataError(f"{path}: each row is one quoted cell; {_fix(ONE_CELL, path)}")
+    return header, _rows_after(file, number, len(header), mark)
 
 
-def _unquote(path: str | Path) -> str:
-    """Return how to mend a file whose rows are each one quoted cell."""
-    program = r"""s/^"(.*)"(\r?)$/\1\2/; s/""/"/g"""
-    return f"take these quotes away: sed -E '{program}' {shlex.quote(str(path))} > mended.csv"
+def _rows_after(file: IO[str], number: int, width: int, mark: str) -> Iterator[_Row]:
+    """Yield the rows below the header, which is line `number` and has `width` fields."""
+    taken = [""]  # lines, "" at the end
+    given_back: deque[str] = deque()  # to be read again
 
+    def next_line() -> str:
+        line = given_back.popleft() if given_back else file.readline(MAX_LINE)
+        taken.append(line.replace("\0", "\ufffd"))  # PostgreSQL has no NUL
+        return taken[-1]
 
-def _rows_after(lines: _Lines, width: int, mark: str) -> Iterator[_Row]:
-    """Yield the rows below the header, which has `width` fields."""
-    reader = csv.reader(lines, strict=True, delimiter=mark)
-    number = len(lines.taken) + 1
+    reader = csv.reader(iter(next_line, ""), strict=True, delimiter=mark)
     while True:
-        lines.taken = []
+        number += len(taken)
+        taken.clear()
         fields: list[str] = []
         wrong = ""
         try:  # a quoted field that is never closed ends at csv's limit, 131072 characters
             fields = next(reader, [])
         except csv.Error as error:
             wrong = f"not CSV: {error}"
-        taken = lines.taken
-        if not taken:
+        if not any(taken):
             return
         if fields and len(fields) != width:
             wrong = f"{len(fields)} fields instead of {width}"
         if wrong and len(taken) > 1:  # perhaps a stray quote: only its own line is lost
-            lines.give_back(taken[1:])
+            given_back.extendleft(reversed(taken[1:]))
+            reader = csv.reader(iter(next_line, ""), strict=True, delimiter=mark)
             del taken[1:]
             fields = []
         if wrong:
             yield _Row(number, fields or [taken[0].rstrip("\r\n")], _quotes(taken[0], mark, wrong))
         elif fields:
             yield _Row(number, fields, "")
-        number += len(taken)
 
 
 def _quotes(line: str, mark: str, wrong: str) -> str:
     """Return what is wrong with a line, more exactly where it is its quotes."""
-    text = line.rstrip("\r\n")
-    if re.fullmatch('"[^"].*"', text) and len(next(csv.reader([text], delimiter=mark))) == 1:
+    if wrong.startswith("1 field") and re.match('"[^"].*"$', line):
         return ONE_CELL
-    if wrong.startswith("not CSV") and re.search(rf'(^|{re.escape(mark)})""[^"{mark}]', text):
+    if wrong.startswith("not CSV") and re.search(rf'(^|{re.escape(mark)})""[^"{mark}]', line):
         return DOUBLED
     return wrong
 
 
-def _look_at(header: list[str], rows: list[list[str]]) -> _Layout:
-    """Return what the header and the first rows of a file say about its columns."""
-    columns = our_columns(header)
-    artists = []
-    exportify = False
-    if "artist_name" in columns:
-        artists = [row[columns["artist_name"]] for row in rows]
-        # its column is "Artist Name(s)"; it wrote "A, B" once and "A;B" later
-        exportify = "(s)" in header[columns["artist_name"]]
-    semicolons = any(";" in artist for artist in artists)
-    commas = sum("," in artist and not artist.startswith("[") for artist in artists)
-    commas_separate = exportify and commas > 0 and not semicolons
-    commas_belong = not exportify and not semicolons and commas > MANY_COMMAS * len(artists)
-    unit: float | None = 1
-    if "duration_ms" in columns:
-        place = columns["duration_ms"]
-        unit = _duration_unit(header[place], [row[place] for row in rows])
-    return _Layout(header, columns, commas_separate, commas_belong, unit)
-
-
-def _duration_unit(name: str, texts: list[str]) -> float | None:
-    """Return the milliseconds in one unit of a column of durations: by its name, else by its size.
-
-    None: most songs would last less than 20 seconds or more than some hours, whatever it is.
-    """
-    for end, milliseconds in DURATION_UNITS.items():
-        if _plain(name).endswith(end):
-            return milliseconds
-    numbers = [_number("", text) for text in texts]
-    plausible = sorted(number for number in numbers if 0 < number < 1e9)
-    if not plausible:  # all of them are written 3:13, or there are none
-        return 1
-    typical = plausible[len(plausible) // 2]
-    if typical >= 10_000:
-        return 1
-    return 1000 if typical >= 20 else None
-
-
-def _log_layout(layout: _Layout, path: str | Path) -> None:
-    """Say what became of the columns and cells that a person might wonder about."""
-    header = layout.header
-    columns = layout.columns
-    unused = [name for place, name in enumerate(header) if name and place not in columns.values()]
-    if unused:
-        log.info("%s: columns that are not used: %s", path, ", ".join(unused)[:999])
-    _warn_of_likely_names(str(path), columns, header)
-    if "track_id" not in columns:
-        log.info("%s has no track_id: one is made of artist, title and album", path)
-    if layout.duration_unit is None:
-        log.warning(
-            '%s: "%s" may be seconds or minutes and is not read; call it duration_ms, duration_sec '
-            "or duration_min",
-            path,
-            header[columns["duration_ms"]],
-        )
-    if layout.commas_separate:
-        log.info("%s: a comma separates artists; write A;B where one belongs to a name", path)
-    elif layout.commas_belong:
-        log.info("%s: a comma belongs to an artist's name; write A;B for two artists", path)
-
-
-def _our_cells(layout: _Layout, rows: list[list[str]]) -> pd.DataFrame:
-    """Return the cells of our columns as a DataFrame of text; durations are in milliseconds."""
-    import pandas as pd
-
-    cells = pd.DataFrame(rows, columns=range(len(layout.header)), dtype="str")
-    ours = cells[list(layout.columns.values())].set_axis(list(layout.columns), axis=1)
-    if layout.commas_separate:
-        ours["artist_name"] = ours["artist_name"].str.replace(", ?", ";", regex=True)
-    if layout.duration_unit is None:
-        ours["duration_ms"] = ""
-    elif layout.duration_unit != 1:
-        ours["duration_ms"] = [
-            _milliseconds(text, layout.duration_unit) for text in ours["duration_ms"]
-        ]
-    return ours
-
-
-def _milliseconds(text: str, unit: float) -> str:
-    """Return a duration in milliseconds; what is no number, as it is: 3:13 says its unit itself."""
-    number = _number("", text)
-    if abs(number) < UNREADABLE:
-        return str(number * unit)
-    return text
-
-
+REPEATED = "repeated track_id"
+REPEATED_DIFFERENT = "repeated track_id with different values"
 ONE_CELL = "the row is one quoted cell"
 DOUBLED = "its quotes are doubled"
 REJECTED_ADVICE = (  # (start of the reason, what to do)
+    (
+        ONE_CELL,
+        r"""take these quotes away: sed -E 's/^"(.*)"(\r?)$/\1\2/; s/""/"/g' {path} > mended.csv""",
+    ),
     (DOUBLED, 'write one " where it has two: "A, B", not ""A, B""'),
     ("not CSV", 'mend its quotes: a " within a quoted cell is written ""'),
     (r"\d+ fields", "put quotes around the cells that have commas of their own"),
+    (REPEATED, "give each song a track_id of its own"),
     ("no ", "fill in what is missing, or leave those rows out"),
     ("", "correct those values (decimals with a point), or leave those rows out"),
 )
 
 
-def _fix_of_most(rejected: Counter[str], path: str | Path) -> list[str]:
-    """Return what to do about the most common reason, as a list of one sentence or none."""
-    for reason, _ in rejected.most_common(1):
-        if reason == ONE_CELL:
-            return [_unquote(path)]
-        for start, fix in REJECTED_ADVICE:
-            if re.match(start, reason):
-                return [fix]
-    return []
+def _fix(reason: str, path: str | Path) -> str:
+    """Return what to do about rows that cannot be loaded."""
+    fix = next(fix for start, fix in REJECTED_ADVICE if re.match(start, reason))
+    return fix.format(path=shlex.quote(str(path)))
 
 
-def _warn_of_many(rejected: Counter[str], read: int, path: str | Path) -> list[str]:
-    """Return a sentence, as a list, if so many rows were rejected that somebody should know."""
-    if rejected.total() <= MANY_REJECTED * read:
-        return []
-    reason, rows = rejected.most_common(1)[0]
-    return [
-        f"{rejected.total():,} of {read:,} rows of {path} ({rejected.total() / read:.0%}) were "
-        f"rejected, {rows:,} of them: {reason}; {_fix_of_most(rejected, path)[0]}"
-    ]
+def _warn_of_many(
+    lost: Counter[str], unread: Counter[str], read: int, where: str | Path
+) -> list[str]:
+    """Return sentences about losses so great that somebody should know of them."""
+    if +unread:
+        missing = _in_words(unread)
+        log.warning("%s: values that cannot be read are treated as missing: %s", where, missing)
+    said = []
+    lost = Counter({reason: rows for reason, rows in lost.items() if reason != REPEATED})
+    rows = lost.total()
+    if rows > MANY * read:
+        reason, most = lost.most_common(1)[0]
+        said.append(
+            f"{rows:,} of {read:,} rows of {where} ({rows / read:.0%}) were left out, {most:,} of "
+            f"them: {reason}; {_fix(reason, where)}"
+        )
+    for column, values in unread.items():
+        if values > MANY * read:
+            said.append(
+                f"{values:,} of {read:,} rows of {where} ({values / read:.0%}) have a {column} "
+                "that cannot be read and is treated as missing"
+            )
+    return said
 
 
 # ---- CSV files: where they come from -------------------------------------------------------------
@@ -1001,35 +1115,32 @@ UNREADABLE = float("inf")
 # in a name of an artist or a song: that name
 MISSING = ("", "-", "na", "nan", "n/a", "#n/a", "null", "none")
 NO_GENRE = ("[]", "{}", "()", "set()", *MISSING)
+SHARPS = "c c# d d# e f f# g g# a a# b"
 WORDS_FOR = {
     "mode": {"minor": 0, "min": 0, "major": 1, "maj": 1},
     "explicit": dict.fromkeys(("false", "f", "no", "n", "clean"), 0)
     | dict.fromkeys(("true", "t", "yes", "y", "explicit"), 1),
-    "key": {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
-    | {"c#": 1, "d#": 3, "f#": 6, "g#": 8, "a#": 10}
-    | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
+    "key": dict(zip(SHARPS.split(), range(12))) | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
 }
 UNITS = {"loudness": "db", "tempo": "bpm", "duration_ms": "ms"}  # -6 dB
-MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
 SPOTIFY_TRACK = (  # a URI, an address to share, an address of the API
     r"^\s*(?:spotify:track:|https?://open\.spotify\.com/(?:[\w-]+/)*track/|"
     r"https?://api\.spotify\.com/v1/tracks/)([0-9A-Za-z]+).*$"
 )
 
 
-def _read_values(cells: pd.DataFrame, where: str, unread: Counter[str]) -> np.ndarray:
+def _read_values(cells: pd.DataFrame, layout: _Layout, unread: Counter[str]) -> np.ndarray:
     """Turn a DataFrame of our columns, each text or float32, in place into what they say.
 
     That is text, "" for none; numbers, NaN for none. What cannot be read and is not needed is
     missing, and counted in `unread`. A song without a track_id gets one.
 
-    Return why each row is no song, or "". Raises DataError where a needed column has another scale
-    in many rows: a mixture of two would teach the models nonsense.
+    Return why each row is no song, or "".
     """
     import numpy as np
 
     reasons = np.full(len(cells), "", object)
-    other_scales = []
 
     def reject(rows, reason: str) -> None:
         if rows.any():
@@ -1041,63 +1152,64 @@ def _read_values(cells: pd.DataFrame, where: str, unread: Counter[str]) -> np.nd
             if column in REQUIRED:
                 reject(cells[column] == "", f"no {column}")
             continue
-        values = _numbers(column, cells[column])
+        unit = layout.duration_unit if column == "duration_ms" else 1
+        values = _numbers(column, cells[column], unit)
         low, high = RANGES[column]
         outside = (values < low) | (values > high)
         if column in REQUIRED:
             reject(values.isna(), f"no {column}")
-            reject(outside, _must_be(column))
-            other_scales += _other_scale(column, values)
+            reject(outside, f"{column} is not a number between {low} and {high}")
         else:
             unread[column] += int(outside.sum())
         values = values.mask(outside)
         values = values.mask(values.abs() < 1e-30, 0)  # which the type real would refuse
         cells[column] = values.round() if column in INTEGERS else values
-    if other_scales:
-        raise DataError(f"{where}: {'; '.join(other_scales)}")
     _make_ids(cells)
     return reasons
 
 
 def _texts(column: str, values: pd.Series) -> pd.Series:
     """Return what the cells of a column of text say, "" for nothing."""
+    values = values.str.strip()
     if column == "track_id":
         if values.str.contains("spotify", regex=False).any():
             values = values.str.replace(SPOTIFY_TRACK, r"\1", regex=True)
-        return values.mask(values.str.strip().str.lower().isin(MISSING), "")
-    if column in ("artist_name", "genre"):
-        meaning = _artists if column == "artist_name" else _first_genre
-        values = values.map({text: meaning(text) for text in values.unique()}).astype("str")
-    return values.where(values.str.strip() != "", "")
+        return values.mask(values.str.lower().isin(MISSING), "")
+    if column == "artist_name":
+        return values.map(
+            {text: ";".join(_listed(text)) for text in values.unique().tolist()}
+        ).astype("str")
+    if column == "genre":
+        return values.map({text: _first_genre(text) for text in values.unique().tolist()}).astype(
+            "str"
+        )
+    return values
 
 
-def _artists(text: str) -> str:
-    """Return artists as "A;B", also from a list like ['A', "B's"]."""
-    if re.fullmatch(r"""\s*\[(['"].*['"])?\]\s*""", text):
-        return ";".join(_quoted(text))
-    return text
+def _listed(text: str) -> list[str]:
+    """Return the parts of a list like ['A', "B's"], or the text as the only one."""
+    if re.fullmatch(r"""\[\]|[\[{(]\s*['"].*['"],?\s*[\]})]""", text):
+        return [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
+    return [text]
 
 
 def _first_genre(text: str) -> str:
     """Return the first of several genres, "" for none."""
-    genres = re.split("[,;|]", re.sub(r"^\s*[\[{](.*)[\]}]\s*$", r"\1", text))
-    if re.fullmatch(r"""\s*[\[{(]\s*['"].*['"],?\s*[\]})]\s*""", text):
-        genres = _quoted(text)
-    for genre in genres:
-        if genre.strip().lower() not in NO_GENRE:
-            return genre.strip()
-    return ""
+    genres = _listed(text)
+    if genres == [text]:
+        genres = re.split("[,;|]", re.sub(r"^[\[{](.*)[\]}]$", r"\1", text))
+    return next((genre.strip() for genre in genres if genre.strip().lower() not in NO_GENRE), "")
 
 
-def _quoted(text: str) -> list[str]:
-    return [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
-
-
-def _numbers(column: str, values: pd.Series) -> pd.Series:
-    """Return what the cells say: NaN for nothing, infinite for what cannot be read."""
+def _numbers(column: str, values: pd.Series, unit: float) -> pd.Series:
+    """Return what the cells say, times `unit`: NaN for nothing, infinite for what is unclear."""
     if values.dtype == "float32":
-        return values
-    return values.map({text: _number(column, text) for text in values.unique()}).astype(float)
+        return values * unit
+    meaning = {text: _number(column, text) for text in values.unique().tolist()}
+    if unit != 1:  # 3:13 says its unit itself
+        for text in meaning:
+            meaning[text] *= 1 if ":" in text else unit
+    return values.map(meaning).astype(float)
 
 
 def _number(column: str, text: str) -> float:
@@ -1123,19 +1235,11 @@ def _number(column: str, text: str) -> float:
         return _beats(bare)
     if column == "duration_ms" and ":" in bare:
         return _clock(bare)
-    return _with_thousands(bare, column in (*INTEGERS, "popularity", ""))
-
-
-def _with_thousands(text: str, whole: bool) -> float:
-    """Return 211560 for "211,560.00"; of "211,560" only where it must be a whole number.
-
-    Elsewhere its comma may be a decimal one.
-    """
-    unmistakable = r"-?[1-9]\d{0,2}((,\d{3})+\.\d*|(,\d{3}){2,})"
-    if re.fullmatch(unmistakable, text):
-        return float(text.replace(",", ""))
-    if whole and re.fullmatch(r"-?[1-9]\d{0,2},\d{3}", text):
-        return float(text.replace(",", ""))
+    whole = column in (*INTEGERS, "popularity", "")
+    thousands = re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d*)?", bare)
+    # of "211,560" the comma may be a decimal one, of "211,560.00" and "1,211,560" it cannot
+    if thousands and (whole or "." in bare or bare.count(",") > 1):
+        return float(bare.replace(",", ""))
     return UNREADABLE
 
 
@@ -1165,46 +1269,19 @@ def _beats(text: str) -> float:
     match = re.fullmatch(r"(\d+)\s*([/-]\s*\d+|beats?.*)?", text)
     if match:
         return float(match[1])
-    match = re.fullmatch(r"(?:(\d+)[-. ]+)?([a-z]{3})[a-z]*\.?(?:[- ]+(\d+))?", text)
-    if match and match[2] in MONTHS and (match[1] or match[3]):
+    match = re.fullmatch(r"(\d*)[-. ]*([a-z]{3})[a-z]*[-. ]*(\d*)", text)
+    date = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
+    if match and match[2] in MONTHS.split() and match[1] + match[3]:
+        month = MONTHS.split().index(match[2]) + 1
         day = int(match[1] or match[3])
-        month = MONTHS.index(match[2]) + 1
+    elif date:
+        month = int(date[1])
+        day = int(date[2])
     else:
-        match = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
-        if not match:
-            return UNREADABLE
-        month = int(match[1])
-        day = int(match[2])
+        return UNREADABLE
     if day in (4, 8):
         return month
     return day if month in (4, 8) else UNREADABLE
-
-
-def _must_be(column: str) -> str:
-    low, high = RANGES[column]
-    if (low, high) == ANY_NUMBER:
-        return f"{column} is not a number"
-    return f"{column} is not a number between {low:g} and {high:g}"
-
-
-def _other_scale(column: str, values: pd.Series) -> list[str]:
-    """Return a sentence, as a list, if many values are on another scale than 0 to 1."""
-    if RANGES[column] != (0, 1):
-        return []
-    values = values[values.abs() < UNREADABLE]
-    outside = int(((values < 0) | (values > 1.001)).sum())
-    rows, share = MISTAKES
-    if outside <= max(rows, share * len(values)):
-        return []
-    low = values.min()
-    high = values.max()
-    if low >= 0 and 10 < high <= 100:
-        article = "an" if column[0] in "aeiou" else "a"
-        return [
-            f"{outside} of {len(values)} rows have {article} {column} above 1; "
-            "divide percentages by 100"
-        ]
-    return [f"{column} goes from {low:.4g} to {high:.4g}; it must be 0 to 1"]
 
 
 def _make_ids(cells: pd.DataFrame) -> None:
@@ -1214,11 +1291,11 @@ def _make_ids(cells: pd.DataFrame) -> None:
     without = cells["track_id"] == ""
     if not without.any():
         return
-    names = cells[without]
-    albums = names["album_name"] if "album_name" in names else itertools.repeat("")
+    names = cells[without].reindex(
+        columns=["artist_name", "track_name", "album_name"], fill_value=""
+    )
     cells.loc[without, "track_id"] = [
-        uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(name)).hex
-        for name in zip(names["artist_name"], names["track_name"], albums)
+        uuid.uuid5(uuid.NAMESPACE_OID, "\0".join(name)).hex for name in names.to_numpy()
     ]
 
 
@@ -1226,146 +1303,98 @@ def _in_words(reasons: Counter[str]) -> str:
     return ", ".join(f"{n} × {why}" for why, n in (+reasons).most_common(10))
 
 
-def _log_unread(unread: Counter[str], where: str | Path) -> None:
-    columns = _in_words(unread)
-    if columns:
-        log.warning("%s: values that cannot be read are treated as missing: %s", where, columns)
-
-
 # ---- Tables --------------------------------------------------------------------------------------
 def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tuple[str, str, str]]:
     """Look at what `--check` has to say of the songs; no table is made or changed.
 
-    Return [(what, "ok", "warning" or "problem", sentence)]; a problem of the CSV file is one of
-    them, so that the database is looked at all the same. Without a CSV file, raise DataError or
-    DatabaseUnavailable for what is wrong with the database.
+    Return [(what, "ok", "warning" or "problem", sentence)].
     """
     if demo is not None:
         return [("database", "ok", "made-up songs need no table")]
-    if not csv_path:
-        return _check_songs(table)
-    lines = [_check_csv(csv_path)]
+    lines = [_check_csv(csv_path)] if csv_path else []
     try:
-        lines += _check_target(csv_path, table)
+        return lines + _check_table(table, csv_path)
     except Expected as error:
-        lines.append(("database", "problem", str(error)))
-    return lines
+        return [*lines, ("database", "problem", str(error))]
 
 
 def _check_csv(path: str | Path) -> tuple[str, str, str]:
     try:
-        found = _convert(path, io.StringIO(), io.StringIO(), most=CHECK_ROWS)[1]
+        found = _convert(path, io.StringIO(), io.StringIO(), most=BLOCK_ROWS)[2]
     except Expected as error:
         return "CSV", "problem", str(error)
-    why = _in_words(found["rejected"] + found["unread"])
-    return (
-        "CSV",
-        "warning" if why else "ok",
-        f"{path}: its first {found['read']} rows were looked at; "
-        f"cannot be loaded or read: {why or 'none'}",
-    )
+    return _looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])
 
 
-def _check_target(path: str | Path, table: str) -> list[tuple[str, str, str]]:
-    """Return the lines about the database and the table that a CSV file is to be loaded into."""
-    url = setting("DATABASE_URL")
+def _looked_at(
+    what: str, where: str | Path, wrong: Counter[str], warnings: list[str]
+) -> tuple[str, str, str]:
+    said = f"{where}: in its first {BLOCK_ROWS:,} rows cannot be loaded or read: "
+    sentence = "; ".join([said + (_in_words(wrong) or "none"), *warnings])
+    return what, "warning" if wrong or warnings else "ok", sentence
+
+
+def _check_table(table: str, csv_path: str | Path | None) -> list[tuple[str, str, str]]:
+    """Return the lines about the database and the table, to load the CSV file into or to read."""
     embedded = ROOT / ".postgres"
-    if not url and not (embedded / "data").exists():
-        made = f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}"
-        return [("database", "ok", made)]
-    found = check_table(url or start_server(embedded, "music"), table, for_csv=True)
-    may_be_loaded = f"{path} may be loaded into {table} ({found['rows']:,} rows)"
-    return [_server_line(found), ("table", "ok", may_be_loaded)]
-
-
-def _check_songs(table: str) -> list[tuple[str, str, str]]:
-    """Return the lines about the table that songs are read from."""
-    url = setting("DATABASE_URL")
-    embedded = ROOT / ".postgres"
-    if not url and not (embedded / "data").exists():
+    if not setting("DATABASE_URL") and not (embedded / "data").exists():
+        if csv_path:
+            made = f"DATABASE_URL is not set: an embedded PostgreSQL will be made in {embedded}"
+            return [("database", "ok", made)]
         raise DataError(
             "DATABASE_URL is not set and there is no embedded database yet; "
             f"try: {_load_into(table)}"
         )
-    found = check_table(url or start_server(embedded, "music"), table)
-    without, holes = _find_holes(found)
+    url = database_url()
+    found = check_table(url, table, for_csv=bool(csv_path))
+    server = f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"
+    rows = f"{found['rows']:,} rows"
+    lines = [("database", "ok", server)]
+    if csv_path:
+        return [*lines, ("table", "ok", f"{csv_path} may be loaded into {table} ({rows})")]
+    few = "problem" if found["rows"] < MIN_SONGS else "ok"
+    lines.append(("table", few, f"{table} has {rows}; {MIN_SONGS} are needed"))
+    try:
+        songs = load_songs(url, table, BLOCK_ROWS)
+    except DataError as error:
+        return [*lines, ("values", "problem", str(error))]
+    missing = ", ".join(column for column in COLUMNS if column not in songs) or "none"
+    sizes = Counter(songs.get("genre", []))
+    genres = sum(size >= MIN_GENRE_SONGS for genre, size in sizes.items() if genre)
     return [
-        _server_line(found),
-        (
-            "table",
-            "problem" if found["rows"] < MIN_SONGS else "ok",
-            f"{table} has {found['rows']:,} rows; {MIN_SONGS} are needed",
-        ),
-        (
-            "columns",
-            "ok",
-            f"all that every model needs; not there: {', '.join(without) or 'none'}",
-        ),
+        *lines,
+        ("columns", "ok", f"all that every model needs; not there: {missing}"),
         (
             "genres",
-            "warning" if found["genres"] < 2 else "ok",
-            f"{found['genres']} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2",
+            "warning" if genres < 2 else "ok",
+            f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2",
         ),
-        (
-            "nulls",
-            "warning" if holes else "ok",
-            f"missing values: {', '.join(holes) or 'none that matter'}",
-        ),
+        _looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]),
     ]
-
-
-def _find_holes(found: dict) -> tuple[list[str], list[str]]:
-    """Return (our columns without any value, those with too many nulls and their share)."""
-    without = []
-    holes = []
-    for column in COLUMNS:
-        share = found["nulls"].get(column, 1)
-        tolerable = 0 if column in REQUIRED else 0.5
-        if share == 1:
-            without.append(_with_likely_name(column, found["others"]))
-        elif share > tolerable:
-            holes.append(f"{column} {share:.1%}")
-    return without, holes
-
-
-def _server_line(found: dict) -> tuple[str, str, str]:
-    server = f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"
-    return "database", "ok", server
 
 
 def check_table(url: str, table: str, for_csv: bool = False) -> dict:
     """Look at the table.
 
-    Return dict(server, host, database, rows, genres, nulls, others): genres of five songs or more,
-    {our column: share of nulls}, the names of all other columns. With `for_csv` the table may be
-    missing or empty (rows 0), but loading a CSV file into it must be allowed.
+    Return dict(server, host, database, rows). With `for_csv` the table may be missing or empty
+    (rows 0), but loading a CSV file into it must be allowed.
 
     Raises DataError (missing table or column, empty, no permission) or DatabaseUnavailable.
     """
     with connect(url, read_only=not for_csv) as cursor:
         if for_csv:
             cursor.execute("CREATE TEMP TABLE staging () ON COMMIT DROP")
-        name, columns = _open_table(cursor, table, for_csv)
-        ours = [column for column in COLUMNS if column in columns]
-        shares = ", ".join(f"'{column}', avg(({column} IS NULL)::int)" for column in ours)
-        groups = "LIMIT 0"
-        if "genre" in columns:
-            groups = f"GROUP BY genre HAVING count(genre) >= {MIN_GENRE_SONGS}"
-        cursor.execute(f"""
-            SELECT json_build_object(
-                'server', current_setting('server_version'),
-                'database', current_database(),
-                'rows', count(*),
-                'nulls', json_build_object({shares}),
-                'genres', (SELECT count(*) FROM (SELECT FROM {name} {groups}) genres))
-            FROM {name}""")
-        found = cursor.fetchone()[0]
-        if not for_csv and not found["rows"]:
+        name, _ = _open_table(cursor, table, for_csv)
+        cursor.execute(
+            f"SELECT current_setting('server_version'), current_database(), count(*) FROM {name}"
+        )
+        version, database, rows = cursor.fetchone()
+        if not for_csv and not rows:
             raise DataError(f'The table "{table}" is empty; load songs: {_load_into(table)}')
         cursor.connection.rollback()  # looking leaves no table behind
         server = cursor.connection.info
-        others = [column for column in columns if column not in ours]
-        return {**found, "host": f"{server.host}:{server.port}", "others": others}
+        host = f"{server.host}:{server.port}"
+        return {"server": version, "host": host, "database": database, "rows": rows}
 
 
 def _load_into(table: str) -> str:
@@ -1384,12 +1413,8 @@ def _open_table(cursor, table: str, to_load: bool = False) -> tuple[str, dict[st
         return _open_table(cursor, table, to_load)
     if columns is None:
         raise DataError(f'The table "{table[:200]}" does not exist. {_where_else(cursor, table)}')
-    _demand(
-        columns,
-        list(columns),
-        f'The table "{table}"',
-        "it has {}. Rename them, or make a view with these names and give it as --table-name",
-    )
+    header = list(columns)
+    _demand(header if to_load else our_columns(header), header, f'The table "{table}"')
     if to_load and (view or "track_id" not in columns):
         raise DataError(
             f'"{table}" is a view or has no track_id; load the CSV file into a table (--table-name)'
@@ -1601,6 +1626,23 @@ ADVICE = [  # the first whose pattern is found counts
         "^25006",
         False,
         "Use the primary server, not a replica or a read-only role, in DATABASE_URL",
+    ),
+    _Advice(
+        '^55000.*materialized view "([^"]*)" has not',
+        False,
+        'Fill it: REFRESH MATERIALIZED VIEW "{0}"',
+    ),
+    _Advice(
+        "^22P05",
+        False,
+        "This database cannot hold every letter; make one that can: createdb --encoding=UTF8 "
+        "--template=template0 NAME",
+    ),
+    _Advice(
+        "^22021",
+        False,
+        "Text in it is not UTF-8; give a view as --table-name that reads it as what it is: "
+        "convert_from(artist_name::bytea, 'WIN1252') AS artist_name",
     ),
     _Advice(
         "^57014.*statement timeout",

@@ -80,7 +80,8 @@ KNOWN_SONGS = 0.12  # share of the other artists' songs held out
 FEW_SONGS = 50_000  # of fewer, what is held out of one split leaves much to chance ...
 SPLITS = 3  # ... so a model is judged on so many, ...
 AVERAGED = 3  # ... and a regressor that is saved averages so many fits; one that is judged is one
-SMALL_TABLE = 10_000  # songs: fewer are learnt with smaller steps
+SMALL_TABLE = 5_000  # songs: so few are learnt with other steps, and by a second model
+LARGE_TABLE = 20_000  # so many are not; between the two it fades
 
 # The gate: how much worse than the current model a new one may be and still take its place.
 GATE_RELATIVE = 0.05
@@ -114,8 +115,9 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
             f"the table has {learnable}"
         )
+    make = partial(GenreClassifier, len(songs))
     final, known, new, leans = _fit_and_judge(
-        "genre", GenreClassifier(), GenreClassifier, songs, _genre_answers, accuracy_score
+        "genre", GenreClassifier(), make, songs, _genre_answers, accuracy_score
     )
     return final, {
         "accuracy": _figure(accuracy_score, known),
@@ -233,6 +235,19 @@ MODELS: dict[str, Callable[..., tuple[Any, Metrics]]] = {
 }
 
 
+def chosen(only: list[str] | str | None) -> list[str]:
+    """Return the models asked for, in their usual order.
+
+    `only` is None for all, a name, or names with or without commas. Raises DataError for another.
+    """
+    text = ",".join(only) if isinstance(only, list) else only
+    names = [name.strip() for name in (text or ",".join(MODELS)).split(",")]
+    for name in filter(None, names):
+        if name not in MODELS:
+            raise DataError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+    return [name for name in MODELS if name in names]
+
+
 def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
     """Return the songs that have what the model of that name predicts, each track_id once.
 
@@ -284,11 +299,12 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, M
             "baseline": np.full(len(held_out), learnt[target].mean()),
         }
 
+    make = partial(SongRegressor, target, table_songs=len(songs))
     fits = AVERAGED if len(songs) < FEW_SONGS else 1
     final, known, new, leans = _fit_and_judge(
         target,
         SongRegressor(target, fits),
-        partial(SongRegressor, target),
+        make,
         songs,
         answers,
         r2_score,
@@ -493,6 +509,14 @@ def in_parts(
     return np.concatenate(parts)
 
 
+def fewness(songs: int, none: int = LARGE_TABLE) -> float:
+    """Return how small a table of so many songs is: 1 to SMALL_TABLE songs, 0 from `none` on.
+
+    In between it falls with their logarithm. What hangs on the size of a table hangs on this.
+    """
+    return float(np.interp(np.log(songs), np.log([SMALL_TABLE, none]), [1, 0]))
+
+
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1, None where nobody knows it.
@@ -584,10 +608,8 @@ class GenreClassifier:
     HIDDEN = 128
     EPOCHS = 6
     MAX_BATCH = 512
-    # Rates of Adam and, for the tokens, of Adagrad: few songs are learnt better with smaller steps
-    # of the dense weights and larger ones of the tokens, each of which comes up but seldom.
-    RATES = (0.004, 0.05)
-    RATES_OF_FEW = (0.002, 0.1)
+    RATE = 0.004  # of Adam
+    TOKEN_RATE = 0.05  # of Adagrad
     DROPOUT = 0.2
     TOKEN_DROPOUT = 0.5
     CHUNK = 20_000  # songs predicted at a time
@@ -595,12 +617,9 @@ class GenreClassifier:
     classes_: np.ndarray
     fitted_on_: int
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load what an earlier edition saved, too: it called tokens words."""
-        if "words_" in state:
-            state["tokens_"] = state.pop("words_")
-            state["network_"]["tokens"] = state["network_"].pop("words")
-        self.__dict__.update(state)
+    def __init__(self, table_songs: int = 0) -> None:
+        """`table_songs` is the number of songs of the table, where fit() is given a part of it."""
+        self.table_songs = table_songs
 
     def fit(
         self, songs: pd.DataFrame, genre: pd.Series, progress: Progress = _say_nothing
@@ -740,7 +759,11 @@ class GenreClassifier:
         batch = int(np.clip(n // 150, 16, self.MAX_BATCH))
         epochs = max(self.EPOCHS, 200 * batch // n)
         self.network_ = self._first_weights(numbers.shape[1], texts.shape[1], rng)
-        rate, token_rate = self.RATES_OF_FEW if n < SMALL_TABLE else self.RATES
+        # Few songs are learnt better with smaller steps of the dense weights and larger ones of the
+        # tokens, each of which comes up but seldom.
+        few = fewness(self.table_songs or n)
+        rate = self.RATE * 0.5**few
+        token_rate = self.TOKEN_RATE * 2**few
         update = _Update(self.network_)
         orders = [rng.permutation(n) for _ in range(epochs)]
         steps = epochs * len(range(0, n, batch))
@@ -895,8 +918,25 @@ def summary_without_own_fold(
     return summary(others)
 
 
+class Settings(NamedTuple):
+    """How a column of numbers is learnt. These are popularity's, and do for any."""
+
+    rate: float = 0.07  # of the boosting
+    tokens: bool = True  # does it look at tokens and text_counts?
+    quadratic: bool = False  # does it start from a quadratic of the audio, or the genre's mean?
+
+
+SETTINGS = {
+    # It hangs on the audio; what tokens tell of it does not hold for other songs.
+    "energy": Settings(rate=0.1, tokens=False, quadratic=True),
+}
+
+
 class SongRegressor:
     """Gradient boosting on audio, genre, and what is known of the artist's and the album's songs.
+
+    Of small tables the mean with extremely randomised trees on the same rows (Geurts, Ernst and
+    Wehenkel, 2006), which overfit in another way.
 
     "Known" is count, mean and spread of their residuals, for popularity also those of the songs
     with the same tokens. The trees learn once with a random fold of songs hidden (an artist known)
@@ -912,7 +952,8 @@ class SongRegressor:
     MAX_GENRES = 254  # HistGradientBoosting takes 255 categories; rarer genres count as missing
     PRIOR_SONGS = 10  # a genre's mean is shrunk towards that of all songs as if it had more of them
     CURVE_ROWS = 100_000  # rows the quadratic is fitted on, and predicted at a time
-    LEARNING_RATE = {"energy": 0.1, "popularity": 0.07}
+    RATE_OF_FEW = 0.65  # times the learning rate: few songs are learnt with smaller steps
+    RIDGE_OF_FEW = 40  # times the ridge: or the quadratic learns few songs by heart
     TREES = {
         "max_iter": 150,
         "max_leaf_nodes": 47,
@@ -921,21 +962,23 @@ class SongRegressor:
         "l2_regularization": 1.0,
         "early_stopping": False,
     }
+    EXTRA_WEIGHT = 0.35  # of the extra trees, where songs are few
+    EXTRA_NONE = 10_000  # songs: to tables of so many they add nothing
+    EXTRA_TREES = {"n_estimators": 60, "min_samples_leaf": 5, "max_leaf_nodes": 400}
 
     fitted_on_: int
+    weights_: list[float] | None = None  # of trees_; None where they count alike
 
-    def __init__(self, target: str, fits: int = 1) -> None:
-        """`target` is "energy" or "popularity"; `fits` that differ in their seeds are averaged."""
+    def __init__(self, target: str, fits: int = 1, table_songs: int = 0) -> None:
+        """`target` is a column of numbers; `fits` that differ in their seeds are averaged.
+
+        `table_songs` is the number of songs of the table, where fit() is given a part of it.
+        """
         self.target = target
         self.fits = fits
-        # What tokens and text_counts tell of energy does not hold for other songs.
-        self.uses_tokens = target == "popularity"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Load what an earlier edition saved, too: it called tokens words."""
-        if "words" in state:
-            state["uses_tokens"] = state.pop("words")
-        self.__dict__.update(state)
+        self.table_songs = table_songs
+        self.settings = SETTINGS.get(target, Settings())
+        self.uses_tokens = self.settings.tokens
 
     def fit(
         self, songs: pd.DataFrame, y: pd.Series, progress: Progress = _say_nothing
@@ -944,8 +987,9 @@ class SongRegressor:
 
         The target's own column is not looked at.
         """
-        from sklearn.ensemble import HistGradientBoostingRegressor
+        from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
 
+        self.size_ = self.table_songs or len(songs)
         actual = np.asarray(y, dtype=float)
         rng = np.random.default_rng(SEED)
         audio = present(songs, AUDIO + MORE_AUDIO)
@@ -958,8 +1002,10 @@ class SongRegressor:
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
-        rate = self.LEARNING_RATE[self.target] * min(1, len(songs) / SMALL_TABLE) ** 0.25
+        rate = self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_)
+        extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
+        self.weights_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
                 learning_rate=rate,
@@ -968,7 +1014,12 @@ class SongRegressor:
                 **self.TREES,
             )
             self.trees_.append(trees.fit(X, residual[rows]))
+            self.weights_.append(1 - extra_weight)
             progress((fit + 1) / self.fits)
+        if extra_weight:
+            extra = ExtraTreesRegressor(random_state=SEED, **self.EXTRA_TREES)
+            self.trees_.append(extra.fit(X, residual[rows]))
+            self.weights_.append(self.fits * extra_weight)
         return self
 
     def predict(self, songs: pd.DataFrame) -> np.ndarray:
@@ -985,7 +1036,8 @@ class SongRegressor:
             matrix, _ = incidence(column(songs, name), split, levels)
             known.append(summary(matrix @ totals))
         X = np.hstack(known)
-        residual = np.mean([trees.predict(X) for trees in self.trees_], axis=0)
+        answers = [trees.predict(X) for trees in self.trees_]
+        residual = np.average(answers, axis=0, weights=self.weights_)
         return np.clip(self._start(songs) + residual, *self.range_)
 
     def looks_at(self) -> list[str]:
@@ -1042,7 +1094,7 @@ class SongRegressor:
     def _fit_start(self, songs: pd.DataFrame, y: np.ndarray, rng: np.random.Generator) -> None:
         """Learn where the residuals start from.
 
-        That is the genre's shrunken mean; of energy, a quadratic of that and of the audio.
+        That is the genre's shrunken mean; or, of energy, a quadratic of that and of the audio.
         """
         import pandas as pd
 
@@ -1054,8 +1106,7 @@ class SongRegressor:
         # Drawn for both: the folds drawn next are then those of earlier editions.
         some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
         self.curve_ = None
-        # Popularity hangs too little on the audio: there a quadratic adds noise.
-        if self.target == "energy":
+        if self.settings.quadratic:
             self.curve_ = self._quadratic().fit(self._plane(songs.iloc[some]), y[some])
 
     def _quadratic(self) -> Any:
@@ -1069,7 +1120,7 @@ class SongRegressor:
             StandardScaler(),
             PolynomialFeatures(2, include_bias=False),
             StandardScaler(),
-            Ridge(10.0),
+            Ridge(10.0 * self.RIDGE_OF_FEW ** fewness(self.size_)),
         )
 
     def _start(self, songs: pd.DataFrame) -> np.ndarray:
@@ -1593,6 +1644,12 @@ def to_train(name: str, models_dir: Folder) -> str:
     for last in read_objects(_paths(name, models_dir)[1], {"command"}):
         command = last["command"]
     return f"{command} --only {name}"
+
+
+def folder_for(models_dir: str | None, demo: int | None) -> Path:
+    """Return where the models go."""
+    default = MODELS_DIR if demo is None else db.ROOT / "demo" / "models"
+    return Path(models_dir or default).resolve()
 
 
 def in_folder(models_dir: Folder) -> tuple[Any, ...]:
@@ -2126,12 +2183,14 @@ class SameInputFails(StepFailed, ValueError):
 def read_songs(url: str | None, table: str, models_dir: str) -> dict:
     """Read the songs of a table and hold them for the steps to come.
 
-    Return {"rows": their number, "warnings": a sentence for each thing that drifted}. `url` None:
-    the DATABASE_URL of this machine. Raises what db.load_songs raises.
+    Return {"rows": their number, "warnings": those of db.load_songs, and a sentence for each thing
+    that drifted}. `url` None: the DATABASE_URL of this machine. Raises what db.load_songs raises.
     """
     songs, data = _hold_songs(url, table)
-    moved, _ = notify.attempt(drift_since, data, table, models_dir)
-    return {"rows": len(songs), "warnings": moved or []}
+    drifted, _ = notify.attempt(drift_since, data, table, models_dir)
+    for moved in drifted or []:
+        log.warning("the songs are not those of the last training: %s", moved)
+    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + (drifted or [])}
 
 
 def _hold_songs(url: str | None, table: str) -> tuple:

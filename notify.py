@@ -222,6 +222,26 @@ def message_of(run: Run) -> str:
     return "; ".join(said)
 
 
+def command_of(parameters: dict, models_dir: str) -> str:
+    """Return the command line of a run but for the models it trains and the CSV.
+
+    `parameters` are the flow's, `models_dir` the full path.
+    """
+    words: list[Any] = []
+    defaults = {"table_name": "spotify_songs", "n_clusters": 2}
+    for name in ("table_name", "n_clusters", "demo", "dask", "predict_into"):
+        value = parameters[name]
+        if value != defaults.get(name):
+            words += [f"--{name.replace('_', '-')}", value]
+    if parameters["models_dir"]:
+        words += ["--models-dir", models_dir]
+    if parameters["force"]:
+        words.append("--force")
+    if not parameters["enable_notifications"]:
+        words.append("--no-notify")
+    return command("train.py", *words)
+
+
 def finish_command(run: Run) -> str:
     """Return the command that trains what this run has not, also where the CSV is not loaded."""
     arguments = ["--failed"]
@@ -474,10 +494,11 @@ def in_words(predicted: dict) -> str:
 
 def _rows_of_csv(csv: dict) -> str:
     rejected = csv["rejected"]
-    said = (
-        f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded, "
-        f"{csv['repeated']:,} repeated, {sum(rejected.values()):,} rejected"
-    )
+    said = f"CSV: {csv['read']:,} rows read, {csv['loaded']:,} songs loaded"
+    said += f", {csv['repeated']:,} repeated"
+    if csv.get("different"):  # and may be other songs
+        said += f" ({csv['different']:,} with different values)"
+    said += f", {sum(rejected.values()):,} rejected"
     if rejected:
         reasons = [f"{plain(reason, 80)}: {count:,}" for reason, count in rejected.items()]
         said += f" ({'; '.join(reasons)})"

@@ -244,9 +244,7 @@ def read_songs(run: Run) -> str:
     run.rows = songs["rows"]
     run.read_seconds = time.monotonic() - start
     log.info("%s songs read from %s in %.1f s", f"{run.rows:,}", run.table, run.read_seconds)
-    for moved in songs["warnings"]:
-        log.warning("the songs are not those of the last training: %s", moved)
-        run.warnings.append(moved)
+    run.warnings += songs["warnings"]
     return url
 
 
@@ -290,7 +288,7 @@ def note(run: Run, name: str, report: dict | None, error: Any) -> None:
     outcome = notify.outcome_of(report, run.models_dir) if report else notify.failed(error)
     done = run.models | {name: outcome}
     run.models = {other: done[other] for other in run.asked if other in done}
-    notify.attempt(write_history, run, [name], outcome.status)
+    write_history(run, [name], outcome.status)
     good = outcome.status == "trained"
     log.log(
         logging.INFO if good else logging.WARNING,
@@ -304,7 +302,7 @@ def note_crash(run: Run, name: str, error: Exception) -> None:
     """Write down that a training needs to be alone: in the run, the history and the log."""
     reason = notify.explain(error)
     run.crashes.append(f"{name}: {reason}; it was trained again, alone")
-    notify.attempt(write_history, run, [name], "failed", reason)
+    write_history(run, [name], "failed", reason)
     sentence = "%s: %s; it is trained again, alone, when the others are done"
     log.warning(sentence, name, reason, extra={"model": name, "phase": "retrying"})
 
@@ -466,38 +464,15 @@ def note_lost_workers(run: Run, runner: Any, futures: dict[Any, str]) -> None:
 def new_run(parameters: dict) -> Run:
     """Return the run that the flow's parameters ask for."""
     demand_dask(parameters["dask"])
-    folder = models_folder(parameters["models_dir"], parameters["demo"])
+    folder = models.folder_for(parameters["models_dir"], parameters["demo"])
     return Run(
         parameters=parameters,
-        asked=chosen(parameters["only"]),
+        asked=models.chosen(parameters["only"]),
         models_dir=str(folder),
-        command=command_of(parameters, folder),
+        command=notify.command_of(parameters, str(folder)),
         started_at=datetime.now(UTC).isoformat(),
         host=socket.gethostname(),
     )
-
-
-def models_folder(models_dir: str | None, demo: int | None) -> Path:
-    """Return where the models go."""
-    default = models.MODELS_DIR if demo is None else db.ROOT / "demo" / "models"
-    return Path(models_dir or default).resolve()
-
-
-def command_of(parameters: dict, folder: Path) -> str:
-    """Return the command line that does the same, but for the models it trains and the CSV."""
-    words: list[Any] = []
-    defaults = {"table_name": "spotify_songs", "n_clusters": 2}
-    for name in ("table_name", "n_clusters", "demo", "dask", "predict_into"):
-        value = parameters[name]
-        if value != defaults.get(name):
-            words += [f"--{name.replace('_', '-')}", value]
-    if parameters["models_dir"]:
-        words += ["--models-dir", folder]
-    if parameters["force"]:
-        words.append("--force")
-    if not parameters["enable_notifications"]:
-        words.append("--no-notify")
-    return db.command("train.py", *words)
 
 
 @contextmanager
@@ -540,10 +515,7 @@ def watched_memory(run: Run) -> Iterator[None]:
 
 
 def write_history(run: Run, names: list[str], status: str, error: str | None = None) -> None:
-    """Append a line per model to the history.
-
-    One at the start, so that a run that is killed is known to owe them, and one at the end.
-    """
+    """Append a line per model: at the start, so that a killed run owes them, and at the end."""
     lines = [notify.history_line(run, name, status, error) for name in names]
     models.append_history(run.models_dir, lines)
 
@@ -730,15 +702,12 @@ def wait_for_server(server: subprocess.Popen, address: str, output: IO[bytes]) -
 
 def why_it_ended(said: str) -> str:
     """Return a sentence with the fix for what Prefect's server said at its end."""
-    home = get_current_settings().home
-    lines = said.strip().splitlines() or ["it said nothing"]
-    causes = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b.*:", line)]
-    last = (causes or lines)[-1][:300]
+    errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", said, re.M) or [said[-300:]]
     fix = "start one of your own (prefect server start) and see what it says"
     for pattern, advice in SERVER_ADVICE.items():
         if re.search(pattern, said, re.I):
-            fix = advice.format(home=home)
-    return f"Prefect's temporary server did not start: {last}; {fix}"
+            fix = advice.format(home=get_current_settings().home)
+    return f"Prefect's temporary server did not start: {errors[-1].strip()}; {fix}"
 
 
 SERVER_ADVICE = {
@@ -760,8 +729,7 @@ def be_prefect_server(port: str, parent: str) -> NoReturn:
         first = open(home / "first-start.lock", "w")  # noqa: SIM115 (held until it is made)
         fcntl.flock(first, fcntl.LOCK_EX)
         threading.Timer(20, first.close).start()
-    words = ["server", "start", "--host", "127.0.0.1", "--port", port, "--no-services", "--no-ui"]
-    sys.argv = ["prefect", *words]
+    sys.argv = f"prefect server start --host 127.0.0.1 --port {port} --no-services --no-ui".split()
     runpy.run_module("prefect", run_name="__main__", alter_sys=True)
     sys.exit()
 
@@ -860,7 +828,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         demand_options_that_agree(options)
-        options.only = chosen(options.only)
+        options.only = models.chosen(options.only)
         demand_dask(options.dask)
     except DataError as error:
         parser.error(str(error))
@@ -887,21 +855,6 @@ def demand_options_that_agree(options: argparse.Namespace) -> None:
     if 0 <= memory < 2 << 30:
         raise DataError("a run needs 2 GB; raise the limit (ulimit -v)")
     pause()
-
-
-def chosen(only: list[str] | str | None) -> list[str]:
-    """Return the models asked for, in their usual order.
-
-    `only` is None for all, a name, or names with or without commas. Raises DataError for another.
-    """
-    text = ",".join(only) if isinstance(only, list) else only
-    names = [name.strip() for name in (text or ",".join(models.MODELS)).split(",")]
-    for name in filter(None, names):
-        if name not in models.MODELS:
-            raise DataError(
-                f"there is no model {name!r}; the models are {', '.join(models.MODELS)}"
-            )
-    return [name for name in models.MODELS if name in names]
 
 
 def demand_dask(address: str | None) -> None:
@@ -934,7 +887,7 @@ def check(options: argparse.Namespace) -> NoReturn:
     A line: what, ok or warning or problem, a sentence with the fix.
     """
     notify.quiet_logs()
-    folder = models_folder(options.models_dir, options.demo)
+    folder = models.folder_for(options.models_dir, options.demo)
     looks: dict[str, Callable[[], list]] = {
         "database": lambda: db.check(options.csv_path, options.table_name, options.demo),
         "models directory": lambda: models.check_folder(folder),
