@@ -109,7 +109,7 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
     from sklearn.metrics import accuracy_score, f1_score
 
     songs = _usable(songs, "genre", MIN_SONGS)
-    learnable = int((songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum())
+    learnable = (songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum()
     if learnable < 2:
         raise DataError(
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
@@ -128,7 +128,7 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
         "leans_on": leans,
         "classes": len(final.classes_),
         "fitted_on": final.fitted_on_,
-        "plot": _plot_genres(known["actual"], known["predicted"]) if known else {},
+        "plot": _plot_genres(known["actual"], known["predicted"]) if len(known) else {},
     }
 
 
@@ -154,10 +154,9 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
     _say_fitting("clusters", songs)
     kmeans = KMeans(n_clusters, n_init=4, random_state=SEED)
     pipeline = make_pipeline(StandardScaler(), kmeans).fit(features)
-    _largest_first(kmeans)
+    sizes = _largest_first(kmeans)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
     standardised = pipeline[0].transform(features.iloc[sample])
-    sizes = np.bincount(kmeans.labels_, minlength=n_clusters).tolist()
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
     points = _plot_points(standardised, kmeans.labels_[sample])
     return pipeline, {
@@ -226,7 +225,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no
 # core waits for it. A model has the name of the column of songs that it predicts, if it does.
-MODELS: dict[str, Callable[..., tuple[Any, Metrics]]] = {
+MODELS: dict[str, Callable] = {
     "genre": train_genre,
     "clusters": train_clusters,
     "energy": train_energy,
@@ -269,20 +268,25 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
 
 def _genre_answers(
     judged: GenreClassifier, learnt: pd.DataFrame, held_out: pd.DataFrame
-) -> Answers:
+) -> pd.DataFrame:
+    import pandas as pd
+
     actual = held_out["genre"].to_numpy(object).astype(str)
     likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
     among_3 = (likely == actual[:, None]).any(axis=1)
-    return {
-        "actual": actual,
-        "predicted": likely[:, 0],
-        "best_of_3": np.where(among_3, actual, likely[:, 0]),
-        "baseline": np.full(len(actual), learnt["genre"].mode()[0]),
-    }
+    return pd.DataFrame(
+        {
+            "actual": actual,
+            "predicted": likely[:, 0],
+            "best_of_3": np.where(among_3, actual, likely[:, 0]),
+            "baseline": learnt["genre"].mode()[0],
+        }
+    )
 
 
 def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Return (SongRegressor, metrics) for the target column."""
+    import pandas as pd
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
     songs = _usable(songs, target, MIN_SONGS)
@@ -292,12 +296,11 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, M
             f"there is nothing to learn until the column varies"
         )
 
-    def answers(judged: SongRegressor, learnt: pd.DataFrame, held_out: pd.DataFrame) -> Answers:
-        return {
-            "actual": held_out[target].to_numpy(np.float64),
-            "predicted": judged.predict(held_out),
-            "baseline": np.full(len(held_out), learnt[target].mean()),
-        }
+    def answers(judged, learnt, held_out):
+        actual = held_out[target].to_numpy(np.float64)
+        predicted = judged.predict(held_out)
+        baseline = learnt[target].mean()
+        return pd.DataFrame({"actual": actual, "predicted": predicted, "baseline": baseline})
 
     make = partial(SongRegressor, target, table_songs=len(songs))
     fits = AVERAGED if len(songs) < FEW_SONGS else 1
@@ -318,7 +321,7 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, M
         "baseline_mae": _figure(mean_absolute_error, known, "baseline"),
         "leans_on": leans,
         "fitted_on": final.fitted_on_,
-        "plot": _plot_regression(known["actual"], known["predicted"]) if known else {},
+        "plot": _plot_regression(known["actual"], known["predicted"]) if len(known) else {},
     }
 
 
@@ -336,12 +339,13 @@ HIGH_AND_LOW = {
 }
 
 
-def _largest_first(kmeans: Any) -> None:
-    """Renumber the clusters by size: k-means numbers them at random, people remember numbers."""
+def _largest_first(kmeans: Any) -> list[int]:
+    """Renumber the clusters by size, which is returned: people remember numbers."""
     sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters)
     order = np.argsort(-sizes, kind="stable")
     kmeans.cluster_centers_ = kmeans.cluster_centers_[order]
     kmeans.labels_ = np.argsort(order)[kmeans.labels_].astype(np.int32)
+    return sizes[order].tolist()
 
 
 def _in_two_words(center: np.ndarray) -> str:
@@ -357,9 +361,9 @@ def _silhouette(points: np.ndarray, clusters: np.ndarray) -> float | None:
     """Return the mean silhouette (-1 to 1); None where it is not defined."""
     from sklearn.metrics import silhouette_score
 
-    if not 1 < len(np.unique(clusters)) < len(points):
-        return None
-    return float(silhouette_score(points, clusters))
+    with suppress(ValueError):  # of a single cluster, or of as many clusters as songs
+        return float(silhouette_score(points, clusters))
+    return None
 
 
 def _plot_points(points: np.ndarray, clusters: np.ndarray) -> list[list[float]]:
@@ -503,10 +507,8 @@ def in_parts(
     songs: pd.DataFrame, rows: int, function: Callable[[pd.DataFrame], np.ndarray]
 ) -> np.ndarray:
     """Return function(songs) put together from `rows` songs at a time: it needs much on the way."""
-    parts = []
-    for start in range(0, max(len(songs), 1), rows):
-        parts.append(function(songs.iloc[start : start + rows]))
-    return np.concatenate(parts)
+    starts = range(0, max(len(songs), 1), rows)
+    return np.concatenate([function(songs.iloc[start : start + rows]) for start in starts])
 
 
 def fewness(songs: int, none: int = LARGE_TABLE) -> float:
@@ -537,16 +539,11 @@ def _say_nothing(share: float) -> None:
     """Take the place of a progress where nobody asked for one."""
 
 
-# A part of a model's training that needs no other part of it: what it does, "fitting" or
-# "evaluating", and the function that does it.
-Part = tuple[str, Callable[[Progress], Any]]
-
-
-def _take_part(work: Callable[[Progress], Any], tell: Progress) -> Any:
+def _take_part(work: Callable, tell: Progress) -> Any:
     """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
     told = 0.0
 
-    def progress(share: float) -> None:
+    def progress(share):
         nonlocal told
         if share - told >= PROGRESS_STEP or share == 1:
             told = share
@@ -556,7 +553,7 @@ def _take_part(work: Callable[[Progress], Any], tell: Progress) -> Any:
     return work(progress)
 
 
-def _progress(name: str, phases: Sequence[str]) -> Callable[[int, float], None]:
+def _progress(name: str, phases: Sequence[str]) -> Callable:
     """Return a function(number of a part, its share) that logs the share of the whole.
 
     `phases`: of each part what it does. The level is DEBUG; INFO where a part begins, and each
@@ -565,7 +562,7 @@ def _progress(name: str, phases: Sequence[str]) -> Callable[[int, float], None]:
     shares = [0.0] * len(phases)
     began = time.monotonic()
 
-    def progress(part: int, share: float) -> None:
+    def progress(part, share):
         quarter = int(4 * sum(shares) / len(shares))
         shares[part] = share
         done = sum(shares) / len(shares)
@@ -1265,14 +1262,10 @@ class SimilarSongs:
         text = text.casefold()
         artist = (artist or "").casefold()
         ranks: list[dict[int, int]] = [{}, {}, {}, {}]  # of each the first row of a recording
-        for row, title in enumerate(self.titles_):
-            rank = _rank_of_title(title.casefold(), text)
-            if rank is not None and artist in self.artists_[row].casefold():
-                ranks[rank].setdefault(self.recording_[row], row)
-        for rows in ranks:
-            if rows:
-                return list(rows.values())
-        return []
+        for row, title in enumerate(map(str.casefold, self.titles_)):
+            if text in title and artist in self.artists_[row].casefold():
+                ranks[_rank_of_title(title, text)].setdefault(self.recording_[row], row)
+        return list(next(filter(None, ranks), {}).values())
 
     def suggestions(self, text: str) -> list[str]:
         """Return up to five titles spelt like the text."""
@@ -1282,7 +1275,7 @@ class SimilarSongs:
         parts = {text[i : i + 3] for i in range(max(1, len(text) - 2))}
         titles = {name.casefold(): name for name in self.titles_}
 
-        def unlike(title: str) -> tuple[int, int]:
+        def unlike(title):
             return -sum(part in title for part in parts), len(title)
 
         alike = sorted(titles, key=unlike)[:300]  # difflib is slow
@@ -1292,9 +1285,9 @@ class SimilarSongs:
         """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
 
-        self.features_ = present(songs, self.FEATURES)
+        features = present(songs, self.FEATURES)
         columns = []
-        for name in self.features_:
+        for name in features:
             quantile = (songs[name].rank() - 0.5) / songs[name].count()
             columns.append(ndtri(quantile).clip(-self.EXTREME, self.EXTREME).fillna(0))
         normal = np.column_stack(columns)
@@ -1312,54 +1305,43 @@ class SimilarSongs:
         """
         from sklearn.preprocessing import normalize
 
-        own, genres = incidence(column(songs, "genre"), whole)
+        own, levels = incidence(column(songs, "genre"), whole)
         artist, _ = incidence(songs["artist_name"], first_artist)
         self.artist_ = artist.indices
-        self.settings_ = {"company": len(genres) > 1}
-        if not genres:  # normalize() refuses a matrix of no columns
+        self.settings_ = {"company": len(levels) > 1}
+        if not levels:  # normalize() refuses a matrix of no columns
             return np.zeros((len(songs), 0)), np.zeros((len(sample), 0))
         counts = artist.T @ own
-        places = self._places(len(genres))
+        places = np.eye(len(levels))  # a point of length 1 for each genre, far from the others
+        if len(levels) > self.COMPANY_DIMENSIONS:  # at random: in more than two that is far apart
+            size = (len(levels), self.COMPANY_DIMENSIONS)
+            places = normalize(np.random.default_rng(SEED).normal(size=size))
 
-        def points(mixture: csr_array) -> np.ndarray:
-            company = mixture.sqrt() @ places
-            length = np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
-            return self.COMPANY_WEIGHT * company / length
+        def points(mixture):
+            return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
 
         others = artist @ normalize(counts, "l1")
         everything = points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * others)
         hidden = points(normalize(artist[sample] @ counts - own[sample], "l1"))
         return everything, hidden
 
-    def _places(self, genres: int) -> np.ndarray:
-        """Return a point of length 1 for each genre, far from the others.
 
-        Where there are more genres than dimensions at random: in more than two that is far apart.
-        """
-        if genres <= self.COMPANY_DIMENSIONS:
-            return np.eye(genres)
-        places = np.random.default_rng(SEED).normal(size=(genres, self.COMPANY_DIMENSIONS))
-        return places / np.linalg.norm(places, axis=1, keepdims=True)
-
-
-def _rank_of_title(title: str, text: str) -> int | None:
-    """Return how well a title fits the text, 0 for the same; None where it does not."""
+def _rank_of_title(title: str, text: str) -> int:
+    """Return how well a title that contains the text fits it, 0 for the same."""
     if title == text:
         return 0
     if title.startswith((f"{text} - ", f"{text} (")):
         return 1
-    if title.startswith(text):
-        return 2
-    return 3 if text in title else None
+    return 2 if title.startswith(text) else 3
 
 
 # ---- Evaluation: which songs a model is judged by, and on what it leans --------------------------
 
 Metric = Callable[[Any, Any], float]
-Answers = dict[str, np.ndarray]  # "actual", "predicted", …: a value per held-out song
 
 LEAN_SONGS = 1000  # held-out songs whose columns are shuffled
 CONFUSIONS = 25  # pairs of genres kept with the metrics
+BINS = 40  # of the actual values, and of the predicted ones
 
 
 def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1391,28 +1373,31 @@ def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
 def _fit_and_judge(
     name: str,
     final: Any,
-    make: Callable[[], Any],
+    make: Callable,
     songs: pd.DataFrame,
-    answers: Callable[[Any, pd.DataFrame, pd.DataFrame], Answers],
+    answers: Callable,
     metric: Metric,
-) -> tuple[Any, Answers, Answers, dict[str, float]]:
+) -> tuple[Any, pd.DataFrame, pd.DataFrame, Metrics]:
     """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
     `name` is the model and the column it predicts; `make()` gives an estimator to judge;
     `answers(estimator, learnt, held_out)` is what is judged. Return the fitted estimator, the
-    answers of known artists' songs and of new artists', those of all splits end to end ({} where
-    nothing was held out), and what the first split's estimator leans on, by the metric.
+    answers of known artists' songs and of new artists', those of all splits end to end, and what
+    the first split's estimator leans on, by the metric.
     """
+    import pandas as pd
 
-    def judge(split: int, progress: Progress) -> tuple[Any, ...]:
+    def judge(split, progress):
         train, known, new = holdout(songs, split)
         learnt = songs[train]
         judged = make().fit(learnt, learnt[name], progress)
-        said = [answers(judged, learnt, songs[some]) if some.any() else {} for some in (known, new)]
+        said = [answers(judged, learnt, songs[some]) for some in (known, new)]
         leans = leans_on(judged, songs[known], name, metric) if split == 0 else {}
         return *said, leans
 
-    parts: list[Part] = [("fitting", partial(final.fit, songs, songs[name]))]  # the longest
+    parts: list[tuple[str, Callable]] = [
+        ("fitting", partial(final.fit, songs, songs[name]))
+    ]  # the longest
     splits = SPLITS if len(songs) < FEW_SONGS else 1
     parts += [("evaluating", partial(judge, split)) for split in range(splits)]
     final, *judged = _take_parts(name, parts)
@@ -1423,20 +1408,10 @@ def _fit_and_judge(
             f"{final.fitted_on_:,}",
         )
     known, new, leans = zip(*judged)
-    return final, _end_to_end(known), _end_to_end(new), leans[0]
+    return final, pd.concat(known), pd.concat(new), leans[0]
 
 
-def _end_to_end(parts: Sequence[Answers]) -> Answers:
-    some = [part for part in parts if part]
-    if not some:
-        return {}
-    whole = {}
-    for key in some[0]:
-        whole[key] = np.concatenate([part[key] for part in some])
-    return whole
-
-
-def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> dict[str, float]:
+def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> Metrics:
     """Return {column: fall}: how far the metric falls when a column is shuffled, largest first.
 
     Permutation importance (Breiman, "Random Forests", 2001) of each column that the estimator looks
@@ -1463,35 +1438,33 @@ def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -
     return falls
 
 
-def _figure(metric: Metric, answers: Answers, key: str = "predicted") -> float | None:
+def _figure(metric: Metric, answers: pd.DataFrame, key: str = "predicted") -> float | None:
     """Return the metric of the actual values and answers[key]; None of fewer than two songs."""
-    if not answers or len(answers["actual"]) < 2:
+    if len(answers) < 2:
         return None
     return float(metric(answers["actual"], answers[key]))
 
 
-def _plot_genres(actual: np.ndarray, predicted: np.ndarray) -> Metrics:
+def _plot_genres(actual: pd.Series, predicted: pd.Series) -> Metrics:
     """Return the worst confusions, for the picture.
 
     Each is actual genre, predicted genre, songs, their share of the actual genre's songs.
     """
     songs = Counter(actual)
-    confusions: list[list[Any]] = []
-    for (genre, other), count in Counter(zip(actual, predicted)).most_common():
-        if genre != other and len(confusions) < CONFUSIONS:
-            confusions.append([genre, other, count, count / songs[genre]])
+    wrong = Counter(pair for pair in zip(actual, predicted) if pair[0] != pair[1])
+    confusions = []
+    for (genre, other), count in wrong.most_common(CONFUSIONS):
+        confusions.append([genre, other, count, count / songs[genre]])
     return {"confusions": confusions}
 
 
-def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) -> Metrics:
+def _plot_regression(actual: pd.Series, predicted: pd.Series) -> Metrics:
     """Return a 2-D histogram: rows are bins of the actual value, columns of the predicted one."""
     low = float(actual.min())
     high = float(actual.max())
-    range_of_both = [[low, high], [low, high]]
-    density, _, _ = np.histogram2d(
-        actual, predicted.clip(low, high), bins=bins, range=range_of_both
-    )
-    return {"edges": [low, high, bins], "density": density.astype(int).tolist()}
+    edges = np.linspace(low, high, BINS + 1)
+    density, _, _ = np.histogram2d(actual, predicted.clip(low, high), edges)
+    return {"edges": [low, high, BINS], "density": density.astype(int).tolist()}
 
 
 # ---- Files: models/NAME.joblib, models/metrics/NAME.json, models/versions/ -----------------------
@@ -1622,13 +1595,9 @@ def read_report(name: str, models_dir: Folder = MODELS_DIR) -> Report | None:
     """
     path, metrics_path = _paths(name, models_dir)
     digest = _sha256(path)
-    for report in read_objects(metrics_path, REPORT):
-        if report["sha256"] == digest:
-            return report
-    for _, report in _versions(name, models_dir):
-        if report["sha256"] == digest:
-            return report
-    return None
+    reports = read_objects(metrics_path, REPORT)
+    reports += [report for _, report in _versions(name, models_dir)]
+    return next((report for report in reports if report["sha256"] == digest), None)
 
 
 def list_versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
@@ -1652,7 +1621,7 @@ def folder_for(models_dir: str | None, demo: int | None) -> Path:
     return Path(models_dir or default).resolve()
 
 
-def in_folder(models_dir: Folder) -> tuple[Any, ...]:
+def in_folder(models_dir: Folder) -> tuple:
     """Return the options that say where the models are."""
     folder = Path(models_dir).resolve()
     return () if folder == MODELS_DIR else ("--models-dir", folder)
@@ -2313,15 +2282,15 @@ def _memory_mb(process: str) -> float:
     return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
 
 
-def _answers(forks: list[Any], progress: Any = None) -> list[Any]:
+def _answers(forks: list, progress: Any = None) -> list:
     """Return what the forks at the other ends of the connections answer; log what they log.
 
     `progress(number of a fork, share)` is told. Raises the first error of one, or Killed.
     """
-    answers: list[Any] = [None] * len(forks)
+    answers = {}
     waiting = list(forks)
     while waiting:
-        ready: list[Any] = wait(waiting)
+        ready: list = wait(waiting)
         for fork in ready:
             try:
                 message = fork.recv()
@@ -2334,9 +2303,9 @@ def _answers(forks: list[Any], progress: Any = None) -> list[Any]:
             elif isinstance(message, Exception):
                 raise message
             else:
-                answers[forks.index(fork)] = message
+                answers[fork] = message
                 waiting.remove(fork)
-    return answers
+    return [answers[fork] for fork in forks]
 
 
 # The cores that forks share: how many (0: this process is none), and a file with a byte for each.
@@ -2391,9 +2360,10 @@ def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
         asker.send(answer)
 
 
-def _take_parts(name: str, parts: list[Part]) -> list[Any]:
-    """Return what the parts of a model's training return.
+def _take_parts(name: str, parts: list[tuple[str, Callable]]) -> list:
+    """Return what the parts of a model's training return, of which none needs another.
 
+    A part is what it does, "fitting" or "evaluating", and the function(progress) that does it.
     In a fork, where there are cores, each is a fork of it; elsewhere, as in a notebook, they are
     taken one after the other. Raises what a part raises, or Killed.
     """
@@ -2467,7 +2437,10 @@ def serve_forks(parent: int) -> int:
         if step is read_songs:  # in this process, so that the forks share them
             _answer(asker, step, arguments)
         elif _cores:
-            _fork(asker, step, *arguments)
+            _, error = notify.attempt(_fork, asker, step, *arguments)
+            if error:  # no memory, no process left: that step fails, the server goes on
+                with asker, suppress(BrokenPipeError):
+                    asker.send(error)
         else:  # libraries expect a fork on Linux; on macOS it is not safe
             threads.submit(_answer, asker, step, arguments)
 
@@ -2499,7 +2472,7 @@ def die_with(parent: int) -> None:
 
 def show(options: Namespace) -> int:
     """Print the current models; 2 if there is none."""
-    rows: list[list[Any]] = []
+    rows: list[list] = []
     reports = {}
     for name in MODELS:
         report = read_report(name, options.models_dir)
@@ -2546,10 +2519,10 @@ def similar(options: Namespace) -> int:
     else:
         lines = []
         for answer in answers:
-            alike = f"{answer['similarity']:.3f}"
-            lines.append((alike, answer["track_name"], answer["artist_name"], answer["track_id"]))
+            *words, alike = answer.values()
+            lines.append((f"{alike:.3f}", *words))
         notify.print_table(
-            ("alike>", "title", "artist", "track_id"),
+            ("alike>", "track_id", "title", "artist"),
             lines,
             above=[(f"Like {song['track_name']} by {song['artist_name']}", "bold")],
         )
@@ -2641,48 +2614,44 @@ def roll_back(options: Namespace) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="models.py", description="Look at the trained models and use them."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    folder = ArgumentParser(add_help=False)
-    folder.add_argument(
-        "--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)"
-    )
-    machine = ArgumentParser(add_help=False)
-    machine.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser = ArgumentParser(description="Look at the trained models and use them.")
+    commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run: Callable[[Namespace], int], text: str, *more: Any) -> Any:
-        added = commands.add_parser(name, parents=[folder, *more], help=text)
+    def command(name: str, run: Callable, text: str, with_json: bool = True) -> Any:
+        added = commands.add_parser(name, help=text)
         added.set_defaults(run=run)
-        return added.add_argument
+        add = added.add_argument
+        text = "folder of the models (default: %(default)s)"
+        add("--models-dir", default=str(MODELS_DIR), help=text)
+        if with_json:
+            add("--json", action="store_true", help="print JSON instead of a table")
+        return add
 
-    command("show", show, "the current models: metrics, age, versions kept", machine)
-    add = command("similar", similar, "the songs most like one song", machine)
+    command("show", show, "the current models: metrics, age, versions kept")
+    add = command("similar", similar, "the songs most like one song")
     add("song", help="its title or track_id")
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
     add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
-    add = command("titles", titles, "the songs whose titles contain a text, to find one")
+    add = command("titles", titles, "the songs whose titles contain a text, to find one", False)
     add("text", nargs="?", default="", help="part of a title (default: any title)")
     text = "add the predictions to the rows of a CSV, or put those of a table into another"
-    add = command("predict", predict_songs, text, machine)
+    add = command("predict", predict_songs, text)
     add("csv", nargs="?", help="songs, with the column names of the table or their aliases")
     text = "with --into: the table of songs (default: %(default)s)"
     add("--table-name", default="spotify_songs", help=text)
     text = "put predictions and neighbours of all songs into this table"
     add("--into", metavar="TABLE", help=text)
     add("--out", help="the CSV to write (default: it is printed)")
-    add = command("rollback", roll_back, "put the previous version of a model back")
+    add = command("rollback", roll_back, "put the previous version of a model back", False)
     add("model", choices=list(MODELS))
-    serving = commands.add_parser("forkserver", help="take the steps of the run of that process")
-    serving.add_argument("parent", type=int)
-    serving.set_defaults(run=lambda options: serve_forks(options.parent))
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Run a command; return its exit status."""
+    if arguments[:1] == ["forkserver"]:
+        return serve_forks(int(arguments[1]))
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is predict_songs and bool(options.csv) == bool(options.into):
@@ -2691,16 +2660,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"-k must be 1 or more; it is {options.k}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return options.run(options)
+        status = options.run(options)
+        print(end="", flush=True)  # here, where an error of writing is seen
+        return status
     except BrokenPipeError:  # whoever reads has read enough, as head does
         return 0
     except (db.Expected, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2
+    finally:
+        notify.never_break_off()  # what could not be written is tried once more at the exit
 
 
 if __name__ == "__main__":
     # What is pickled must name the module: of __main__ no other program could load it.
     import models
 
-    sys.exit(models.main())
+    sys.exit(models.main(sys.argv[1:]))
