@@ -68,8 +68,7 @@ Metrics = dict[str, Any]  # the primary metric first
 Report = dict[str, Any]  # of a model, as in its metrics file
 Folder = Path | str
 
-ROOT = Path(__file__).resolve().parent
-MODELS_DIR = ROOT / "models"
+MODELS_DIR = db.ROOT / "models"
 SEED = 20  # of every random choice: the same table gives the same models and the same metrics
 
 NUMBERS = ("popularity", *AUDIO, *MORE_AUDIO)
@@ -151,7 +150,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
             f"clusters needs at least {n_clusters} distinct songs for {n_clusters} clusters; "
             f"the table has {distinct}"
         )
-    _say_fitting("clusters", songs)
+    _progress("clusters", ["fitting"])(0, 0)
     kmeans = KMeans(n_clusters, n_init=4, random_state=SEED)
     pipeline = make_pipeline(StandardScaler(), kmeans).fit(features)
     sizes = _largest_first(kmeans)
@@ -195,7 +194,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
     DataError where there is but one recording.
     """
     songs = _usable(songs, "similar", 2)
-    _say_fitting("similar", songs)
+    _progress("similar", ["fitting"])(0, 0)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
     index = SimilarSongs().fit(songs, sample)
     if not index.recording_.any():
@@ -296,7 +295,7 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, M
             f"there is nothing to learn until the column varies"
         )
 
-    def answers(judged, learnt, held_out):
+    def answers(judged, learnt, held_out) -> pd.DataFrame:
         actual = held_out[target].to_numpy(np.float64)
         predicted = judged.predict(held_out)
         baseline = learnt[target].mean()
@@ -477,7 +476,7 @@ Levels = dict[str, int]
 
 
 def incidence(
-    names: pd.Series, split: Callable[[str], list[str]], levels: Levels | None = None
+    names: pd.Series, split: Callable, levels: Levels | None = None
 ) -> tuple[csr_array, Levels]:
     """Return (matrix, levels): sparse 0/1, songs x levels, 1 where the name has the level's key.
 
@@ -503,9 +502,7 @@ def incidence(
     return matrix[codes], levels
 
 
-def in_parts(
-    songs: pd.DataFrame, rows: int, function: Callable[[pd.DataFrame], np.ndarray]
-) -> np.ndarray:
+def in_parts(songs: pd.DataFrame, rows: int, function: Callable) -> np.ndarray:
     """Return function(songs) put together from `rows` songs at a time: it needs much on the way."""
     starts = range(0, max(len(songs), 1), rows)
     return np.concatenate([function(songs.iloc[start : start + rows]) for start in starts])
@@ -521,18 +518,13 @@ def fewness(songs: int, none: int = LARGE_TABLE) -> float:
 
 # ---- Saying how far it is ------------------------------------------------------------------------
 
-# Records have extra={"model", "phase", "share"}, the share from 0 to 1, None where nobody knows it.
+# Records have extra={"model", "phase", "share"}, the share from 0 to 1.
 PROGRESS_STEP = (
     0.05  # of a part, at least between two shares that are told: they shall cost nothing
 )
 PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is seen
 
 Progress = Callable[[float], None]
-
-
-def _say_fitting(name: str, songs: pd.DataFrame) -> None:
-    extra = {"model": name, "phase": "fitting"}
-    log.info("%s: fitting on %s songs", name, f"{len(songs):,}", extra=extra)
 
 
 def _say_nothing(share: float) -> None:
@@ -543,7 +535,7 @@ def _take_part(work: Callable, tell: Progress) -> Any:
     """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
     told = 0.0
 
-    def progress(share):
+    def progress(share) -> None:
         nonlocal told
         if share - told >= PROGRESS_STEP or share == 1:
             told = share
@@ -562,7 +554,7 @@ def _progress(name: str, phases: Sequence[str]) -> Callable:
     shares = [0.0] * len(phases)
     began = time.monotonic()
 
-    def progress(part, share):
+    def progress(part, share) -> None:
         quarter = int(4 * sum(shares) / len(shares))
         shares[part] = share
         done = sum(shares) / len(shares)
@@ -1275,7 +1267,7 @@ class SimilarSongs:
         parts = {text[i : i + 3] for i in range(max(1, len(text) - 2))}
         titles = {name.casefold(): name for name in self.titles_}
 
-        def unlike(title):
+        def unlike(title) -> tuple:
             return -sum(part in title for part in parts), len(title)
 
         alike = sorted(titles, key=unlike)[:300]  # difflib is slow
@@ -1285,13 +1277,10 @@ class SimilarSongs:
         """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
 
-        features = present(songs, self.FEATURES)
-        columns = []
-        for name in features:
-            quantile = (songs[name].rank() - 0.5) / songs[name].count()
-            columns.append(ndtri(quantile).clip(-self.EXTREME, self.EXTREME).fillna(0))
-        normal = np.column_stack(columns)
-        normal -= normal.mean(axis=0)
+        numbers = songs[present(songs, self.FEATURES)]
+        quantiles = (numbers.rank() - 0.5) / numbers.count()
+        normal = ndtri(quantiles).clip(-self.EXTREME, self.EXTREME).fillna(0)
+        normal = (normal - normal.mean()).to_numpy()
         _, components = np.linalg.eigh(normal.T @ normal)  # the smallest first
         sound = normal @ components[:, ::-1][:, :dimensions]
         return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
@@ -1317,7 +1306,7 @@ class SimilarSongs:
             size = (len(levels), self.COMPANY_DIMENSIONS)
             places = normalize(np.random.default_rng(SEED).normal(size=size))
 
-        def points(mixture):
+        def points(mixture) -> np.ndarray:
             return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
 
         others = artist @ normalize(counts, "l1")
@@ -1336,8 +1325,6 @@ def _rank_of_title(title: str, text: str) -> int:
 
 
 # ---- Evaluation: which songs a model is judged by, and on what it leans --------------------------
-
-Metric = Callable[[Any, Any], float]
 
 LEAN_SONGS = 1000  # held-out songs whose columns are shuffled
 CONFUSIONS = 25  # pairs of genres kept with the metrics
@@ -1376,7 +1363,7 @@ def _fit_and_judge(
     make: Callable,
     songs: pd.DataFrame,
     answers: Callable,
-    metric: Metric,
+    metric: Callable,
 ) -> tuple[Any, pd.DataFrame, pd.DataFrame, Metrics]:
     """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
@@ -1387,7 +1374,7 @@ def _fit_and_judge(
     """
     import pandas as pd
 
-    def judge(split, progress):
+    def judge(split, progress) -> tuple:
         train, known, new = holdout(songs, split)
         learnt = songs[train]
         judged = make().fit(learnt, learnt[name], progress)
@@ -1411,7 +1398,7 @@ def _fit_and_judge(
     return final, pd.concat(known), pd.concat(new), leans[0]
 
 
-def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> Metrics:
+def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Callable) -> Metrics:
     """Return {column: fall}: how far the metric falls when a column is shuffled, largest first.
 
     Permutation importance (Breiman, "Random Forests", 2001) of each column that the estimator looks
@@ -1427,18 +1414,15 @@ def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -
     columns = [name for name in estimator.looks_at() if name in some]
     copies = [some]
     for name in columns:
-        shuffled = some[name].iloc[rng.permutation(len(some))].set_axis(some.index)
+        shuffled = some[name].array[rng.permutation(len(some))]
         copies.append(some.assign(**{name: shuffled}))
     predicted = estimator.predict(pd.concat(copies, ignore_index=True))
     before, *after = [metric(some[target], part) for part in np.split(predicted, len(copies))]
-    falls = {}
-    for at in np.argsort(after, kind="stable"):
-        name = notify.COLUMNS.get(columns[at], columns[at])
-        falls[name] = round(float(before - after[at]), 4)
-    return falls
+    falls = before - pd.Series(after, columns).sort_values(kind="stable")
+    return falls.round(4).rename(notify.COLUMNS).to_dict()
 
 
-def _figure(metric: Metric, answers: pd.DataFrame, key: str = "predicted") -> float | None:
+def _figure(metric: Callable, answers: pd.DataFrame, key: str = "predicted") -> float | None:
     """Return the metric of the actual values and answers[key]; None of fewer than two songs."""
     if len(answers) < 2:
         return None
@@ -1602,9 +1586,9 @@ def read_report(name: str, models_dir: Folder = MODELS_DIR) -> Report | None:
 
 def list_versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (model path, report) of the versions beside the current model, the newest first."""
-    current = read_report(name, models_dir) or {"sha256": None}
+    digest = _sha256(_paths(name, models_dir)[0])
     versions = _versions(name, models_dir)
-    return [version for version in versions if version[1]["sha256"] != current["sha256"]]
+    return [(path, report) for path, report in versions if report["sha256"] != digest]
 
 
 def to_train(name: str, models_dir: Folder) -> str:
@@ -1667,7 +1651,7 @@ def publish(
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
     for folder in ("metrics", "versions"):
-        (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
+        os.makedirs(Path(models_dir, folder), exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
     if current and current["table"] != report["table"]:  # figures of other songs
@@ -1739,27 +1723,25 @@ def clean_up(models_dir: Folder) -> None:
     _remove(*[path for path in versions if halves[path.stem] == 1])
 
 
+BASELINES = {"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}
+
+
 def _report(name: str, estimator: Any, metrics: Metrics, about: Report) -> Report:
-    """Return what is written down of a model that has just been trained."""
+    """Return what is written down of a model that has just been trained.
+
+    It is guessing where its primary metric is no better than its baseline, or than 0.
+    """
+    metric, value = next(iter(metrics.items()))
+    baseline = metrics.get(BASELINES.get(metric, "")) or 0
     return {
         "model": name,
         "metrics": {key: value for key, value in metrics.items() if key != "plot"},
         **about,
         "trained_at": datetime.now(UTC).isoformat(),
-        "guessing": _guessing(metrics),
+        "guessing": value is not None and value <= baseline,
         "settings": about["settings"] | getattr(estimator, "settings_", {}),
         "plot": metrics.get("plot", {}),
     }
-
-
-BASELINES = {"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}
-
-
-def _guessing(metrics: Metrics) -> bool:
-    """Return whether a model's primary metric is no better than its baseline, or than 0."""
-    metric, value = next(iter(metrics.items()))
-    baseline = metrics.get(BASELINES.get(metric, "")) or 0
-    return value is not None and value <= baseline
 
 
 def _worse(report: Report, current: Report) -> str | None:
@@ -1854,7 +1836,7 @@ def append_history(models_dir: Folder, lines: list[dict]) -> None:
     path = Path(models_dir) / "metrics" / "history.jsonl"
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with tolerant_of(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         if torn:  # by a full disk: what it holds must not spoil the next line
             text = "\n" + text
@@ -1971,7 +1953,7 @@ class Adds(NamedTuple):
     """What a model adds to the predictions."""
 
     columns: dict[str, str]  # {name: its type in SQL}
-    values: Callable[[Any, pd.DataFrame], Iterable]  # of an estimator and songs: column by column
+    values: Callable  # of an estimator and songs: an iterable of columns
 
 
 def _genre_and_confidence(model: GenreClassifier, songs: pd.DataFrame) -> Iterable:
@@ -2061,11 +2043,17 @@ def predict_table(url: str, table: str, into: str, models_dir: Folder) -> dict:
 
 def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.DataFrame]:
     """Yield the rows of the table of predictions, PREDICTED_AT_ONCE at a time."""
+    import pandas as pd
+
     index = None
     rows = np.full(len(songs), -1)  # of the songs in the index; -1 where it has not seen them
     if "similar" in loaded:
         index = loaded["similar"]["estimator"]
-        songs, rows = _neighbours_together(songs, index)
+        rows = pd.Index(index.track_ids_).get_indexer(songs["track_id"])
+        # In the order of the tree's leaves: what neighbours need is then in the cache.
+        order = np.argsort(np.argsort(index.tree_.indices)[rows], kind="stable")
+        songs = songs.iloc[order]
+        rows = rows[order]
     trained_at = max(model["trained_at"] for model in loaded.values())
     progress = _progress("predictions", ["predicting"])
     for start in range(0, len(songs), PREDICTED_AT_ONCE):
@@ -2078,21 +2066,6 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.
             frame["similar_tracks"] = _similar_tracks(index, rows[start:end], frame.index)
         yield frame
         progress(0, min(1, end / len(songs)))
-
-
-def _neighbours_together(
-    songs: pd.DataFrame, index: SimilarSongs
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the songs in the order of the tree's leaves, and their rows in the index.
-
-    Queries of neighbours one after the other find the memory they need in the cache.
-    """
-    import pandas as pd
-
-    rows = pd.Index(index.track_ids_).get_indexer(songs["track_id"])
-    leaves = np.argsort(index.tree_.indices)  # of each row its place in the tree
-    order = np.argsort(leaves[rows], kind="stable")
-    return songs.iloc[order], rows[order]
 
 
 def _similar_tracks(index: SimilarSongs, rows: np.ndarray, labels: pd.Index) -> pd.Series:
@@ -2508,6 +2481,8 @@ def show(options: Namespace) -> int:
 
 def similar(options: Namespace) -> int:
     """Print the songs most like one song."""
+    if options.k < 1:
+        raise DataError(f"-k must be 1 or more; it is {options.k}")
     index = load_model("similar", options.models_dir)["estimator"]
     row = _row_meant(index, options.song, options.artist)
     song = _song(index, row)
@@ -2580,6 +2555,8 @@ def predict_songs(options: Namespace) -> int:
     Or, with --into, put the predictions of a table into another.
     """
     start = time.monotonic()
+    if bool(options.csv) == bool(options.into):
+        raise DataError("predict needs a CSV file or --into TABLE")
     out = Path(options.out or ".").resolve()
     if options.out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise DataError(f"cannot write {out}; give --out a file in a folder that can be written to")
@@ -2652,18 +2629,13 @@ def main(arguments: list[str]) -> int:
     """Run a command; return its exit status."""
     if arguments[:1] == ["forkserver"]:
         return serve_forks(int(arguments[1]))
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.run is predict_songs and bool(options.csv) == bool(options.into):
-        parser.error("predict needs a CSV file or --into TABLE")
-    if options.run is similar and options.k < 1:
-        parser.error(f"-k must be 1 or more; it is {options.k}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         status = options.run(options)
         print(end="", flush=True)  # here, where an error of writing is seen
         return status
-    except BrokenPipeError:  # whoever reads has read enough, as head does
+    except (BrokenPipeError, SystemExit):  # rich's of it; whoever reads has enough, as head does
         return 0
     except (db.Expected, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
