@@ -127,7 +127,7 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
         "leans_on": leans,
         "classes": len(final.classes_),
         "fitted_on": final.fitted_on_,
-        "plot": _plot_genres(known["actual"], known["predicted"]) if len(known) else {},
+        "plot": _plot_genres(known) if len(known) else {},
     }
 
 
@@ -139,6 +139,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
     Raises DataError where there are fewer than n_clusters distinct songs.
     """
     from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -157,9 +158,13 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
     standardised = pipeline[0].transform(features.iloc[sample])
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
-    points = _plot_points(standardised, kmeans.labels_[sample])
+    clusters = kmeans.labels_[sample]
+    points = _plot_points(standardised, clusters)
+    silhouette = None
+    with suppress(ValueError):  # of a single cluster, or of as many clusters as songs
+        silhouette = float(silhouette_score(standardised, clusters))
     return pipeline, {
-        "silhouette": _silhouette(standardised, kmeans.labels_[sample]),
+        "silhouette": silhouette,
         "sizes": sizes,
         "labels": labels,
         "plot": {"points": points, "labels": labels, "sizes": sizes},
@@ -320,7 +325,7 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, M
         "baseline_mae": _figure(mean_absolute_error, known, "baseline"),
         "leans_on": leans,
         "fitted_on": final.fitted_on_,
-        "plot": _plot_regression(known["actual"], known["predicted"]) if len(known) else {},
+        "plot": _plot_regression(known) if len(known) else {},
     }
 
 
@@ -354,15 +359,6 @@ def _in_two_words(center: np.ndarray) -> str:
         high, low = HIGH_AND_LOW[AUDIO[feature]]
         said.append(low if center[feature] < 0 else high)
     return ", ".join(said)
-
-
-def _silhouette(points: np.ndarray, clusters: np.ndarray) -> float | None:
-    """Return the mean silhouette (-1 to 1); None where it is not defined."""
-    from sklearn.metrics import silhouette_score
-
-    with suppress(ValueError):  # of a single cluster, or of as many clusters as songs
-        return float(silhouette_score(points, clusters))
-    return None
 
 
 def _plot_points(points: np.ndarray, clusters: np.ndarray) -> list[list[float]]:
@@ -1429,25 +1425,27 @@ def _figure(metric: Callable, answers: pd.DataFrame, key: str = "predicted") -> 
     return float(metric(answers["actual"], answers[key]))
 
 
-def _plot_genres(actual: pd.Series, predicted: pd.Series) -> Metrics:
+def _plot_genres(answers: pd.DataFrame) -> Metrics:
     """Return the worst confusions, for the picture.
 
     Each is actual genre, predicted genre, songs, their share of the actual genre's songs.
     """
-    songs = Counter(actual)
-    wrong = Counter(pair for pair in zip(actual, predicted) if pair[0] != pair[1])
+    songs = Counter(answers["actual"])
+    wrong = answers[answers["actual"] != answers["predicted"]]
+    pairs = Counter(zip(wrong["actual"], wrong["predicted"]))
     confusions = []
-    for (genre, other), count in wrong.most_common(CONFUSIONS):
+    for (genre, other), count in pairs.most_common(CONFUSIONS):
         confusions.append([genre, other, count, count / songs[genre]])
     return {"confusions": confusions}
 
 
-def _plot_regression(actual: pd.Series, predicted: pd.Series) -> Metrics:
+def _plot_regression(answers: pd.DataFrame) -> Metrics:
     """Return a 2-D histogram: rows are bins of the actual value, columns of the predicted one."""
+    actual = answers["actual"]
     low = float(actual.min())
     high = float(actual.max())
     edges = np.linspace(low, high, BINS + 1)
-    density, _, _ = np.histogram2d(actual, predicted.clip(low, high), edges)
+    density, _, _ = np.histogram2d(actual, answers["predicted"].clip(low, high), edges)
     return {"edges": [low, high, BINS], "density": density.astype(int).tolist()}
 
 
@@ -1778,8 +1776,8 @@ def _prune(name: str, models_dir: Folder) -> None:
     """
     kept = list_versions(name, models_dir)
     good = [path for path, report in kept if report["status"] == "trained"]
-    bad = [path for path, report in kept if report["status"] != "trained"]
-    room = KEEP_VERSIONS - 1 if bad else KEEP_VERSIONS
+    bad = [path for path, _ in kept if path not in good]
+    room = KEEP_VERSIONS - len(bad[:1])
     for path in good[room:] + bad[1:]:
         _remove(path, path.with_suffix(".json"))
 
@@ -2129,10 +2127,10 @@ def read_songs(url: str | None, table: str, models_dir: str) -> dict:
     that drifted}. `url` None: the DATABASE_URL of this machine. Raises what db.load_songs raises.
     """
     songs, data = _hold_songs(url, table)
-    drifted, _ = notify.attempt(drift_since, data, table, models_dir)
-    for moved in drifted or []:
+    drifted = notify.attempt(drift_since, data, table, models_dir)[0] or []
+    for moved in drifted:
         log.warning("the songs are not those of the last training: %s", moved)
-    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + (drifted or [])}
+    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + drifted}
 
 
 def _hold_songs(url: str | None, table: str) -> tuple:
@@ -2323,10 +2321,8 @@ def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
     handler = _Sender(asker)  # type: ignore[arg-type]
     handler.addFilter(lambda record: record.thread == asking)
     logging.root.addHandler(handler)
-    try:
-        answer = _attempt(step, arguments)
-    finally:
-        logging.root.removeHandler(handler)
+    answer = _attempt(step, arguments)
+    logging.root.removeHandler(handler)
     if _cores:  # is let go of before the answer is read, for which there may be no core
         fcntl.lockf(_cores_file, fcntl.LOCK_UN)
     with asker, suppress(BrokenPipeError):  # it is gone, and this process soon will be
@@ -2344,17 +2340,15 @@ def _take_parts(name: str, parts: list[tuple[str, Callable]]) -> list:
     progress = _progress(name, phases)
     if _cores < 2:
         return [_take_part(work, partial(progress, part)) for part, work in enumerate(works)]
-    connections = []
-    forks = []
+    forks = {}
     fcntl.lockf(_cores_file, fcntl.LOCK_UN)
     try:
         for work in works:
             ours, theirs = multiprocessing.Pipe()
-            connections.append(ours)
-            forks.append(_fork(theirs, _take_part, work, theirs.send))
-        return _answers(connections, progress)
+            forks[ours] = _fork(theirs, _take_part, work, theirs.send)
+        return _answers([*forks], progress)
     finally:
-        for fork in forks:
+        for fork in forks.values():
             fork.kill()
         _wait_for_core()
 
@@ -2561,8 +2555,9 @@ def predict_songs(options: Namespace) -> int:
     if options.out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise DataError(f"cannot write {out}; give --out a file in a folder that can be written to")
     if options.into:
-        url = db.database_url()
-        done = predict_table(url, options.table_name, options.into, options.models_dir)
+        done = predict_table(
+            db.database_url(), options.table_name, options.into, options.models_dir
+        )
     else:
         rows, songs = db.read_csv(options.csv)
         loaded = load_models(options.models_dir, filter(adds, MODELS))
@@ -2598,8 +2593,7 @@ def _parser() -> ArgumentParser:
         added = commands.add_parser(name, help=text)
         added.set_defaults(run=run)
         add = added.add_argument
-        text = "folder of the models (default: %(default)s)"
-        add("--models-dir", default=str(MODELS_DIR), help=text)
+        add("--models-dir", default=MODELS_DIR, help="folder of the models (default: %(default)s)")
         if with_json:
             add("--json", action="store_true", help="print JSON instead of a table")
         return add
@@ -2615,10 +2609,12 @@ def _parser() -> ArgumentParser:
     text = "add the predictions to the rows of a CSV, or put those of a table into another"
     add = command("predict", predict_songs, text)
     add("csv", nargs="?", help="songs, with the column names of the table or their aliases")
-    text = "with --into: the table of songs (default: %(default)s)"
-    add("--table-name", default="spotify_songs", help=text)
-    text = "put predictions and neighbours of all songs into this table"
-    add("--into", metavar="TABLE", help=text)
+    add(
+        "--table-name",
+        default="spotify_songs",
+        help="with --into: the table of songs (default: %(default)s)",
+    )
+    add("--into", metavar="TABLE", help="put what is said of all songs into this table")
     add("--out", help="the CSV to write (default: it is printed)")
     add = command("rollback", roll_back, "put the previous version of a model back", False)
     add("model", choices=list(MODELS))
