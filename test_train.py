@@ -6,6 +6,7 @@ python -m pytest -q              # the quick suite
 python -m pytest -q -m slow      # the long fault runs
 """
 
+import configparser
 import contextlib
 import csv
 import dataclasses
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import warnings
@@ -612,7 +614,7 @@ def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
 # ---- The bad one: toy models that fail in every way ----------------------------------------------
 TOYS = """
 import ctypes, os, sys, time
-sys.path.insert(0, {root!r})
+sys.path.insert(0, os.environ["TOY_ROOT"])
 import db, models
 
 def note(words):
@@ -627,7 +629,7 @@ def toy(name, act):
                 act(open(os.environ["TOY_LOG"]).read().count(name + " begins"))
         finally:
             note(name + " ends")
-        return {{"toy": name}}, {{"r2": 0.5}}
+        return {"toy": name}, {"r2": 0.5}
     return train
 
 def fails(error, calls=99):
@@ -640,7 +642,7 @@ def die(call):
     os.kill(os.getpid(), 9)
 
 secrets = os.environ.get("DATABASE_URL", "") + " " + os.environ.get("DISCORD_WEBHOOK_URL", "")
-for name, act in {{
+for name, act in {
     "flaky": fails(OSError("the fan fell off " + secrets), 3),
     "steady": lambda call: time.sleep(2),
     "shaky": fails(OSError("no"), 2),
@@ -655,7 +657,7 @@ for name, act in {{
     "deadly": die,
     "crash": lambda call: ctypes.string_at(0),
     "fragile": lambda call: call > 1 or time.sleep(1) or die(call),
-}}.items():
+}.items():
     if name in os.environ["TOYS"].split(","):
         models.MODELS[name] = toy(name, act)
 """
@@ -668,9 +670,10 @@ def toys(tmp_path_factory):
     The models note in TOY_LOG what they do.
     """
     folder = tmp_path_factory.mktemp("toys")
-    (folder / "sitecustomize.py").write_text(TOYS.format(root=str(ROOT)))
-    return lambda names: {
+    (folder / "sitecustomize.py").write_text(TOYS)
+    return lambda names, root=ROOT: {
         "PYTHONPATH": folder,
+        "TOY_ROOT": root,
         "TOYS": names,
         "TOY_LOG": tmp_path_factory.mktemp("log") / "toys",
     }
@@ -889,7 +892,7 @@ def test_check_does_not_wait_for_what_never_answers(tmp_path):
             "database problem no answer within 4 s",
             "Discord problem no answer",
             "Prefect problem no answer",
-            seconds=6,
+            seconds=10,
         )
 
 
@@ -996,12 +999,13 @@ def test_a_run_goes_on_where_nobody_reads_what_it_says(table, tmp_path):
         )
 
 
-def test_a_message_is_sent_where_no_thread_can_be_started(webhook, told, monkeypatch):
+def test_a_message_is_tried_where_no_thread_can_be_started(told, caplog, monkeypatch):
     def start(_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    assert notify._trouble(webhook.url, 5, lambda: None) is None
+    assert not notify.post_discord(told(), DEAD)
+    assert "no connection" in caplog.text
 
 
 # ---- From Python, night after night --------------------------------------------------------------
@@ -1377,6 +1381,14 @@ def test_of_ten_runs_into_three_folders_three_train(table, tmp_path):
     ]
 
 
+def test_predictions_that_cannot_be_written_cost_no_model(table, tmp_path):
+    line = f"--only clusters --predict-into spotify_songs --models-dir {tmp_path}"
+    said = '"spotify_songs" is no table of predictions: its columns are track_id'
+    Run(line).end(1, f"1 of 1 models trained; {said}")
+    assert models.load_model("clusters", tmp_path)["rows"] == 600
+    assert value(table, "count(*) FROM spotify_songs") == 600
+
+
 # ---- A night in which a system call fails --------------------------------------------------------
 # Which calls, what becomes of the one of that number in every process that comes so far, and
 # whether the heartbeat may be lost with it.
@@ -1439,7 +1451,7 @@ def test_a_night_in_which_a_system_call_fails(
     Run(night, ordinary_night, **own).end()
 
 
-# ---- Beyond one machine: a Prefect server on its port, its scheduler, a work pool, Dask ----------
+# ---- Beyond one machine: a Prefect server on its port, its scheduler (see also the end) ----------
 @slow
 def test_a_prefect_server_on_its_usual_port_is_found_by_all(table, tmp_path):
     """Also where a proxy is set: nobody asks it for what is on this machine."""
@@ -1495,55 +1507,6 @@ def test_serve_runs_what_it_is_asked_for_and_loses_no_run_when_it_is_stopped(tab
     serving.end(143, seconds=10)
     assert last_run()["state"]["name"] == "Cancelled"
     assert kept("deployments")[0]["paused"], "nothing piles up meanwhile"
-
-
-@slow
-def test_a_work_pool_runs_the_flow_elsewhere(table, toys, tmp_path):
-    """Also where a fit is killed."""
-    Run("prefect work-pool create songs --type process", "-m").end()
-    Run(
-        "prefect --no-prompt deploy train.py:ml_training_pipeline -n nightly -p songs "
-        f"--param models_dir={tmp_path}",
-        "-m",
-        ROOT,
-    ).end()
-    worker = Run("prefect worker start --pool songs", "-m", **toys("fragile"))
-    line = """nightly --param 'only=["fragile", "similar"]'"""
-    assert deployed(line, "Completed"), worker.text
-    run = json.loads((tmp_path / "metrics" / "run.json").read_text())
-    assert run["crashes"] == [f"{CRASHED}; it was trained again, alone"]
-    assert models.load_model("similar", tmp_path)["rows"] == 600
-    worker.process.kill()
-
-
-@slow
-def test_dask_survives_a_worker_that_is_killed_amid_a_fit(table, tmp_path):
-    from distributed import Client
-
-    db.load_demo(5_000, table, "spotify_songs")
-    own = {"PREFECT_API_URL": "", "PREFECT_HOME": tmp_path, "PYTHONPATH": ROOT}
-    address = f"tcp://127.0.0.1:{free_port()}"
-    line = f"--models-dir {tmp_path} --dask {address}"
-    Run(line).end(3, f"no Dask cluster with a worker answers at {address}")
-    cluster = [
-        Run(f"distributed.cli.dask_{words} {address} --no-dashboard", "-m", **own).at("tcp://")
-        for words in ("scheduler --host", "worker --nthreads 1", "worker --nthreads 1")
-    ]
-    with Client(address, set_as_default=False) as client:
-        run = Run(line)
-
-        def fitting():
-            tasks = client.processing().items()
-            return [worker for worker, keys in tasks if "train" in str(keys)]
-
-        assert wait_until(fitting, 120), run.text
-        time.sleep(1)
-        os.kill(client.run(os.getpid)[fitting()[0]], signal.SIGKILL)
-        run.end(0, ALL, "was lost; it was trained again")
-    assert not (tmp_path / "prefect.db").exists(), "no Prefect servers on the workers"
-    for part in cluster:
-        os.killpg(part.process.pid, signal.SIGKILL)
-        assert wait_until(lambda part=part: not part.left), "no fork server either"
 
 
 # ---- The database --------------------------------------------------------------------------------
@@ -3975,7 +3938,7 @@ def test_predict_refuses_what_it_cannot_answer(songs, models_dir, tmp_path, ask)
     lacks = "lacks the columns danceability, energy, loudness, speechiness; it has track_id, "
     assert f"in.csv {lacks}" in ask("predict", tmp_path / "in.csv", status=2)
     nothing = pd.DataFrame({"x": [1, 2]})
-    lacks = "the DataFrame lacks the columns artist_name, track_name, danceability, .*; found: x"
+    lacks = "the DataFrame lacks the columns artist_name, track_name, danceability, .*; it has x"
     refused(lacks, models.predict, nothing, models_dir)
     for name in "genre", "energy":
         refused(lacks, models.load_model(name, models_dir)["estimator"].predict, nothing)
@@ -4068,23 +4031,14 @@ def test_who_may_not_write_predictions_is_told_what_to_ask_for(url, predicted, a
     assert "A new model adds a column: have the owner of said do this once." in said
 
 
-# What docs/CONTRIBUTING.md says of a sixth model.
-SIXTH = """
-def train_tempo(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
-    \"\"\"Predict tempo (BPM) from the other features, genre, album and artist.\"\"\"
-    return _train_regressor("tempo", songs)
-
-MODELS["tempo"] = train_tempo
-"""
-
-
 def test_a_sixth_model_is_a_function_and_a_line(
     url, songs, predicted, models_dir, ask, monkeypatch
 ):
     execute(url, "GRANT SELECT ON said TO guest; CREATE VIEW seen AS SELECT * FROM said")
     monkeypatch.setitem(models.MODELS, "tempo", None)  # and all is put back in the end
     monkeypatch.setattr(models, "train_tempo", None, raising=False)
-    exec("from __future__ import annotations\n" + SIXTH, vars(models))
+    sixth = printed("sixth model") + 'MODELS["tempo"] = train_tempo'
+    exec("from __future__ import annotations\n" + sixth, vars(models))
     train = models.MODELS["tempo"]
     refused(
         "tempo needs the column tempo, which the table lacks", train, songs.drop(columns="tempo")
@@ -4970,3 +4924,437 @@ def test_heartbeat_keys_are_secrets_and_names_are_not(monkeypatch, url, secret, 
     said = db.redact(f"GET {url} failed: {secret} of {harmless}")
     assert secret not in said
     assert said.endswith(harmless)
+
+
+# ---- What the docs say ---------------------------------------------------------------------------
+# Above each fenced block stands its name in a comment. A test does what it prints, or .ci/run.
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCED = re.compile(r"^(?:<!-- ([^\n]+) -->\n)?```\w*\n(.*?)^```$", re.M | re.S)
+BY_CI = ["install", "test", "lint", "slow"]
+
+
+def blocks():
+    """[name, text] of every fenced block; the name is "" where there is none."""
+    return [list(block) for path in DOCS for block in FENCED.findall(path.read_text())]
+
+
+def printed(name, places=None):
+    """The text of a block, with what stands here in place of its placeholders."""
+    text = dict(blocks())[name]
+    for placeholder, here in (places or {}).items():
+        text = text.replace(placeholder, str(here))
+    return text
+
+
+def test_every_block_of_the_docs_is_done_by_a_test_or_by_ci():
+    names = [name for name, _ in blocks()]
+    done = r'\b(?:printed|type_block|assert_does_as_printed)\("([^"]+)"'
+    tested = re.findall(done, Path(__file__).read_text())
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert sorted(names) == sorted({*tested, *BY_CI})
+    assert all(re.search(rf"^for name in .*\b{name}\b", ci, re.M) for name in BY_CI)
+
+
+def test_what_the_docs_link_to_is_there():
+    for path in DOCS:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+            if "://" in link:
+                continue
+            name, _, heading = link.partition("#")
+            target = path.parent / name if name else path
+            assert target.exists(), link
+            if heading:
+                title = heading.replace("-", " ")
+                assert re.search(f"^#+ {title}$", target.read_text(), re.M | re.I), link
+
+
+def rows_of(path, heading):
+    """The first cells of the table with that heading."""
+    table = path.read_text().partition(f"| {heading} |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| (.*?) \|", table, re.M)
+
+
+FAILS = {
+    "the database does not answer": [test_every_setting_may_stand_in_dot_env],
+    "the host name in `DATABASE_URL` is not known": [test_connection_failures],
+    "wrong password, missing database, table or column, empty table": [
+        test_connection_failures,
+        test_wrong_input_is_red_and_no_command_would_help,
+        test_names_of_tables,
+    ],
+    "a training fails": [
+        test_what_can_heal_is_tried_again_after_2_4_and_8_seconds,
+        test_what_the_same_input_brings_back_is_not_tried_again,
+    ],
+    "a training is killed, crashes or runs out of memory": [
+        test_a_fit_that_is_killed_is_trained_again_alone_and_no_other,
+        test_models_train_side_by_side_on_one_read_and_what_lacked_memory_once_more_alone,
+        test_what_is_killed_twice_has_failed_and_the_others_are_published,
+    ],
+    "the fork server is killed ([below](#a-process-for-each-step))": [
+        test_a_fork_server_that_is_killed_is_started_again
+    ],
+    "Prefect's temporary server is killed": [
+        test_prefects_temporary_server_is_killed_amid_the_fits
+    ],
+    "one model fails": [test_a_bad_night_is_yellow_and_partial],
+    "all models fail or are held back": [test_what_a_run_was],
+    "a model got worse by more than 5 % (and 0.01)": [
+        test_the_gate,
+        test_the_printed_commands_finish_the_job,
+    ],
+    "the table changed a lot since the last training": [
+        test_drift_is_said_with_figures_the_most_important_first,
+        test_a_bad_night_is_yellow_and_partial,
+    ],
+    "the disk is full": [test_a_full_disk_costs_nothing_and_is_said],
+    "SIGTERM, Ctrl-C": [
+        test_a_signal_amid_a_fit,
+        test_a_signal_while_a_model_waits_for_its_next_try,
+    ],
+    "the machine goes down, `kill -9`": [test_kill_9_at_six_moments_loses_nothing],
+    "predictions cannot be written (`--predict-into`)": [
+        test_predictions_that_cannot_be_written_cost_no_model
+    ],
+    "Prefect cannot be imported: a typo in one of its variables, a broken install": [
+        test_a_prefect_that_cannot_be_imported_is_told
+    ],
+    "Prefect's temporary server does not start: its database is damaged, "
+    "its folder cannot be written to": [
+        test_why_prefects_temporary_server_does_not_start_is_told_within_seconds
+    ],
+    "what lies beside the models is damaged: a report, a line of the history": [
+        test_a_damaged_report_is_named_once_and_costs_nothing_else,
+        test_a_damaged_history_is_named_once_and_costs_nothing_else,
+    ],
+    "nobody reads what a run writes: the reader goes away, the disk is full, streams are closed": [
+        test_a_run_goes_on_where_nobody_reads_what_it_says
+    ],
+}
+STATUSES = {
+    "0": [test_every_model_is_there_with_its_metrics],
+    "1": [
+        test_a_bad_night_is_yellow_and_partial,
+        test_predictions_that_cannot_be_written_cost_no_model,
+    ],
+    "2": [test_wrong_usage_is_said, test_wrong_input_is_red_and_no_command_would_help],
+    "3": [test_every_setting_may_stand_in_dot_env, test_what_a_run_was],
+    "75": [test_a_second_run_goes_away_at_once],
+    "130, 143": [
+        test_a_signal_while_a_model_waits_for_its_next_try,
+        test_a_signal_amid_a_fit,
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "path, heading, shown_by",
+    [
+        (ROOT / "docs" / "ERROR_HANDLING.md", "what | then", FAILS),
+        (ROOT / "README.md", "exit status | meaning", STATUSES),
+    ],
+)
+def test_every_row_on_what_fails_names_the_tests_that_show_it(path, heading, shown_by):
+    assert rows_of(path, heading) == list(shown_by)
+
+
+def test_readme_names_the_models_in_their_order():
+    names = list(models.MODELS)
+    assert " · ".join(names) in printed("overview")
+    assert rows_of(ROOT / "README.md", "model | predicts | with | judged by") == names
+    assert rows_of(ROOT / "docs" / "PREFECT_SETUP.md", "model | task | runs are named") == names
+
+
+THEIRS = """
+CREATE SCHEMA musik;
+CREATE TABLE musik.lieder AS
+SELECT track_id AS id, artist_name AS interpret, track_name AS titel, genre AS stil,
+       popularity AS beliebtheit, danceability * 100 AS tanzbarkeit, energy * 100 AS energie,
+       loudness AS lautstaerke, speechiness * 100 AS sprechanteil, acousticness * 100 AS akustik,
+       instrumentalness * 100 AS instrumental, valence * 100 AS stimmung, tempo AS schlaege,
+       duration_ms / 1000.0 AS sekunden, make_date(year::int, 6, 14) AS erschienen
+  FROM songs
+"""
+
+
+def test_a_view_makes_our_songs_of_a_table_of_ones_own(url):
+    db.load_demo(60, url, "songs")
+    execute(url, THEIRS)
+    execute(url, printed("view"))
+    read = db.load_songs(url, "songs_to_train")
+    ours = db.load_songs(url, "songs")[list(read)]
+    pd.testing.assert_frame_equal(read, ours, check_exact=False, rtol=1e-4)
+    assert len(list(read)) == 15
+
+
+def test_the_queries_on_predictions_answer(url, predicted):
+    track = predicted.track_id[0]
+    places = {"spotify_songs": "songs", "song_predictions": "said", "'ID'": f"'{track}'"}
+    make, *queries = printed("checks", places).strip().removesuffix(";").split(";")
+    execute(url, make)
+    _, popular, alike = [execute(url, query) for query in queries]
+    assert len(popular) == 20
+    tracks = value(url, f"similar_tracks FROM said WHERE track_id = '{track}'")
+    titles = predicted.set_index("track_id").track_name
+    assert [title for title, _ in alike] == titles.reindex(tracks).dropna().tolist()
+    execute(url, printed("sample", places))
+    assert 10 < len(db.load_songs(url, "some_songs")) < 60
+
+
+class Slack(http.server.BaseHTTPRequestHandler):
+    """A webhook that takes {"text": ...}; `got` has the texts."""
+
+    log_message = lambda *_: None
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.got.append(body["text"])
+        self.send_response(200 if self.path.endswith(TOKEN) else 404)
+        self.end_headers()
+
+
+def test_another_messenger_is_told_as_the_docs_print_it(told, monkeypatch, caplog):
+    monkeypatch.setattr(notify, "post_slack", None, raising=False)
+    exec(printed("messenger"), vars(notify))
+    call = textwrap.dedent(printed("its call"))
+    run = told({"genre": OSError("x")})
+    with http.server.HTTPServer(("127.0.0.1", 0), Slack) as server:
+        server.got = []
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        for key in TOKEN, f"{TOKEN}/gone":
+            url = f"http://127.0.0.1:{server.server_port}/services/T0/B0/{key}"
+            monkeypatch.setenv("SLACK_WEBHOOK_URL", url)
+            exec(call, {"db": db, "notify": notify, "run": run})
+        server.shutdown()
+    assert server.got[0].startswith(f"{MOST}; failed: genre\n500 songs of")
+    assert "Slack was not told: the server answered 404" in caplog.text
+    assert TOKEN not in caplog.text
+
+
+# ---- The same, long: a newcomer types what the docs print ----------------------------------------
+IN_BASH = "import os, sys; os.execvp('bash', ['bash', '-euo', 'pipefail', '-c', sys.argv[1]])"
+
+
+def type_in(folder, text, **own):
+    """Type it in that folder. The `python`, `pip`, `prefect` and `dask` there are those of now."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return Run(shlex.join([IN_BASH, text]), "-c", folder, **{"PATH": path, **own})
+
+
+def type_block(name, folder, places=None, **own):
+    """Start what a block prints."""
+    return type_in(folder, printed(name, places), **own)
+
+
+VARIES = r"\d+ min \d+ s|[\d.]+ (?:ms|s|min|h|days|B|kB|MB|GB)\b|\d{4}-\d\d-\d\d[\d:. ]*"
+FIGURE = r"[-+]?\b\d\.\d{3}\b"
+
+
+def assert_as_printed(expected, text, folder):
+    """It ends with what is printed, but for seconds, sizes, dates, places; figures within 0.01."""
+    text = text.replace(sys.executable, "/srv/song-models/.venv/bin/python")
+    text = text.replace(str(folder), "/srv/song-models")
+    text = text.replace(f"on {socket.gethostname()}\n", "on musicbox\n")
+    words = []
+    figures = []
+    for part in expected, text:
+        part = re.sub(VARIES, "#", part)
+        figures.append([float(figure) for figure in re.findall(FIGURE, part)])
+        words.append(re.sub(FIGURE, "#", part).split())
+    assert words[1][-len(words[0]) :] == words[0], text
+    assert figures[1][-len(figures[0]) :] == pytest.approx(figures[0], abs=0.01), text
+
+
+def assert_does_as_printed(name, folder, **own):
+    """Type the lines of a block that begin with "$ "; the others are what they print."""
+    for step in re.split(r"^\$ ", printed(name), flags=re.M)[1:]:
+        line, _, output = step.partition("\n")
+        text = type_in(folder, line, **own).end()
+        if output:
+            assert_as_printed(output, text, folder)
+
+
+@pytest.fixture
+def newcomer(table, tmp_path):
+    """A clone of the program, with songs.csv, and DATABASE_URL in .env.example; its environment."""
+    origin = tmp_path / "origin"
+    folder = tmp_path / "clone"
+    origin.mkdir()
+    copied(origin).with_name(".env").unlink()
+    example = (ROOT / ".env.example").read_text()
+    url = "postgresql://user:password@host:5432/music"
+    (origin / ".env.example").write_text(example.replace(url, table))
+    for name in "requirements.txt", "constraints.txt":
+        shutil.copy(ROOT / name, origin)
+    committed = "git add -A && git -c user.name=A -c user.email=a@b commit -qm All"
+    type_in(tmp_path, f"git init -q origin; cd origin; {committed}; git clone -q . ../clone").end()
+    (folder / ".venv").symlink_to(sys.prefix)
+    songs = db.demo_songs(600).head(300)
+    songs.loc[0, "track_name"] = "Secret Desert Secret"
+    songs.to_csv(folder / "songs.csv", index=False)
+    return SimpleNamespace(folder=folder, own={"DATABASE_URL": None})
+
+
+def places_of(folder):
+    return {
+        "/srv/song-models/.venv/bin/python": sys.executable,
+        "/srv/song-models": folder,
+        "127.0.0.1:4200": f"127.0.0.1:{USUAL_PORT}",
+    }
+
+
+@slow
+def test_the_demo_says_what_readme_prints_and_what_follows_works(newcomer):
+    folder = newcomer.folder
+    *_, demo = printed("install").split("&&")
+    text = type_in(folder, demo, **newcomer.own).end()
+    assert_as_printed(printed("demo"), text, folder)
+    assert_does_as_printed("after the demo", folder, **newcomer.own)
+    assert not (folder / "demo").exists()
+
+
+@slow
+def test_a_newcomers_way_through_the_docs(newcomer, tmp_path):
+    folder, own = newcomer.folder, newcomer.own
+    places = places_of(folder)
+    text = type_block("own songs", folder, **own).end()
+    assert text.count(f"\n{ALL}\n") == 2
+    assert "300 songs loaded" in text
+    text = type_block("use", folder, **own).end(0, "Like Secret Desert Secret by", "genre is again")
+    assert "genre_predicted" in (folder / "predicted.csv").read_text().splitlines()[0]
+    type_block("predictions", folder, **own).end(0, ALL)
+    flow = printed("flow") + "print(result['models']['genre']['status'])"
+    Run(shlex.quote(flow), "-c", folder, **own).end(0, "trained")
+    script = printed("predict").replace(
+        "models.predict(songs)", "print(list(models.predict(songs)))"
+    )
+    Run(shlex.quote(script), "-c", folder, **own).end(0, "energy_predicted")
+    type_block("dask packages", folder, **own).end()
+    type_block("upgrade", folder, **own).end(0, "table ok spotify_songs has 600 rows")
+    dead = own | {"DATABASE_URL": "postgresql://localhost:1/music", "DATABASE_RETRY_SECONDS": 0}
+    text = type_in(folder, "python train.py", **dead).end(3)
+    assert printed("finish", places).strip() in text
+    crontab = printed("cron", places).split(maxsplit=5)
+    assert crontab[:5] == ["0", "3", "*", "*", "*"]
+    type_in("/", crontab[5], **own | {"PATH": "/usr/bin:/bin"}).end()
+    assert ALL in (folder / "train.log").read_text()
+
+
+@slow
+def test_the_units_of_systemd_are_valid_and_start_a_run(newcomer, tmp_path):
+    units = configparser.ConfigParser(interpolation=None, strict=False)
+    for name, text in {
+        "song-models.service": printed("service", places_of(newcomer.folder)),
+        "song-models.timer": printed("timer"),
+    }.items():
+        (tmp_path / name).write_text(text)
+        units.read_string(text)
+    if shutil.which("systemd-analyze"):
+        type_in(tmp_path, "systemd-analyze verify song-models.service song-models.timer").end()
+    service = units["Service"]
+    own = newcomer.own | {"DATABASE_URL": os.environ["DATABASE_URL"], "PATH": "/usr/bin:/bin"}
+    run = type_in(service["WorkingDirectory"], service["ExecStart"], **own)
+    run.end(0, ALL, f"models in {newcomer.folder}/models")
+    assert units["Timer"]["OnCalendar"] == "*-*-* 03:00:00"
+
+
+@slow
+def test_a_sixth_model_is_one_function_and_one_line(newcomer):
+    folder = newcomer.folder
+    source = (folder / "models.py").read_text()
+    for after, new in {
+        '    return _train_regressor("popularity", songs)\n': "\n\n" + printed("sixth model"),
+        '    "similar": train_similar,\n': printed("its line"),
+    }.items():
+        assert source.count(after) == 1
+        source = source.replace(after, after + new)
+    (folder / "models.py").write_text(source)
+    assert_does_as_printed("its run", folder, **newcomer.own)
+    text = type_in(folder, "python models.py predict songs.csv --models-dir demo/models").end()
+    assert "tempo_predicted" in text
+
+
+@slow
+def test_prefects_ways_are_as_printed(table, toys, tmp_path, monkeypatch):
+    """A server, a deployment that is served, a work pool; there also where a fit is killed."""
+    copied(tmp_path, DATABASE_URL=table)
+    places = places_of(tmp_path)
+    api = f"http://127.0.0.1:{USUAL_PORT}/api"
+    own = {"PREFECT_API_URL": None, "DATABASE_URL": None}
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    running = [type_block("server", tmp_path, **own)]
+    assert wait_until(lambda: answers(f"{api}/health"), 120), running[0].text
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    running.append(type_block("serve", tmp_path, **own).at("serving ml-training-pipeline"))
+    (deployment,) = kept("deployments")
+    assert [row["schedule"]["cron"] for row in deployment["schedules"]] == ["0 3 * * *"]
+    assert completed(type_block("run now", tmp_path, places, **own).end()), running[-1].text
+    assert len(models.read_report("clusters", tmp_path / "models")["metrics"]["sizes"]) == 3
+    type_block("work pool", tmp_path, places, **own).end()
+    mine = own | toys("fragile", tmp_path) | {"PREFECT_API_URL": api}
+    running.append(type_block("worker", tmp_path, **mine))
+    assert completed(type_block("run in the pool", tmp_path, **mine).end()), running[-1].text
+    line = """prefect deployment run ml-training-pipeline/nightly --param 'only=["fragile"]'"""
+    assert completed(type_in(tmp_path, line, **mine).end()), running[-1].text
+    run = json.loads((tmp_path / "models" / "metrics" / "run.json").read_text())
+    assert run["crashes"] == [f"{CRASHED}; it was trained again, alone"]
+    end_all(running)
+
+
+def completed(text):
+    """Whether the run of a deployment that was started comes to its end."""
+    run = {"id": re.search(r"UUID: (\S+)", text)[1]}
+    return wait_until(lambda: kept("flow_runs", run)[0]["state"]["name"] == "Completed", 120)
+
+
+def end_all(running):
+    for part in reversed(running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(part.process.pid, signal.SIGKILL)
+        part.process.wait()
+        for process in part.left.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.split("/")[2]), signal.SIGKILL)
+
+
+@slow
+def test_dask_is_as_printed_and_survives_a_worker_that_is_killed(table, tmp_path):
+    from distributed import Client
+
+    db.load_demo(5_000, table, "spotify_songs")
+    copied(tmp_path, DATABASE_URL=table)
+    port = free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    places = places_of(tmp_path) | {
+        "HOST:4200": f"127.0.0.1:{USUAL_PORT}",
+        "tcp://HOST:8786": address,
+        "dask scheduler": f"dask scheduler --port {port} --no-dashboard",
+    }
+    own = {"PREFECT_API_URL": None, "DATABASE_URL": None}
+    server = type_block("dask server", tmp_path, **own, PREFECT_HOME=tmp_path / "prefect")
+    assert wait_until(lambda: answers(f"http://127.0.0.1:{USUAL_PORT}/api/health"), 120), (
+        server.text
+    )
+    own |= {"PREFECT_HOME": tmp_path / "workers"}
+    type_block("dask run", tmp_path, places, **own).end(
+        3, f"no Dask cluster with a worker answers at {address}"
+    )
+    running = [server, type_block("dask scheduler", tmp_path, places, **own).at("tcp://")]
+    for _ in range(2):
+        running.append(type_block("dask worker", tmp_path, places, **own).at("tcp://"))
+    with Client(address, set_as_default=False) as client:
+        run = type_block("dask run", tmp_path, places, **own)
+
+        def fitting():
+            tasks = client.processing().items()
+            return [worker for worker, keys in tasks if "take-" in str(keys)]
+
+        assert wait_until(fitting, 120), run.text
+        time.sleep(1)
+        os.kill(client.run(os.getpid)[fitting()[0]], signal.SIGKILL)
+        run.end(0, ALL, "was lost; it was trained again")
+    assert not (tmp_path / "workers" / "prefect.db").exists(), "no Prefect servers on the workers"
+    for part in running[1:]:
+        os.killpg(part.process.pid, signal.SIGKILL)
+        assert wait_until(lambda part=part: not part.left), "no fork server either"
+    end_all(running)
