@@ -2044,10 +2044,9 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.
     import pandas as pd
 
     index = None
-    rows = np.full(len(songs), -1)  # of the songs in the index; -1 where it has not seen them
     if "similar" in loaded:
         index = loaded["similar"]["estimator"]
-        rows = pd.Index(index.track_ids_).get_indexer(songs["track_id"])
+        rows = pd.Index(index.track_ids_).get_indexer(songs["track_id"])  # -1: it has not seen it
         # In the order of the tree's leaves: what neighbours need is then in the cache.
         order = np.argsort(np.argsort(index.tree_.indices)[rows], kind="stable")
         songs = songs.iloc[order]
@@ -2061,22 +2060,15 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.
         frame["track_id"] = some["track_id"]
         frame["models_trained_at"] = trained_at
         if index:
-            frame["similar_tracks"] = _similar_tracks(index, rows[start:end], frame.index)
+            at = rows[start:end]
+            seen = at >= 0
+            similar = [
+                db.postgres_array(index.track_ids_[found])
+                for found, _ in index.neighbours_of(at[seen], workers=-1)
+            ]
+            frame["similar_tracks"] = pd.Series(similar, frame.index[seen], dtype=object)
         yield frame
         progress(0, min(1, end / len(songs)))
-
-
-def _similar_tracks(index: SimilarSongs, rows: np.ndarray, labels: pd.Index) -> pd.Series:
-    """Return a Series of arrays of track_ids, None where the index has not seen the song."""
-    import pandas as pd
-
-    seen = rows >= 0
-    similar = pd.Series(None, labels, dtype=object)
-    similar[seen] = [
-        db.postgres_array(index.track_ids_[found])
-        for found, _ in index.neighbours_of(rows[seen], workers=-1)
-    ]
-    return similar
 
 
 # ---- The fork server: a process for each step of a run -------------------------------------------
