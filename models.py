@@ -16,7 +16,6 @@ neither.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import fcntl
 import gc
@@ -32,13 +31,13 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from importlib import metadata
 from itertools import chain, repeat
 from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, wait
@@ -65,8 +64,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("models")
 
-ROOT = Path(__file__).resolve().parent
-MODELS_DIR = ROOT / "models"
+Metrics = dict[str, Any]  # the primary metric first
+Report = dict[str, Any]  # of a model, as in its metrics file
+Folder = Path | str
+
+MODELS_DIR = db.ROOT / "models"
 SEED = 20  # of every random choice: the same table gives the same models and the same metrics
 
 NUMBERS = ("popularity", *AUDIO, *MORE_AUDIO)
@@ -95,7 +97,7 @@ DRIFT_DEVIATIONS = 0.25  # change of a feature's mean, in standard deviations
 # ---- The training functions: songs in; a fitted estimator and its metrics out --------------------
 
 
-def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
+def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
     """Classify the genre. Return (GenreClassifier, metrics), the primary metric first.
 
     Figures are shares of held-out songs: `accuracy`, `top3_accuracy` and `f1_macro` on songs of
@@ -106,7 +108,7 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
     from sklearn.metrics import accuracy_score, f1_score
 
     songs = _usable(songs, "genre", MIN_SONGS)
-    learnable = int((songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum())
+    learnable = (songs["genre"].value_counts() >= MIN_GENRE_SONGS).sum()
     if learnable < 2:
         raise DataError(
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
@@ -125,18 +127,19 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, dict[str, Any]]:
         "leans_on": leans,
         "classes": len(final.classes_),
         "fitted_on": final.fitted_on_,
-        "plot": _plot_genres(known["actual"], known["predicted"]) if known else {},
+        "plot": _plot_genres(known) if len(known) else {},
     }
 
 
-def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, dict[str, Any]]:
+def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metrics]:
     """Cluster songs by sound: standardised audio features, k-means. Return (Pipeline, metrics).
 
-    `silhouette` (-1 to 1) is that of a seeded sample; `sizes` are songs, `means` each cluster's
-    mean features, `labels` two words for those in which it differs most. Cluster 0 is the largest.
+    `silhouette` (-1 to 1) is that of a seeded sample; `sizes` are songs, `labels` two
+    words for the features in which a cluster differs most. Cluster 0 is the largest.
     Raises DataError where there are fewer than n_clusters distinct songs.
     """
     from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -148,26 +151,27 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, dict[
             f"clusters needs at least {n_clusters} distinct songs for {n_clusters} clusters; "
             f"the table has {distinct}"
         )
-    _say("clusters", "fitting", len(songs))
+    _progress("clusters", ["fitting"])(0, 0)
     kmeans = KMeans(n_clusters, n_init=4, random_state=SEED)
     pipeline = make_pipeline(StandardScaler(), kmeans).fit(features)
-    _largest_first(kmeans)
+    sizes = _largest_first(kmeans)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
-    _say("clusters", "evaluating", len(sample))
     standardised = pipeline[0].transform(features.iloc[sample])
-    sizes = np.bincount(kmeans.labels_, minlength=n_clusters).tolist()
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
-    points = _plot_points(standardised, kmeans.labels_[sample])
+    clusters = kmeans.labels_[sample]
+    points = _plot_points(standardised, clusters)
+    silhouette = None
+    with suppress(ValueError):  # of a single cluster, or of as many clusters as songs
+        silhouette = float(silhouette_score(standardised, clusters))
     return pipeline, {
-        "silhouette": _silhouette(standardised, kmeans.labels_[sample]),
+        "silhouette": silhouette,
         "sizes": sizes,
         "labels": labels,
-        "means": features.groupby(kmeans.labels_).mean().round(4).to_dict("records"),
         "plot": {"points": points, "labels": labels, "sizes": sizes},
     }
 
 
-def train_energy(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
+def train_energy(songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Predict energy (0 to 1) from the other features, genre, album and artist.
 
     Return (SongRegressor, metrics): those of train_popularity.
@@ -175,7 +179,7 @@ def train_energy(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
     return _train_regressor("energy", songs)
 
 
-def train_popularity(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
+def train_popularity(songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Predict popularity (0 to 100) from sound, genre, titles, album and artist.
 
     Return (SongRegressor, metrics), the primary metric first. `r2`, `mae`, `rmse` are on held-out
@@ -186,16 +190,16 @@ def train_popularity(songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]
     return _train_regressor("popularity", songs)
 
 
-def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
+def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
     """Index songs by sound and company. Return (SimilarSongs, metrics).
 
     Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's
     own genre, which the query does not know (`same_genre_at_10`), against what drawing songs at
-    random would give (`same_genre_by_chance`), the share by the song's own artist, and milliseconds
-    of processor time per query. Raises DataError where there is but one recording.
+    random would give (`same_genre_by_chance`), and the share by the song's own artist. Raises
+    DataError where there is but one recording.
     """
     songs = _usable(songs, "similar", 2)
-    _say("similar", "fitting", len(songs))
+    _progress("similar", ["fitting"])(0, 0)
     sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
     index = SimilarSongs().fit(songs, sample)
     if not index.recording_.any():
@@ -205,10 +209,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
             "similar: the songs have fewer than two genres, so the company they keep is left out: "
             "it is sound alone that counts"
         )
-    _say("similar", "evaluating", len(sample))
-    start = time.thread_time()  # of this thread alone: other models may be computing beside it
     same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
-    query_ms = (time.thread_time() - start) / len(sample) * 1000
     same_genre = _neighbours_of_own_genre(index, genres(songs), sample)
     at_10 = by_chance = None
     if len(same_genre):
@@ -218,7 +219,6 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
         "same_genre_at_10": at_10,
         "same_genre_by_chance": by_chance,
         "same_artist_at_10": float(np.mean(np.concatenate(same_artist))),
-        "query_ms": query_ms,
         "plot": {
             "same_genre_at": same_genre.mean().tolist(),
             "by_chance": by_chance,
@@ -229,7 +229,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, dict[str, Any]]:
 
 # The order is that of every table people see, and of submission: the longest fit first, so that no
 # core waits for it. A model has the name of the column of songs that it predicts, if it does.
-MODELS: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+MODELS: dict[str, Callable] = {
     "genre": train_genre,
     "clusters": train_clusters,
     "energy": train_energy,
@@ -272,20 +272,25 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
 
 def _genre_answers(
     judged: GenreClassifier, learnt: pd.DataFrame, held_out: pd.DataFrame
-) -> Answers:
+) -> pd.DataFrame:
+    import pandas as pd
+
     actual = held_out["genre"].to_numpy(object).astype(str)
     likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
     among_3 = (likely == actual[:, None]).any(axis=1)
-    return {
-        "actual": actual,
-        "predicted": likely[:, 0],
-        "best_of_3": np.where(among_3, actual, likely[:, 0]),
-        "baseline": np.full(len(actual), learnt["genre"].mode()[0]),
-    }
+    return pd.DataFrame(
+        {
+            "actual": actual,
+            "predicted": likely[:, 0],
+            "best_of_3": np.where(among_3, actual, likely[:, 0]),
+            "baseline": learnt["genre"].mode()[0],
+        }
+    )
 
 
-def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, dict[str, Any]]:
+def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Return (SongRegressor, metrics) for the target column."""
+    import pandas as pd
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
     songs = _usable(songs, target, MIN_SONGS)
@@ -295,12 +300,11 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, d
             f"there is nothing to learn until the column varies"
         )
 
-    def answers(judged: SongRegressor, learnt: pd.DataFrame, held_out: pd.DataFrame) -> Answers:
-        return {
-            "actual": held_out[target].to_numpy(np.float64),
-            "predicted": judged.predict(held_out),
-            "baseline": np.full(len(held_out), learnt[target].mean()),
-        }
+    def answers(judged, learnt, held_out) -> pd.DataFrame:
+        actual = held_out[target].to_numpy(np.float64)
+        predicted = judged.predict(held_out)
+        baseline = learnt[target].mean()
+        return pd.DataFrame({"actual": actual, "predicted": predicted, "baseline": baseline})
 
     make = partial(SongRegressor, target, table_songs=len(songs))
     fits = AVERAGED if len(songs) < FEW_SONGS else 1
@@ -321,7 +325,7 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, d
         "baseline_mae": _figure(mean_absolute_error, known, "baseline"),
         "leans_on": leans,
         "fitted_on": final.fitted_on_,
-        "plot": _plot_regression(known["actual"], known["predicted"]) if known else {},
+        "plot": _plot_regression(known) if len(known) else {},
     }
 
 
@@ -339,12 +343,13 @@ HIGH_AND_LOW = {
 }
 
 
-def _largest_first(kmeans: Any) -> None:
-    """Renumber the clusters by size: k-means numbers them at random, people remember numbers."""
+def _largest_first(kmeans: Any) -> list[int]:
+    """Renumber the clusters by size, which is returned: people remember numbers."""
     sizes = np.bincount(kmeans.labels_, minlength=kmeans.n_clusters)
     order = np.argsort(-sizes, kind="stable")
     kmeans.cluster_centers_ = kmeans.cluster_centers_[order]
     kmeans.labels_ = np.argsort(order)[kmeans.labels_].astype(np.int32)
+    return sizes[order].tolist()
 
 
 def _in_two_words(center: np.ndarray) -> str:
@@ -354,15 +359,6 @@ def _in_two_words(center: np.ndarray) -> str:
         high, low = HIGH_AND_LOW[AUDIO[feature]]
         said.append(low if center[feature] < 0 else high)
     return ", ".join(said)
-
-
-def _silhouette(points: np.ndarray, clusters: np.ndarray) -> float | None:
-    """Return the mean silhouette (-1 to 1); None where it is not defined."""
-    from sklearn.metrics import silhouette_score
-
-    if not 1 < len(np.unique(clusters)) < len(points):
-        return None
-    return float(silhouette_score(points, clusters))
 
 
 def _plot_points(points: np.ndarray, clusters: np.ndarray) -> list[list[float]]:
@@ -422,7 +418,7 @@ def credits(artist_name: str) -> list[str]:
 
 def first_artist(artist_name: str) -> list[str]:
     """Return the first of the credited artists, as a list of one."""
-    return [artist_name.partition(";")[0].strip().casefold()]
+    return credits(artist_name)[:1]
 
 
 def featured(track_name: str) -> list[str]:
@@ -476,7 +472,7 @@ Levels = dict[str, int]
 
 
 def incidence(
-    names: pd.Series, split: Callable[[str], list[str]], levels: Levels | None = None
+    names: pd.Series, split: Callable, levels: Levels | None = None
 ) -> tuple[csr_array, Levels]:
     """Return (matrix, levels): sparse 0/1, songs x levels, 1 where the name has the level's key.
 
@@ -502,14 +498,10 @@ def incidence(
     return matrix[codes], levels
 
 
-def in_parts(
-    songs: pd.DataFrame, rows: int, function: Callable[[pd.DataFrame], np.ndarray]
-) -> np.ndarray:
+def in_parts(songs: pd.DataFrame, rows: int, function: Callable) -> np.ndarray:
     """Return function(songs) put together from `rows` songs at a time: it needs much on the way."""
-    parts = []
-    for start in range(0, max(len(songs), 1), rows):
-        parts.append(function(songs.iloc[start : start + rows]))
-    return np.concatenate(parts)
+    starts = range(0, max(len(songs), 1), rows)
+    return np.concatenate([function(songs.iloc[start : start + rows]) for start in starts])
 
 
 def fewness(songs: int, none: int = LARGE_TABLE) -> float:
@@ -522,7 +514,7 @@ def fewness(songs: int, none: int = LARGE_TABLE) -> float:
 
 # ---- Saying how far it is ------------------------------------------------------------------------
 
-# Records have extra={"model", "phase", "share"}, the share from 0 to 1, None where nobody knows it.
+# Records have extra={"model", "phase", "share"}, the share from 0 to 1.
 PROGRESS_STEP = (
     0.05  # of a part, at least between two shares that are told: they shall cost nothing
 )
@@ -531,64 +523,44 @@ PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is 
 Progress = Callable[[float], None]
 
 
-def _say(name: str, phase: str, count: int) -> None:
-    extra = {"model": name, "phase": phase, "share": None}
-    log.info("%s: %s on %s songs", name, phase, f"{count:,}", extra=extra)
-
-
 def _say_nothing(share: float) -> None:
     """Take the place of a progress where nobody asked for one."""
 
 
-class Part(NamedTuple):
-    """A part of a model's training that needs no other part of it."""
+def _take_part(work: Callable, tell: Progress) -> Any:
+    """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
+    told = 0.0
 
-    phase: str  # "fitting" or "evaluating"
-    work: Callable[[Progress], Any]
+    def progress(share) -> None:
+        nonlocal told
+        if share - told >= PROGRESS_STEP or share == 1:
+            told = share
+            tell(share)
 
-    def take(self, tell: Progress) -> Any:
-        """Do the work; tell its share from 0 to 1, PROGRESS_STEP by PROGRESS_STEP."""
-        told = 0.0
-
-        def progress(share: float) -> None:
-            nonlocal told
-            if share - told >= PROGRESS_STEP or share == 1:
-                told = share
-                tell(share)
-
-        tell(told)
-        return self.work(progress)
+    tell(told)
+    return work(progress)
 
 
-class _Progress:
-    """Log what share of a model's training is done, from those of its parts.
+def _progress(name: str, phases: Sequence[str]) -> Callable:
+    """Return a function(number of a part, its share) that logs the share of the whole.
 
-    The level is DEBUG; INFO where a part begins, and each quarter of what takes long.
+    `phases`: of each part what it does. The level is DEBUG; INFO where a part begins, and each
+    quarter of what takes long.
     """
+    shares = [0.0] * len(phases)
+    began = time.monotonic()
 
-    def __init__(self, name: str, phases: Sequence[str]) -> None:
-        """`phases`: of each part what it does."""
-        self.name = name
-        self.phases = phases
-        self.shares = [0.0] * len(phases)
-        self.done = 0.0
-        self.began = time.monotonic()
+    def progress(part, share) -> None:
+        quarter = int(4 * sum(shares) / len(shares))
+        shares[part] = share
+        done = sum(shares) / len(shares)
+        takes_long = time.monotonic() - began > PROGRESS_SECONDS
+        another_quarter = takes_long and quarter < int(4 * done) < 4
+        level = logging.INFO if share == 0 or another_quarter else logging.DEBUG
+        extra = {"model": name, "phase": phases[part], "share": round(done, 4)}
+        log.log(level, "%s: %s, %.0f %%", name, phases[part], 100 * done, extra=extra)
 
-    def __call__(self, part: int, share: float) -> None:
-        """Take notice of the share of the part of that number."""
-        quarter = int(4 * self.done)
-        self.shares[part] = share
-        self.done = sum(self.shares) / len(self.shares)
-        takes_long = time.monotonic() - self.began > PROGRESS_SECONDS
-        another_quarter = quarter < int(4 * self.done) < 4
-        level = logging.DEBUG
-        if takes_long and another_quarter:
-            level = logging.INFO
-        if share == 0:
-            level = logging.INFO
-        phase = self.phases[part]
-        extra = {"model": self.name, "phase": phase, "share": round(self.done, 4)}
-        log.log(level, "%s: %s, %.0f %%", self.name, phase, 100 * self.done, extra=extra)
+    return progress
 
 
 # ---- Genre ---------------------------------------------------------------------------------------
@@ -1278,14 +1250,10 @@ class SimilarSongs:
         text = text.casefold()
         artist = (artist or "").casefold()
         ranks: list[dict[int, int]] = [{}, {}, {}, {}]  # of each the first row of a recording
-        for row, title in enumerate(self.titles_):
-            rank = _rank_of_title(title.casefold(), text)
-            if rank is not None and artist in self.artists_[row].casefold():
-                ranks[rank].setdefault(self.recording_[row], row)
-        for rows in ranks:
-            if rows:
-                return list(rows.values())
-        return []
+        for row, title in enumerate(map(str.casefold, self.titles_)):
+            if text in title and artist in self.artists_[row].casefold():
+                ranks[_rank_of_title(title, text)].setdefault(self.recording_[row], row)
+        return list(next(filter(None, ranks), {}).values())
 
     def suggestions(self, text: str) -> list[str]:
         """Return up to five titles spelt like the text."""
@@ -1295,7 +1263,7 @@ class SimilarSongs:
         parts = {text[i : i + 3] for i in range(max(1, len(text) - 2))}
         titles = {name.casefold(): name for name in self.titles_}
 
-        def unlike(title: str) -> tuple[int, int]:
+        def unlike(title) -> tuple:
             return -sum(part in title for part in parts), len(title)
 
         alike = sorted(titles, key=unlike)[:300]  # difflib is slow
@@ -1305,13 +1273,10 @@ class SimilarSongs:
         """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
 
-        self.features_ = present(songs, self.FEATURES)
-        columns = []
-        for name in self.features_:
-            quantile = (songs[name].rank() - 0.5) / songs[name].count()
-            columns.append(ndtri(quantile).clip(-self.EXTREME, self.EXTREME).fillna(0))
-        normal = np.column_stack(columns)
-        normal -= normal.mean(axis=0)
+        numbers = songs[present(songs, self.FEATURES)]
+        quantiles = (numbers.rank() - 0.5) / numbers.count()
+        normal = ndtri(quantiles).clip(-self.EXTREME, self.EXTREME).fillna(0)
+        normal = (normal - normal.mean()).to_numpy()
         _, components = np.linalg.eigh(normal.T @ normal)  # the smallest first
         sound = normal @ components[:, ::-1][:, :dimensions]
         return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
@@ -1325,54 +1290,41 @@ class SimilarSongs:
         """
         from sklearn.preprocessing import normalize
 
-        own, genres = incidence(column(songs, "genre"), whole)
+        own, levels = incidence(column(songs, "genre"), whole)
         artist, _ = incidence(songs["artist_name"], first_artist)
         self.artist_ = artist.indices
-        self.settings_ = {"company": len(genres) > 1}
-        if not genres:  # normalize() refuses a matrix of no columns
+        self.settings_ = {"company": len(levels) > 1}
+        if not levels:  # normalize() refuses a matrix of no columns
             return np.zeros((len(songs), 0)), np.zeros((len(sample), 0))
         counts = artist.T @ own
-        places = self._places(len(genres))
+        places = np.eye(len(levels))  # a point of length 1 for each genre, far from the others
+        if len(levels) > self.COMPANY_DIMENSIONS:  # at random: in more than two that is far apart
+            size = (len(levels), self.COMPANY_DIMENSIONS)
+            places = normalize(np.random.default_rng(SEED).normal(size=size))
 
-        def points(mixture: csr_array) -> np.ndarray:
-            company = mixture.sqrt() @ places
-            length = np.linalg.norm(company, axis=1, keepdims=True).clip(1e-12)
-            return self.COMPANY_WEIGHT * company / length
+        def points(mixture) -> np.ndarray:
+            return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
 
         others = artist @ normalize(counts, "l1")
         everything = points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * others)
         hidden = points(normalize(artist[sample] @ counts - own[sample], "l1"))
         return everything, hidden
 
-    def _places(self, genres: int) -> np.ndarray:
-        """Return a point of length 1 for each genre, far from the others.
 
-        Where there are more genres than dimensions at random: in more than two that is far apart.
-        """
-        if genres <= self.COMPANY_DIMENSIONS:
-            return np.eye(genres)
-        places = np.random.default_rng(SEED).normal(size=(genres, self.COMPANY_DIMENSIONS))
-        return places / np.linalg.norm(places, axis=1, keepdims=True)
-
-
-def _rank_of_title(title: str, text: str) -> int | None:
-    """Return how well a title fits the text, 0 for the same; None where it does not."""
+def _rank_of_title(title: str, text: str) -> int:
+    """Return how well a title that contains the text fits it, 0 for the same."""
     if title == text:
         return 0
     if title.startswith((f"{text} - ", f"{text} (")):
         return 1
-    if title.startswith(text):
-        return 2
-    return 3 if text in title else None
+    return 2 if title.startswith(text) else 3
 
 
 # ---- Evaluation: which songs a model is judged by, and on what it leans --------------------------
 
-Metric = Callable[[Any, Any], float]
-Answers = dict[str, np.ndarray]  # "actual", "predicted", …: a value per held-out song
-
 LEAN_SONGS = 1000  # held-out songs whose columns are shuffled
 CONFUSIONS = 25  # pairs of genres kept with the metrics
+BINS = 40  # of the actual values, and of the predicted ones
 
 
 def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -1404,30 +1356,33 @@ def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
 def _fit_and_judge(
     name: str,
     final: Any,
-    make: Callable[[], Any],
+    make: Callable,
     songs: pd.DataFrame,
-    answers: Callable[[Any, pd.DataFrame, pd.DataFrame], Answers],
-    metric: Metric,
-) -> tuple[Any, Answers, Answers, dict[str, float]]:
+    answers: Callable,
+    metric: Callable,
+) -> tuple[Any, pd.DataFrame, pd.DataFrame, Metrics]:
     """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
     `name` is the model and the column it predicts; `make()` gives an estimator to judge;
     `answers(estimator, learnt, held_out)` is what is judged. Return the fitted estimator, the
-    answers of known artists' songs and of new artists', those of all splits end to end ({} where
-    nothing was held out), and what the first split's estimator leans on, by the metric.
+    answers of known artists' songs and of new artists', those of all splits end to end, and what
+    the first split's estimator leans on, by the metric.
     """
+    import pandas as pd
 
-    def judge(split: int, progress: Progress) -> tuple[Any, ...]:
+    def judge(split, progress) -> tuple:
         train, known, new = holdout(songs, split)
         learnt = songs[train]
         judged = make().fit(learnt, learnt[name], progress)
-        said = [answers(judged, learnt, songs[some]) if some.any() else {} for some in (known, new)]
+        said = [answers(judged, learnt, songs[some]) for some in (known, new)]
         leans = leans_on(judged, songs[known], name, metric) if split == 0 else {}
         return *said, leans
 
-    parts = [Part("fitting", partial(final.fit, songs, songs[name]))]  # the longest
+    parts: list[tuple[str, Callable]] = [
+        ("fitting", partial(final.fit, songs, songs[name]))
+    ]  # the longest
     splits = SPLITS if len(songs) < FEW_SONGS else 1
-    parts += [Part("evaluating", partial(judge, split)) for split in range(splits)]
+    parts += [("evaluating", partial(judge, split)) for split in range(splits)]
     final, *judged = _take_parts(name, parts)
     if final.fitted_on_ < len(songs):
         log.info(
@@ -1436,20 +1391,10 @@ def _fit_and_judge(
             f"{final.fitted_on_:,}",
         )
     known, new, leans = zip(*judged)
-    return final, _end_to_end(known), _end_to_end(new), leans[0]
+    return final, pd.concat(known), pd.concat(new), leans[0]
 
 
-def _end_to_end(parts: Sequence[Answers]) -> Answers:
-    some = [part for part in parts if part]
-    if not some:
-        return {}
-    whole = {}
-    for key in some[0]:
-        whole[key] = np.concatenate([part[key] for part in some])
-    return whole
-
-
-def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -> dict[str, float]:
+def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Callable) -> Metrics:
     """Return {column: fall}: how far the metric falls when a column is shuffled, largest first.
 
     Permutation importance (Breiman, "Random Forests", 2001) of each column that the estimator looks
@@ -1465,53 +1410,49 @@ def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Metric) -
     columns = [name for name in estimator.looks_at() if name in some]
     copies = [some]
     for name in columns:
-        shuffled = some[name].iloc[rng.permutation(len(some))].set_axis(some.index)
+        shuffled = some[name].array[rng.permutation(len(some))]
         copies.append(some.assign(**{name: shuffled}))
     predicted = estimator.predict(pd.concat(copies, ignore_index=True))
     before, *after = [metric(some[target], part) for part in np.split(predicted, len(copies))]
-    falls = {}
-    for at in np.argsort(after, kind="stable"):
-        name = notify.COLUMNS.get(columns[at], columns[at])
-        falls[name] = round(float(before - after[at]), 4)
-    return falls
+    falls = before - pd.Series(after, columns).sort_values(kind="stable")
+    return falls.round(4).rename(notify.COLUMNS).to_dict()
 
 
-def _figure(metric: Metric, answers: Answers, key: str = "predicted") -> float | None:
+def _figure(metric: Callable, answers: pd.DataFrame, key: str = "predicted") -> float | None:
     """Return the metric of the actual values and answers[key]; None of fewer than two songs."""
-    if not answers or len(answers["actual"]) < 2:
+    if len(answers) < 2:
         return None
     return float(metric(answers["actual"], answers[key]))
 
 
-def _plot_genres(actual: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+def _plot_genres(answers: pd.DataFrame) -> Metrics:
     """Return the worst confusions, for the picture.
 
     Each is actual genre, predicted genre, songs, their share of the actual genre's songs.
     """
-    songs = Counter(actual)
-    confusions: list[list[Any]] = []
-    for (genre, other), count in Counter(zip(actual, predicted)).most_common():
-        if genre != other and len(confusions) < CONFUSIONS:
-            confusions.append([genre, other, count, count / songs[genre]])
+    songs = Counter(answers["actual"])
+    wrong = answers[answers["actual"] != answers["predicted"]]
+    pairs = Counter(zip(wrong["actual"], wrong["predicted"]))
+    confusions = []
+    for (genre, other), count in pairs.most_common(CONFUSIONS):
+        confusions.append([genre, other, count, count / songs[genre]])
     return {"confusions": confusions}
 
 
-def _plot_regression(actual: np.ndarray, predicted: np.ndarray, bins: int = 40) -> dict[str, Any]:
+def _plot_regression(answers: pd.DataFrame) -> Metrics:
     """Return a 2-D histogram: rows are bins of the actual value, columns of the predicted one."""
+    actual = answers["actual"]
     low = float(actual.min())
     high = float(actual.max())
-    range_of_both = [[low, high], [low, high]]
-    density, _, _ = np.histogram2d(
-        actual, predicted.clip(low, high), bins=bins, range=range_of_both
-    )
-    return {"edges": [low, high, bins], "density": density.astype(int).tolist()}
+    edges = np.linspace(low, high, BINS + 1)
+    density, _, _ = np.histogram2d(actual, answers["predicted"].clip(low, high), edges)
+    return {"edges": [low, high, BINS], "density": density.astype(int).tolist()}
 
 
 # ---- Files: models/NAME.joblib, models/metrics/NAME.json, models/versions/ -----------------------
 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: models, their versions and a picture
 
-Report = dict[str, Any]
 # The keys that a report and a line of the history have at least.
 REPORT = {
     "model",
@@ -1521,6 +1462,7 @@ REPORT = {
     "sha256",
     "metrics",
     "settings",
+    "table",
     "rows",
     "bytes",
 }
@@ -1627,7 +1569,7 @@ def _pass_over(what: Path | str, why: str | None) -> None:
     log.warning("%s is passed over: %s", what, why)
 
 
-def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None:
+def read_report(name: str, models_dir: Folder = MODELS_DIR) -> Report | None:
     """Return the report of the current model, None where the model is missing or not ours.
 
     It is the one with the file's SHA-256: in metrics/NAME.json, or, where a run was killed between
@@ -1635,23 +1577,19 @@ def read_report(name: str, models_dir: Path | str = MODELS_DIR) -> Report | None
     """
     path, metrics_path = _paths(name, models_dir)
     digest = _sha256(path)
-    for report in read_objects(metrics_path, REPORT):
-        if report["sha256"] == digest:
-            return report
-    for _, report in _versions(name, models_dir):
-        if report["sha256"] == digest:
-            return report
-    return None
+    reports = read_objects(metrics_path, REPORT)
+    reports += [report for _, report in _versions(name, models_dir)]
+    return next((report for report in reports if report["sha256"] == digest), None)
 
 
-def list_versions(name: str, models_dir: Path | str = MODELS_DIR) -> list[tuple[Path, Report]]:
+def list_versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (model path, report) of the versions beside the current model, the newest first."""
-    current = read_report(name, models_dir) or {"sha256": None}
+    digest = _sha256(_paths(name, models_dir)[0])
     versions = _versions(name, models_dir)
-    return [version for version in versions if version[1]["sha256"] != current["sha256"]]
+    return [(path, report) for path, report in versions if report["sha256"] != digest]
 
 
-def to_train(name: str, models_dir: Path | str) -> str:
+def to_train(name: str, models_dir: Folder) -> str:
     """Return the command line that trains a model as the last run into that folder did."""
     command = db.command("train.py", *in_folder(models_dir))
     for last in read_objects(_paths(name, models_dir)[1], {"command"}):
@@ -1665,13 +1603,13 @@ def folder_for(models_dir: str | None, demo: int | None) -> Path:
     return Path(models_dir or default).resolve()
 
 
-def in_folder(models_dir: Path | str) -> tuple[Any, ...]:
+def in_folder(models_dir: Folder) -> tuple:
     """Return the options that say where the models are."""
     folder = Path(models_dir).resolve()
     return () if folder == MODELS_DIR else ("--models-dir", folder)
 
 
-def load_model(name: str, models_dir: Path | str = MODELS_DIR) -> dict[str, Any]:
+def load_model(name: str, models_dir: Folder = MODELS_DIR) -> Report:
     """Return the saved dict of a model: `estimator`, `metrics` and all that is in its report.
 
     The file's SHA-256 is compared with its report's before anything is unpickled. Raises
@@ -1696,9 +1634,9 @@ def load_model(name: str, models_dir: Path | str = MODELS_DIR) -> dict[str, Any]
 def publish(
     name: str,
     estimator: Any,
-    metrics: dict[str, Any],
-    about: dict[str, Any],
-    models_dir: Path | str = MODELS_DIR,
+    metrics: Metrics,
+    about: Report,
+    models_dir: Folder,
     force: bool = False,
 ) -> Report:
     """Save a trained model as a version, put it in the current one's place, return its report.
@@ -1711,11 +1649,10 @@ def publish(
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
     for folder in ("metrics", "versions"):
-        (Path(models_dir) / folder).mkdir(parents=True, exist_ok=True)
+        os.makedirs(Path(models_dir, folder), exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
-    if current and current.get("table") != report.get("table"):  # figures of other songs
-        report["in_place_of"] = current.get("table")
+    if current and current["table"] != report["table"]:  # figures of other songs
         current = None
     reason = _worse(report, current) if current and not force else None
     report["status"] = "held_back" if reason else "trained"
@@ -1747,7 +1684,7 @@ def _write_version(version: Path, report: Report, estimator: Any) -> None:
     write_json(version.with_suffix(".json"), report)
 
 
-def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
+def rollback(name: str, models_dir: Folder) -> Report:
     """Put the previous version of a model back, its metrics with it; return its report.
 
     The model taken back stays in versions/ as "rolled_back" and is not gone back to again. Raises
@@ -1768,7 +1705,7 @@ def rollback(name: str, models_dir: Path | str = MODELS_DIR) -> Report:
     raise ModelError(f"there is no earlier version of {name} in {folder} to go back to")
 
 
-def clean_up(models_dir: Path | str = MODELS_DIR) -> None:
+def clean_up(models_dir: Folder) -> None:
     """Remove what a killed run left half done: temporary files, versions without a half.
 
     These are known by their exact names: a folder may hold other things as well.
@@ -1784,31 +1721,25 @@ def clean_up(models_dir: Path | str = MODELS_DIR) -> None:
     _remove(*[path for path in versions if halves[path.stem] == 1])
 
 
-def _report(name: str, estimator: Any, metrics: dict[str, Any], about: dict[str, Any]) -> Report:
-    """Return what is written down of a model that has just been trained."""
-    packages = ("scikit-learn", "pandas", "numpy")
+BASELINES = {"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}
+
+
+def _report(name: str, estimator: Any, metrics: Metrics, about: Report) -> Report:
+    """Return what is written down of a model that has just been trained.
+
+    It is guessing where its primary metric is no better than its baseline, or than 0.
+    """
+    metric, value = next(iter(metrics.items()))
+    baseline = metrics.get(BASELINES.get(metric, "")) or 0
     return {
         "model": name,
         "metrics": {key: value for key, value in metrics.items() if key != "plot"},
         **about,
         "trained_at": datetime.now(UTC).isoformat(),
-        "guessing": _guessing(metrics),
+        "guessing": value is not None and value <= baseline,
         "settings": about["settings"] | getattr(estimator, "settings_", {}),
-        "versions": {package: metadata.version(package) for package in packages},
         "plot": metrics.get("plot", {}),
     }
-
-
-BASELINES = {"accuracy": "baseline_accuracy", "same_genre_at_10": "same_genre_by_chance"}
-
-
-def _guessing(metrics: dict[str, Any]) -> bool:
-    """Return whether a model's primary metric is no better than its baseline, or than 0."""
-    metric, value = next(iter(metrics.items()))
-    if value is None:
-        return False
-    baseline = metrics.get(BASELINES.get(metric, ""))
-    return value <= (baseline or 0)
 
 
 def _worse(report: Report, current: Report) -> str | None:
@@ -1826,7 +1757,7 @@ def _worse(report: Report, current: Report) -> str | None:
     )
 
 
-def _put_in_place(version: Path, report: Report, models_dir: Path | str) -> None:
+def _put_in_place(version: Path, report: Report, models_dir: Folder) -> None:
     """Make a copy of a version the current model, then its report that model's.
 
     Where the report cannot be written, the one in versions/ is the model's.
@@ -1838,15 +1769,15 @@ def _put_in_place(version: Path, report: Report, models_dir: Path | str) -> None
         write_json(metrics_path, report)
 
 
-def _prune(name: str, models_dir: Path | str) -> None:
+def _prune(name: str, models_dir: Folder) -> None:
     """Keep five versions, of which at most one that was not good enough.
 
     So bad nights do not push out good ones.
     """
     kept = list_versions(name, models_dir)
     good = [path for path, report in kept if report["status"] == "trained"]
-    bad = [path for path, report in kept if report["status"] != "trained"]
-    room = KEEP_VERSIONS - 1 if bad else KEEP_VERSIONS
+    bad = [path for path, _ in kept if path not in good]
+    room = KEEP_VERSIONS - len(bad[:1])
     for path in good[room:] + bad[1:]:
         _remove(path, path.with_suffix(".json"))
 
@@ -1864,7 +1795,7 @@ def _find(folder: Path, pattern: str) -> list[Path]:
     return []
 
 
-def _paths(name: str, models_dir: Path | str) -> tuple[Path, Path]:
+def _paths(name: str, models_dir: Folder) -> tuple[Path, Path]:
     """Return where the current model is, and its report."""
     models_dir = Path(models_dir)
     return models_dir / f"{name}.joblib", models_dir / "metrics" / f"{name}.json"
@@ -1873,13 +1804,13 @@ def _paths(name: str, models_dir: Path | str) -> tuple[Path, Path]:
 MOMENT = r"\d{8}T\d{6}\.\d{6}"  # in the name of a version, as _version writes it
 
 
-def _version(report: Report, models_dir: Path | str) -> Path:
+def _version(report: Report, models_dir: Folder) -> Path:
     """Return where versions/ holds the model of a report; beside it, as .json, the report."""
     moment = datetime.fromisoformat(report["trained_at"])
     return Path(models_dir) / "versions" / f"{report['model']}-{moment:%Y%m%dT%H%M%S.%f}.joblib"
 
 
-def _versions(name: str, models_dir: Path | str) -> list[tuple[Path, Report]]:
+def _versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (path of the model, its report) of everything in versions/, the newest first."""
     versions = []
     names = rf"{re.escape(name)}-{MOMENT}\.json"
@@ -1898,12 +1829,12 @@ def _sha256(path: Path) -> str | None:
 # ---- Written down beside the models: the history and the data ------------------------------------
 
 
-def append_history(models_dir: Path | str, lines: list[dict[str, Any]]) -> None:
+def append_history(models_dir: Folder, lines: list[dict]) -> None:
     """Append lines to metrics/history.jsonl, one JSON object each."""
     path = Path(models_dir) / "metrics" / "history.jsonl"
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with tolerant_of(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         if torn:  # by a full disk: what it holds must not spoil the next line
             text = "\n" + text
@@ -1911,12 +1842,12 @@ def append_history(models_dir: Path | str, lines: list[dict[str, Any]]) -> None:
             file.write(text)
 
 
-def read_history(models_dir: Path | str = MODELS_DIR) -> list[dict[str, Any]]:
+def read_history(models_dir: Folder) -> list[dict]:
     """Return the lines of metrics/history.jsonl, the oldest first, without lines cut short."""
     return read_objects(Path(models_dir) / "metrics" / "history.jsonl", LINE, by_line=True)
 
 
-def owed(models_dir: Path | str = MODELS_DIR) -> list[str]:
+def owed(models_dir: Folder) -> list[str]:
     """Return the models whose last run failed, was held back or killed, and those with no file."""
     last = {line["model"]: line for line in read_history(models_dir)}
     missing = []
@@ -1931,7 +1862,7 @@ def owed(models_dir: Path | str = MODELS_DIR) -> list[str]:
     return missing
 
 
-def describe(songs: pd.DataFrame) -> dict[str, Any]:
+def describe(songs: pd.DataFrame) -> dict:
     """Return what a later run compares its songs with.
 
     `rows`, the share of each genre, mean and standard deviation of each feature.
@@ -1945,7 +1876,7 @@ def describe(songs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS_DIR) -> list[str]:
+def drift_since(now: dict, table: str, models_dir: Folder) -> list[str]:
     """Return a sentence for each thing that moved since a model was trained last on that table.
 
     `now` is what describe() says of tonight's songs. What matters most comes first: a feature that
@@ -1953,9 +1884,9 @@ def drift_since(now: dict[str, Any], table: str, models_dir: Path | str = MODELS
     table, that is the sentence.
     """
     reports = [read_report(name, models_dir) for name in MODELS]
-    earlier = [report for report in reports if report and report.get("table") == table]
+    earlier = [report for report in reports if report and report["table"] == table]
     if not earlier:
-        others = sorted({str(report.get("table")) for report in reports if report})
+        others = sorted({report["table"] for report in reports if report})
         return [
             f"the models so far are of {other}; those of {table} take their place and are not "
             "compared with them; to keep both, give each table its own --models-dir"
@@ -1997,9 +1928,7 @@ def _drift_of_genres(now: dict[str, float], before: dict[str, float]) -> list[st
 PREDICTED_AT_ONCE = 10_000  # songs of a table
 
 
-def load_models(
-    models_dir: Path | str = MODELS_DIR, names: Iterable[str] = MODELS
-) -> dict[str, dict[str, Any]]:
+def load_models(models_dir: Folder, names: Iterable[str] = MODELS) -> dict[str, Report]:
     """Return {name: what load_model gives} of the models that there are.
 
     Logs why others are left out. Raises ModelError where there is none.
@@ -2022,7 +1951,7 @@ class Adds(NamedTuple):
     """What a model adds to the predictions."""
 
     columns: dict[str, str]  # {name: its type in SQL}
-    values: Callable[[Any, pd.DataFrame], Iterable]  # of an estimator and songs: column by column
+    values: Callable  # of an estimator and songs: an iterable of columns
 
 
 def _genre_and_confidence(model: GenreClassifier, songs: pd.DataFrame) -> Iterable:
@@ -2055,9 +1984,7 @@ def adds(name: str) -> Adds | None:
     return ADDS.get(name)
 
 
-def predict(
-    rows: Any, models_dir: Path | str = MODELS_DIR, loaded: dict | None = None
-) -> pd.DataFrame:
+def predict(rows: Any, models_dir: Folder = MODELS_DIR, loaded: dict | None = None) -> pd.DataFrame:
     """Return what the models say of rows, a row each, under the rows' own index.
 
     `rows` is a DataFrame as pandas reads it or a list of dicts, with the names and values that a
@@ -2075,7 +2002,7 @@ def predict(
     return said.set_axis(rows.index)
 
 
-def _added(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFrame:
+def _added(songs: pd.DataFrame, loaded: dict[str, Report]) -> pd.DataFrame:
     """Return the columns that the models add to songs that are read."""
     import pandas as pd
 
@@ -2090,9 +2017,7 @@ def _added(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> pd.DataFra
     return added.round(4)
 
 
-def predict_table(
-    url: str, table: str, into: str, models_dir: Path | str = MODELS_DIR
-) -> dict[str, Any]:
+def predict_table(url: str, table: str, into: str, models_dir: Folder) -> dict:
     """Put what the models say of every song of a table in place of the rows of the table `into`.
 
     Its columns are track_id, those that the models add, `similar_tracks` (ten track_ids, the most
@@ -2114,15 +2039,20 @@ def predict_table(
     return {"rows": len(songs), "into": into, "seconds": time.monotonic() - start}
 
 
-def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iterator[pd.DataFrame]:
+def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.DataFrame]:
     """Yield the rows of the table of predictions, PREDICTED_AT_ONCE at a time."""
+    import pandas as pd
+
     index = None
-    rows = np.full(len(songs), -1)  # of the songs in the index; -1 where it has not seen them
     if "similar" in loaded:
         index = loaded["similar"]["estimator"]
-        songs, rows = _neighbours_together(songs, index)
+        rows = pd.Index(index.track_ids_).get_indexer(songs["track_id"])  # -1: it has not seen it
+        # In the order of the tree's leaves: what neighbours need is then in the cache.
+        order = np.argsort(np.argsort(index.tree_.indices)[rows], kind="stable")
+        songs = songs.iloc[order]
+        rows = rows[order]
     trained_at = max(model["trained_at"] for model in loaded.values())
-    progress = _Progress("predictions", ["predicting"])
+    progress = _progress("predictions", ["predicting"])
     for start in range(0, len(songs), PREDICTED_AT_ONCE):
         end = start + PREDICTED_AT_ONCE
         some = songs.iloc[start:end]
@@ -2130,37 +2060,15 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, dict[str, Any]]) -> Iter
         frame["track_id"] = some["track_id"]
         frame["models_trained_at"] = trained_at
         if index:
-            frame["similar_tracks"] = _similar_tracks(index, rows[start:end], frame.index)
+            at = rows[start:end]
+            seen = at >= 0
+            similar = [
+                db.postgres_array(index.track_ids_[found])
+                for found, _ in index.neighbours_of(at[seen], workers=-1)
+            ]
+            frame["similar_tracks"] = pd.Series(similar, frame.index[seen], dtype=object)
         yield frame
         progress(0, min(1, end / len(songs)))
-
-
-def _neighbours_together(
-    songs: pd.DataFrame, index: SimilarSongs
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the songs in the order of the tree's leaves, and their rows in the index.
-
-    Queries of neighbours one after the other find the memory they need in the cache.
-    """
-    import pandas as pd
-
-    rows = pd.Index(index.track_ids_).get_indexer(songs["track_id"])
-    leaves = np.argsort(index.tree_.indices)  # of each row its place in the tree
-    order = np.argsort(leaves[rows], kind="stable")
-    return songs.iloc[order], rows[order]
-
-
-def _similar_tracks(index: SimilarSongs, rows: np.ndarray, labels: pd.Index) -> pd.Series:
-    """Return a Series of arrays of track_ids, None where the index has not seen the song."""
-    import pandas as pd
-
-    seen = rows >= 0
-    similar = pd.Series(None, labels, dtype=object)
-    similar[seen] = [
-        db.postgres_array(index.track_ids_[found])
-        for found, _ in index.neighbours_of(rows[seen], workers=-1)
-    ]
-    return similar
 
 
 # ---- The fork server: a process for each step of a run -------------------------------------------
@@ -2211,10 +2119,10 @@ def read_songs(url: str | None, table: str, models_dir: str) -> dict:
     that drifted}. `url` None: the DATABASE_URL of this machine. Raises what db.load_songs raises.
     """
     songs, data = _hold_songs(url, table)
-    drifted, _ = notify.attempt(drift_since, data, table, models_dir)
-    for moved in drifted or []:
+    drifted = notify.attempt(drift_since, data, table, models_dir)[0] or []
+    for moved in drifted:
         log.warning("the songs are not those of the last training: %s", moved)
-    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + (drifted or [])}
+    return {"rows": len(songs), "warnings": songs.attrs["warnings"] + drifted}
 
 
 def _hold_songs(url: str | None, table: str) -> tuple:
@@ -2337,15 +2245,15 @@ def _memory_mb(process: str) -> float:
     return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
 
 
-def _answers(forks: list[Any], progress: Any = None) -> list[Any]:
+def _answers(forks: list, progress: Any = None) -> list:
     """Return what the forks at the other ends of the connections answer; log what they log.
 
     `progress(number of a fork, share)` is told. Raises the first error of one, or Killed.
     """
-    answers: list[Any] = [None] * len(forks)
+    answers = {}
     waiting = list(forks)
     while waiting:
-        ready: list[Any] = wait(waiting)
+        ready: list = wait(waiting)
         for fork in ready:
             try:
                 message = fork.recv()
@@ -2358,9 +2266,9 @@ def _answers(forks: list[Any], progress: Any = None) -> list[Any]:
             elif isinstance(message, Exception):
                 raise message
             else:
-                answers[forks.index(fork)] = message
+                answers[fork] = message
                 waiting.remove(fork)
-    return answers
+    return [answers[fork] for fork in forks]
 
 
 # The cores that forks share: how many (0: this process is none), and a file with a byte for each.
@@ -2405,36 +2313,34 @@ def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
     handler = _Sender(asker)  # type: ignore[arg-type]
     handler.addFilter(lambda record: record.thread == asking)
     logging.root.addHandler(handler)
-    try:
-        answer = _attempt(step, arguments)
-    finally:
-        logging.root.removeHandler(handler)
+    answer = _attempt(step, arguments)
+    logging.root.removeHandler(handler)
     if _cores:  # is let go of before the answer is read, for which there may be no core
         fcntl.lockf(_cores_file, fcntl.LOCK_UN)
     with asker, suppress(BrokenPipeError):  # it is gone, and this process soon will be
         asker.send(answer)
 
 
-def _take_parts(name: str, parts: list[Part]) -> list[Any]:
-    """Return what the parts of a model's training return.
+def _take_parts(name: str, parts: list[tuple[str, Callable]]) -> list:
+    """Return what the parts of a model's training return, of which none needs another.
 
+    A part is what it does, "fitting" or "evaluating", and the function(progress) that does it.
     In a fork, where there are cores, each is a fork of it; elsewhere, as in a notebook, they are
     taken one after the other. Raises what a part raises, or Killed.
     """
-    progress = _Progress(name, [part.phase for part in parts])
+    phases, works = zip(*parts)
+    progress = _progress(name, phases)
     if _cores < 2:
-        return [part.take(partial(progress, number)) for number, part in enumerate(parts)]
-    connections = []
-    forks = []
+        return [_take_part(work, partial(progress, part)) for part, work in enumerate(works)]
+    forks = {}
     fcntl.lockf(_cores_file, fcntl.LOCK_UN)
     try:
-        for part in parts:
+        for work in works:
             ours, theirs = multiprocessing.Pipe()
-            connections.append(ours)
-            forks.append(_fork(theirs, part.take, theirs.send))
-        return _answers(connections, progress)
+            forks[ours] = _fork(theirs, _take_part, work, theirs.send)
+        return _answers([*forks], progress)
     finally:
-        for fork in forks:
+        for fork in forks.values():
             fork.kill()
         _wait_for_core()
 
@@ -2490,7 +2396,10 @@ def serve_forks(parent: int) -> int:
         if step is read_songs:  # in this process, so that the forks share them
             _answer(asker, step, arguments)
         elif _cores:
-            _fork(asker, step, *arguments)
+            _, error = notify.attempt(_fork, asker, step, *arguments)
+            if error:  # no memory, no process left: that step fails, the server goes on
+                with asker, suppress(BrokenPipeError):
+                    asker.send(error)
         else:  # libraries expect a fork on Linux; on macOS it is not safe
             threads.submit(_answer, asker, step, arguments)
 
@@ -2520,9 +2429,9 @@ def die_with(parent: int) -> None:
 # ---- The command line ----------------------------------------------------------------------------
 
 
-def show(options: argparse.Namespace) -> int:
+def show(options: Namespace) -> int:
     """Print the current models; 2 if there is none."""
-    rows: list[list[Any]] = []
+    rows: list[list] = []
     reports = {}
     for name in MODELS:
         report = read_report(name, options.models_dir)
@@ -2556,8 +2465,10 @@ def show(options: argparse.Namespace) -> int:
     return 0 if reports else 2
 
 
-def similar(options: argparse.Namespace) -> int:
+def similar(options: Namespace) -> int:
     """Print the songs most like one song."""
+    if options.k < 1:
+        raise DataError(f"-k must be 1 or more; it is {options.k}")
     index = load_model("similar", options.models_dir)["estimator"]
     row = _row_meant(index, options.song, options.artist)
     song = _song(index, row)
@@ -2569,10 +2480,10 @@ def similar(options: argparse.Namespace) -> int:
     else:
         lines = []
         for answer in answers:
-            alike = f"{answer['similarity']:.3f}"
-            lines.append((alike, answer["track_name"], answer["artist_name"], answer["track_id"]))
+            *words, alike = answer.values()
+            lines.append((f"{alike:.3f}", *words))
         notify.print_table(
-            ("alike>", "title", "artist", "track_id"),
+            ("alike>", "track_id", "title", "artist"),
             lines,
             above=[(f"Like {song['track_name']} by {song['artist_name']}", "bold")],
         )
@@ -2587,7 +2498,7 @@ def similar(options: argparse.Namespace) -> int:
     return 0
 
 
-def titles(options: argparse.Namespace) -> int:
+def titles(options: Namespace) -> int:
     """Print the songs whose titles contain the text, the first 20 of them."""
     index = load_model("similar", options.models_dir)["estimator"]
     text = options.text.casefold()
@@ -2624,18 +2535,21 @@ def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
     return [line.format(**_song(index, row)) for row in rows[:20]]
 
 
-def predict_songs(options: argparse.Namespace) -> int:
+def predict_songs(options: Namespace) -> int:
     """Print the rows of a CSV with the predictions added, or write them with --out.
 
     Or, with --into, put the predictions of a table into another.
     """
     start = time.monotonic()
+    if bool(options.csv) == bool(options.into):
+        raise DataError("predict needs a CSV file or --into TABLE")
     out = Path(options.out or ".").resolve()
     if options.out and (out.is_dir() or not os.access(out.parent, os.W_OK)):
         raise DataError(f"cannot write {out}; give --out a file in a folder that can be written to")
     if options.into:
-        url = db.database_url()
-        done = predict_table(url, options.table_name, options.into, options.models_dir)
+        done = predict_table(
+            db.database_url(), options.table_name, options.into, options.models_dir
+        )
     else:
         rows, songs = db.read_csv(options.csv)
         loaded = load_models(options.models_dir, filter(adds, MODELS))
@@ -2650,7 +2564,7 @@ def predict_songs(options: argparse.Namespace) -> int:
     return 0
 
 
-def roll_back(options: argparse.Namespace) -> int:
+def roll_back(options: Namespace) -> int:
     """Put the previous version of a model back."""
     folder = Path(options.models_dir).resolve()
     if not folder.is_dir():
@@ -2663,67 +2577,63 @@ def roll_back(options: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="models.py", description="Look at the trained models and use them."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    folder = argparse.ArgumentParser(add_help=False)
-    folder.add_argument(
-        "--models-dir", default=str(MODELS_DIR), help="folder of the models (default: %(default)s)"
-    )
-    machine = argparse.ArgumentParser(add_help=False)
-    machine.add_argument("--json", action="store_true", help="print JSON instead of a table")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Look at the trained models and use them.")
+    commands = parser.add_subparsers(required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *more: Any) -> Any:
-        added = commands.add_parser(name, parents=[folder, *more], help=text)
+    def command(name: str, run: Callable, text: str, with_json: bool = True) -> Any:
+        added = commands.add_parser(name, help=text)
         added.set_defaults(run=run)
-        return added.add_argument
+        add = added.add_argument
+        add("--models-dir", default=MODELS_DIR, help="folder of the models (default: %(default)s)")
+        if with_json:
+            add("--json", action="store_true", help="print JSON instead of a table")
+        return add
 
-    command("show", show, "the current models: metrics, age, versions kept", machine)
-    add = command("similar", similar, "the songs most like one song", machine)
+    command("show", show, "the current models: metrics, age, versions kept")
+    add = command("similar", similar, "the songs most like one song")
     add("song", help="its title or track_id")
     add("-k", type=int, default=10, help="how many (default: %(default)s)")
     add("--artist", help="which of several songs of one title")
     add("--same-artist", action="store_true", help="also more than three of ten by the same artist")
-    add = command("titles", titles, "the songs whose titles contain a text, to find one")
+    add = command("titles", titles, "the songs whose titles contain a text, to find one", False)
     add("text", nargs="?", default="", help="part of a title (default: any title)")
     text = "add the predictions to the rows of a CSV, or put those of a table into another"
-    add = command("predict", predict_songs, text, machine)
+    add = command("predict", predict_songs, text)
     add("csv", nargs="?", help="songs, with the column names of the table or their aliases")
-    text = "with --into: the table of songs (default: %(default)s)"
-    add("--table-name", default="spotify_songs", help=text)
-    text = "put predictions and neighbours of all songs into this table"
-    add("--into", metavar="TABLE", help=text)
+    add(
+        "--table-name",
+        default="spotify_songs",
+        help="with --into: the table of songs (default: %(default)s)",
+    )
+    add("--into", metavar="TABLE", help="put what is said of all songs into this table")
     add("--out", help="the CSV to write (default: it is printed)")
-    add = command("rollback", roll_back, "put the previous version of a model back")
+    add = command("rollback", roll_back, "put the previous version of a model back", False)
     add("model", choices=list(MODELS))
-    serving = commands.add_parser("forkserver", help="take the steps of the run of that process")
-    serving.add_argument("parent", type=int)
-    serving.set_defaults(run=lambda options: serve_forks(options.parent))
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> int:
     """Run a command; return its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.run is predict_songs and bool(options.csv) == bool(options.into):
-        parser.error("predict needs a CSV file or --into TABLE")
-    if options.run is similar and options.k < 1:
-        parser.error(f"-k must be 1 or more; it is {options.k}")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if arguments[:1] == ["forkserver"]:
+        return serve_forks(int(arguments[1]))
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        return options.run(options)
-    except BrokenPipeError:  # whoever reads has read enough, as head does
+        status = options.run(options)
+        print(end="", flush=True)  # here, where an error of writing is seen
+        return status
+    except (BrokenPipeError, SystemExit):  # rich's of it; whoever reads has enough, as head does
         return 0
     except (db.Expected, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2
+    finally:
+        notify.never_break_off()  # what could not be written is tried once more at the exit
 
 
 if __name__ == "__main__":
     # What is pickled must name the module: of __main__ no other program could load it.
     import models
 
-    sys.exit(models.main())
+    sys.exit(models.main(sys.argv[1:]))

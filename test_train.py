@@ -3154,10 +3154,25 @@ def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_co
     assert len(processes) == len(["this one", "the fork server"]) + len(names) * (1 + parts)
 
 
+def test_a_fork_that_cannot_start_costs_its_step_alone():
+    """Where hardly a file can be opened: two are, to take the step's connection."""
+    with models.fork_server():
+        assert models.take(len, "warm") == 4
+        server = models._fork_server.process.pid
+        taken = {int(name) for name in os.listdir(f"/proc/{server}/fd")}
+        _, _, third = sorted({*range(len(taken) + 3)} - taken)[:3]
+        before = resource.prlimit(server, resource.RLIMIT_NOFILE)
+        resource.prlimit(server, resource.RLIMIT_NOFILE, (third, before[1]))
+        refused("Too many open files", models.take, len, "none", kind=OSError)
+        resource.prlimit(server, resource.RLIMIT_NOFILE, before)
+        assert models.take(len, "again") == 5
+        assert models._fork_server.process.pid == server
+
+
 def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
     caplog.set_level("INFO", "models")
     monkeypatch.setattr(models, "PROGRESS_SECONDS", -1)
-    progress = models._Progress("genre", ["fitting"])
+    progress = models._progress("genre", ["fitting"])
     for step in range(1, 21):
         progress(0, step / 20)
     said = [record.getMessage() for record in caplog.records]
@@ -3171,8 +3186,7 @@ def test_training_is_repeatable_needs_no_optional_column_and_gives_plain_json(so
     needed = few[few.columns.intersection([*HEADER, name])]
     some = (few, repeated, needed)
     first, again, bare = (
-        json.loads(json.dumps(models.MODELS[name](rows)[1] | {"query_ms": 0}, allow_nan=False))
-        for rows in some
+        json.loads(json.dumps(models.MODELS[name](rows)[1], allow_nan=False)) for rows in some
     )
     assert first == again
     assert next(iter(bare.values())) is not None
@@ -3383,10 +3397,9 @@ def test_a_model_is_compared_with_those_of_its_own_table_only(songs, tmp_path, a
     data = models.describe(songs)
     publish(tmp_path, 0.9, data=data)
     other = publish(tmp_path, 0.2, table="other", data=data)
-    assert (other["status"], other["previous"], other["in_place_of"]) == ("trained", None, "songs")
+    assert (other["status"], other["previous"]) == ("trained", None)
     worse = publish(tmp_path, 0.1, table="other")
     assert (worse["status"], worse["previous"]) == ("held_back", 0.2)
-    assert "in_place_of" not in worse
     assert models.drift_since(data, "other", tmp_path) == []
     assert models.drift_since(data, "third", tmp_path) == [
         "the models so far are of other; those of third take their place and are not compared "
@@ -3943,9 +3956,8 @@ def test_predict_refuses_what_it_cannot_answer(songs, models_dir, tmp_path, ask)
     for place in tmp_path, tmp_path / "nowhere" / "out.csv":
         said = ask("predict", tmp_path / "no.csv", "--out", place, status=2)
         assert f"cannot write {place}; give --out a file in a folder that can be" in said
-    for line in "predict", "similar x -k 0":
-        with pytest.raises(SystemExit, match="2"):
-            ask(*line.split())
+    assert "predict needs a CSV file or --into TABLE" in ask("predict", status=2)
+    assert "-k must be 1 or more; it is 0" in ask("similar", "x", "-k", 0, status=2)
 
 
 KILLED = """import db, os, sys
@@ -4130,6 +4142,18 @@ def test_which_titles_are_looked_at_first(songs):
         assert (
             models.SimilarSongs().fit(few[first:].reset_index(drop=True)).find("JOLENE") == expected
         )
+
+
+@pytest.mark.parametrize("words", ["titles", "similar demo000000000000000000", "show --json"])
+def test_who_reads_an_answer_may_stop_and_what_cannot_be_written_is_said(models_dir, words):
+    line = [sys.executable, ROOT / "models.py", *words.split(), "--models-dir", models_dir]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody, open("/dev/full", "w") as full:
+        stopped = subprocess.run(line, stdout=nobody, stderr=subprocess.PIPE, text=True)
+        lost = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert (lost.returncode, lost.stderr) == (2, "[Errno 28] No space left on device\n")
 
 
 def test_similar_imports_nothing_it_does_not_need(models_dir):
