@@ -134,8 +134,9 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
 def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metrics]:
     """Cluster songs by sound: standardised audio features, k-means. Return (Pipeline, metrics).
 
-    `silhouette` (-1 to 1) is that of a seeded sample; `sizes` are songs, `labels` two
-    words for the features in which a cluster differs most. Cluster 0 is the largest.
+    `silhouette` (-1 to 1) is that of a seeded sample; `sizes` are songs, `means` each
+    cluster's mean features, `labels` two words for those in which it differs most. Cluster 0 is the
+    largest.
     Raises DataError where there are fewer than n_clusters distinct songs.
     """
     from sklearn.cluster import KMeans
@@ -167,6 +168,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
         "silhouette": silhouette,
         "sizes": sizes,
         "labels": labels,
+        "means": features.groupby(kmeans.labels_).mean().round(4).to_dict("records"),
         "plot": {"points": points, "labels": labels, "sizes": sizes},
     }
 
@@ -195,8 +197,8 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
 
     Of a seeded sample of songs, each with its ten neighbours: the share of neighbours of the song's
     own genre, which the query does not know (`same_genre_at_10`), against what drawing songs at
-    random would give (`same_genre_by_chance`), and the share by the song's own artist. Raises
-    DataError where there is but one recording.
+    random would give (`same_genre_by_chance`), the share by the song's own artist, and milliseconds
+    of processor time per query. Raises DataError where there is but one recording.
     """
     songs = _usable(songs, "similar", 2)
     _progress("similar", ["fitting"])(0, 0)
@@ -209,7 +211,9 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
             "similar: the songs have fewer than two genres, so the company they keep is left out: "
             "it is sound alone that counts"
         )
+    start = time.thread_time()  # of this thread alone: other models may be computing beside it
     same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
+    query_ms = (time.thread_time() - start) / len(sample) * 1000
     same_genre = _neighbours_of_own_genre(index, genres(songs), sample)
     at_10 = by_chance = None
     if len(same_genre):
@@ -219,6 +223,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
         "same_genre_at_10": at_10,
         "same_genre_by_chance": by_chance,
         "same_artist_at_10": float(np.mean(np.concatenate(same_artist))),
+        "query_ms": query_ms,
         "plot": {
             "same_genre_at": same_genre.mean().tolist(),
             "by_chance": by_chance,
@@ -548,6 +553,7 @@ def _progress(name: str, phases: Sequence[str]) -> Callable:
     quarter of what takes long.
     """
     shares = [0.0] * len(phases)
+    said = set()
     began = time.monotonic()
 
     def progress(part, share) -> None:
@@ -556,9 +562,11 @@ def _progress(name: str, phases: Sequence[str]) -> Callable:
         done = sum(shares) / len(shares)
         takes_long = time.monotonic() - began > PROGRESS_SECONDS
         another_quarter = takes_long and quarter < int(4 * done) < 4
-        level = logging.INFO if share == 0 or another_quarter else logging.DEBUG
+        line = f"{name}: {phases[part]}, {100 * done:.0f} %"
+        worth_it = line not in said and (share == 0 or another_quarter)
+        said.add(line)
         extra = {"model": name, "phase": phases[part], "share": round(done, 4)}
-        log.log(level, "%s: %s, %.0f %%", name, phases[part], 100 * done, extra=extra)
+        log.log(logging.INFO if worth_it else logging.DEBUG, line, extra=extra)
 
     return progress
 
