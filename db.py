@@ -499,7 +499,7 @@ def postgres_array(texts: Iterable[str]) -> str:
 
 
 # ---- Demo songs ----------------------------------------------------------------------------------
-WORDS = (  # noqa: SIM905  (shorter than a line a word)
+TITLES = (  # noqa: SIM905  (shorter than a line a word)
     "Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal "
     "Midnight Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden "
     "Mirror Thunder Honey Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow "
@@ -561,7 +561,7 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     guests = [f";Demo Artist {name}" if here else "" for name, here in zip(guest, has_guest)]
     return songs.assign(
         track_id=[f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
-        track_name=[" ".join(words) for words in rng.choice(WORDS, (n, 3))],
+        track_name=[" ".join(words) for words in rng.choice(TITLES, (n, 3))],
         artist_name=[f"Demo Artist {name}" for name in artist] + pd.Series(guests),
         album_name=[
             f"Demo Album {name}-{number}" for name, number in zip(artist, rng.integers(0, 5, n))
@@ -1115,15 +1115,6 @@ UNREADABLE = float("inf")
 # in a name of an artist or a song: that name
 MISSING = ("", "-", "na", "nan", "n/a", "#n/a", "null", "none")
 NO_GENRE = ("[]", "{}", "()", "set()", *MISSING)
-SHARPS = "c c# d d# e f f# g g# a a# b"
-WORDS_FOR = {
-    "mode": {"minor": 0, "min": 0, "major": 1, "maj": 1},
-    "explicit": dict.fromkeys(("false", "f", "no", "n", "clean"), 0)
-    | dict.fromkeys(("true", "t", "yes", "y", "explicit"), 1),
-    "key": dict(zip(SHARPS.split(), range(12))) | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
-}
-UNITS = {"loudness": "db", "tempo": "bpm", "duration_ms": "ms"}  # -6 dB
-MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
 SPOTIFY_TRACK = (  # a URI, an address to share, an address of the API
     r"^\s*(?:spotify:track:|https?://open\.spotify\.com/(?:[\w-]+/)*track/|"
     r"https?://api\.spotify\.com/v1/tracks/)([0-9A-Za-z]+).*$"
@@ -1175,29 +1166,23 @@ def _texts(column: str, values: pd.Series) -> pd.Series:
         if values.str.contains("spotify", regex=False).any():
             values = values.str.replace(SPOTIFY_TRACK, r"\1", regex=True)
         return values.mask(values.str.lower().isin(MISSING), "")
-    if column == "artist_name":
-        return values.map(
-            {text: ";".join(_listed(text)) for text in values.unique().tolist()}
-        ).astype("str")
-    if column == "genre":
-        return values.map({text: _first_genre(text) for text in values.unique().tolist()}).astype(
-            "str"
-        )
+    if column in ("artist_name", "genre"):
+        read = _first_genre if column == "genre" else _listed
+        meaning = {text: read(text) for text in values.unique().tolist()}
+        return values.map(meaning).astype("str")
     return values
 
 
-def _listed(text: str) -> list[str]:
-    """Return the parts of a list like ['A', "B's"], or the text as the only one."""
+def _listed(text: str) -> str:
+    """Return A;B for a list like ['A', "B"], any other text as it is."""
     if re.fullmatch(r"""\[\]|[\[{(]\s*['"].*['"],?\s*[\]})]""", text):
-        return [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
-    return [text]
+        return ";".join(part for _, part in re.findall(r"""(['"])(.*?)\1""", text))
+    return text
 
 
 def _first_genre(text: str) -> str:
     """Return the first of several genres, "" for none."""
-    genres = _listed(text)
-    if genres == [text]:
-        genres = re.split("[,;|]", re.sub(r"^[\[{](.*)[\]}]$", r"\1", text))
+    genres = re.split("[,;|]", re.sub(r"^[\[{](.*)[\]}]$", r"\1", _listed(text)))
     return next((genre.strip() for genre in genres if genre.strip().lower() not in NO_GENRE), "")
 
 
@@ -1205,42 +1190,47 @@ def _numbers(column: str, values: pd.Series, unit: float) -> pd.Series:
     """Return what the cells say, times `unit`: NaN for nothing, infinite for what is unclear."""
     if values.dtype == "float32":
         return values * unit
-    meaning = {text: _number(column, text) for text in values.unique().tolist()}
-    if unit != 1:  # 3:13 says its unit itself
-        for text in meaning:
-            meaning[text] *= 1 if ":" in text else unit
+    meaning = {text: _number(column, text, unit) for text in values.unique().tolist()}
     return values.map(meaning).astype(float)
 
 
-def _number(column: str, text: str) -> float:
+def _number(column: str, text: str, unit: float = 1) -> float:
     """Return what a cell of a column of numbers says: NaN for nothing, UNREADABLE if unclear."""
     bare = text.strip().lower()
     if bare in MISSING:
         return float("nan")
-    if column in UNITS:
-        bare = bare.removesuffix(UNITS[column]).rstrip()
     if "_" in bare:  # for Python, 1_0 is ten
         return UNREADABLE
     try:
-        return float(bare)
+        return float(bare) * unit
     except ValueError:
         pass
-    if column in WORDS_FOR:
-        word = _key(bare) if column == "key" else bare
-        return WORDS_FOR[column].get(word, UNREADABLE)
-    if column == "year":  # of any date
-        match = re.search(r"\b[12]\d{3}\b", bare)
-        return float(match[0]) if match else UNREADABLE
-    if column == "time_signature":
-        return _beats(bare)
-    if column == "duration_ms" and ":" in bare:
-        return _clock(bare)
+    without_unit = re.fullmatch(r"(.*[\d.])\s*(db|bpm|ms)", bare)
+    if without_unit:
+        return _number(column, without_unit[1], unit)
     whole = column in (*INTEGERS, "popularity", "")
     thousands = re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d*)?", bare)
     # of "211,560" the comma may be a decimal one, of "211,560.00" and "1,211,560" it cannot
     if thousands and (whole or "." in bare or bare.count(",") > 1):
-        return float(bare.replace(",", ""))
+        return float(bare.replace(",", "")) * unit
+    if column in SPELT:
+        return SPELT[column](bare)
     return UNREADABLE
+
+
+def _yes_or_no(text: str) -> float:
+    """Return 1 for yes or major, 0 for no or minor."""
+    if re.fullmatch("yes|y|true|t|explicit|major|maj", text):
+        return 1
+    if re.fullmatch("no|n|false|f|clean|minor|min", text):
+        return 0
+    return UNREADABLE
+
+
+def _year(text: str) -> float:
+    """Return the year of any date."""
+    match = re.search(r"\b[12]\d{3}\b", text)
+    return float(match[0]) if match else UNREADABLE
 
 
 def _clock(text: str) -> float:
@@ -1253,12 +1243,19 @@ def _clock(text: str) -> float:
     return 1000 * seconds
 
 
-def _key(text: str) -> str:
-    """Return the letter of a key: "c#" for "C#/Db", "C♯ minor" or "C sharp"."""
-    text = re.sub(" ?(♯|sharp)", "#", text)
-    text = re.sub(" ?(♭|flat)", "b", text)
-    match = re.fullmatch(r"([a-g][#b]?)(\s*/.*|\s*(m|min|minor|maj|major))?", text)
-    return match[1] if match else text
+def _pitch(text: str) -> float:
+    """Return the semitones above C of a key like "C#/Db", "C♯ minor" or "C sharp"."""
+    match = re.fullmatch(
+        r"([a-g])( ?[#♯]| ?sharp)?(b| ?♭| ?flat)?(\s*/.*|\s*(m|min|minor|maj|major))?", text
+    )
+    if not match:
+        return UNREADABLE
+    semitones = "c d ef g a b".index(match[1])
+    if match[2]:
+        semitones += 1
+    if match[3]:
+        semitones -= 1
+    return semitones % 12
 
 
 def _beats(text: str) -> float:
@@ -1269,19 +1266,25 @@ def _beats(text: str) -> float:
     match = re.fullmatch(r"(\d+)\s*([/-]\s*\d+|beats?.*)?", text)
     if match:
         return float(match[1])
-    match = re.fullmatch(r"(\d*)[-. ]*([a-z]{3})[a-z]*[-. ]*(\d*)", text)
-    date = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
-    if match and match[2] in MONTHS.split() and match[1] + match[3]:
-        month = MONTHS.split().index(match[2]) + 1
-        day = int(match[1] or match[3])
-    elif date:
-        month = int(date[1])
-        day = int(date[2])
-    else:
-        return UNREADABLE
-    if day in (4, 8):
-        return month
-    return day if month in (4, 8) else UNREADABLE
+    words = re.findall(r"\d+|[a-z]{3}", re.sub(r"^[12]\d{3}-", "", text))
+    for order in ("%d %b", "%b %d", "%m %d"):
+        with contextlib.suppress(ValueError):
+            date = time.strptime(" ".join(words[:2]), order)
+            if date.tm_mday in (4, 8):
+                return date.tm_mon
+            if date.tm_mon in (4, 8):
+                return date.tm_mday
+    return UNREADABLE
+
+
+SPELT = {  # how a number is read that is written in another way
+    "mode": _yes_or_no,
+    "explicit": _yes_or_no,
+    "year": _year,
+    "duration_ms": _clock,
+    "key": _pitch,
+    "time_signature": _beats,
+}
 
 
 def _make_ids(cells: pd.DataFrame) -> None:
