@@ -1307,26 +1307,15 @@ def _in_words(reasons: Counter[str]) -> str:
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tuple[str, str, str]]:
-    """Look at what `--check` has to say of the songs; no table is made or changed.
+def check_csv(path: str | Path | None) -> list[tuple[str, str, str]]:
+    """Return what `--check` has to say of a file: [(what, "ok" or "warning", sentence)].
 
-    Return [(what, "ok", "warning" or "problem", sentence)].
+    Raises what load_csv does.
     """
-    if demo is not None:
-        return [("database", "ok", "made-up songs need no table")]
-    lines = [_check_csv(csv_path)] if csv_path else []
-    try:
-        return lines + _check_table(table, csv_path)
-    except Expected as error:
-        return [*lines, ("database", "problem", str(error))]
-
-
-def _check_csv(path: str | Path) -> tuple[str, str, str]:
-    try:
-        found = _convert(path, io.StringIO(), io.StringIO(), most=BLOCK_ROWS)[2]
-    except Expected as error:
-        return "CSV", "problem", str(error)
-    return _looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])
+    if not path:
+        return []
+    found = _convert(path, io.StringIO(), io.StringIO(), most=BLOCK_ROWS)[2]
+    return [_looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])]
 
 
 def _looked_at(
@@ -1337,8 +1326,14 @@ def _looked_at(
     return what, "warning" if wrong or warnings else "ok", sentence
 
 
-def _check_table(table: str, csv_path: str | Path | None) -> list[tuple[str, str, str]]:
-    """Return the lines about the database and the table, to load the CSV file into or to read."""
+def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tuple[str, str, str]]:
+    """Return what `--check` has to say of the database: [(what, "ok" or …, sentence)].
+
+    And of the table, to load the CSV file into or to read; none is made or changed. Raises what
+    check_table does.
+    """
+    if demo is not None:
+        return [("database", "ok", "made-up songs need no table")]
     embedded = ROOT / ".postgres"
     if not setting("DATABASE_URL") and not (embedded / "data").exists():
         if csv_path:
@@ -1349,38 +1344,32 @@ def _check_table(table: str, csv_path: str | Path | None) -> list[tuple[str, str
             f"try: {_load_into(table)}"
         )
     url = database_url()
-    found = check_table(url, table, for_csv=bool(csv_path))
-    server = f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"
-    rows = f"{found['rows']:,} rows"
+    server, rows = check_table(url, table, for_csv=bool(csv_path))
     lines = [("database", "ok", server)]
     if csv_path:
-        return [*lines, ("table", "ok", f"{csv_path} may be loaded into {table} ({rows})")]
-    few = "problem" if found["rows"] < MIN_SONGS else "ok"
-    lines.append(("table", few, f"{table} has {rows}; {MIN_SONGS} are needed"))
+        may = f"{csv_path} may be loaded into {table} ({rows:,} rows)"
+        return [*lines, ("table", "ok", may)]
+    enough = "ok" if rows >= MIN_SONGS else "problem"
+    lines.append(("table", enough, f"{table} has {rows:,} rows; {MIN_SONGS} are needed"))
     try:
         songs = load_songs(url, table, BLOCK_ROWS)
     except DataError as error:
         return [*lines, ("values", "problem", str(error))]
     missing = ", ".join(column for column in COLUMNS if column not in songs) or "none"
+    lines.append(("columns", "ok", f"all that every model needs; not there: {missing}"))
     sizes = Counter(songs.get("genre", []))
     genres = sum(size >= MIN_GENRE_SONGS for genre, size in sizes.items() if genre)
-    return [
-        *lines,
-        ("columns", "ok", f"all that every model needs; not there: {missing}"),
-        (
-            "genres",
-            "warning" if genres < 2 else "ok",
-            f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2",
-        ),
-        _looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]),
-    ]
+    said = f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"
+    lines.append(("genres", "warning" if genres < 2 else "ok", said))
+    lines.append(_looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]))
+    return lines
 
 
-def check_table(url: str, table: str, for_csv: bool = False) -> dict:
-    """Look at the table.
+def check_table(url: str, table: str, for_csv: bool = False) -> tuple[str, int]:
+    """Return (which server it is, rows of the table).
 
-    Return dict(server, host, database, rows). With `for_csv` the table may be missing or empty
-    (rows 0), but loading a CSV file into it must be allowed.
+    With `for_csv` the table may be missing or empty, but loading a CSV file into it must be
+    allowed.
 
     Raises DataError (missing table or column, empty, no permission) or DatabaseUnavailable.
     """
@@ -1388,16 +1377,13 @@ def check_table(url: str, table: str, for_csv: bool = False) -> dict:
         if for_csv:
             cursor.execute("CREATE TEMP TABLE staging () ON COMMIT DROP")
         name, _ = _open_table(cursor, table, for_csv)
-        cursor.execute(
-            f"SELECT current_setting('server_version'), current_database(), count(*) FROM {name}"
-        )
-        version, database, rows = cursor.fetchone()
+        cursor.execute(f"SELECT current_setting('server_version'), count(*) FROM {name}")
+        version, rows = cursor.fetchone()
         if not for_csv and not rows:
             raise DataError(f'The table "{table}" is empty; load songs: {_load_into(table)}')
         cursor.connection.rollback()  # looking leaves no table behind
-        server = cursor.connection.info
-        host = f"{server.host}:{server.port}"
-        return {"server": version, "host": host, "database": database, "rows": rows}
+        at = cursor.connection.info
+        return f"PostgreSQL {version} at {at.host}:{at.port}, database {at.dbname}", rows
 
 
 def _load_into(table: str) -> str:
@@ -1567,109 +1553,61 @@ UNENCRYPTED = (
 )
 
 
-class _Advice(NamedTuple):
-    pattern: str  # of "SQLSTATE text", "-" for the SQLSTATE while connecting
-    heals: bool  # whether trying again may help
-    fix: str
-
-
-ADVICE = [  # the first whose pattern is found counts
-    _Advice(
-        "^-.*(password|authentication failed)",
-        False,
-        "Correct user and password in DATABASE_URL "
-        "(in a password write %40 for @, %3A for :, %2F for /)",
+# {pattern of "SQLSTATE text": fix}, "-" for the SQLSTATE while connecting. The first found counts.
+REFUSED = {  # whatever is tried again
+    "^-.*(password|authentication failed)": (
+        "Correct user and password in DATABASE_URL (in a password write %40 for @, %3A for :, "
+        "%2F for /)"
     ),
-    _Advice(
-        '^-.*(role|database) "[^"]*" does not exist',
-        False,
-        "Create it (createuser, createdb) or correct DATABASE_URL",
+    '^-.*(role|database) "[^"]*" does not exist': (
+        "Create it (createuser, createdb) or correct DATABASE_URL"
     ),
-    _Advice(
-        "^-.*certificate",
-        False,
+    "^-.*certificate": (
         "In DATABASE_URL name the host the certificate is for, and the file of the CA that signed "
         "it: ?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca-certificates.crt, or the file your "
-        "provider gives out",
+        "provider gives out"
     ),
-    _Advice("^-.*(no encryption|SSL required)", False, "Add ?sslmode=require to DATABASE_URL"),
-    _Advice(
-        "^-.*startup parameter",
-        False,
-        "A pooler stands between: leave that parameter out of DATABASE_URL",
+    "^-.*(no encryption|SSL required)": "Add ?sslmode=require to DATABASE_URL",
+    "^-.*startup parameter": "A pooler stands between: leave that parameter out of DATABASE_URL",
+    "^-.*(pg_hba|not permitted|permission denied|SSL was required|invalid (ssl|conn|URI|port))": (
+        "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"
     ),
-    _Advice(
-        "^-.*(pg_hba|not permitted|permission denied|SSL was required|invalid (ssl|conn|URI|port))",
-        False,
-        "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)",
+    "^42501.*(temporary|for database)": (
+        "Ask its owner for: GRANT TEMPORARY ON DATABASE {database} TO {user}"
     ),
-    _Advice("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
-    _Advice(
-        "^42501.*temporary",
-        False,
-        "Ask its owner for: GRANT TEMPORARY ON DATABASE {database} TO {user}",
+    r"^42501.*for schema (\S+)": "Ask its owner for: GRANT USAGE, CREATE ON SCHEMA {0} TO {user}",
+    r"^42501.*for \w+ (\S+)": "Ask its owner for: GRANT {rights} ON {0} TO {user}",
+    r"^42501.*owner of table (\S+)": (
+        "A new model adds a column: have the owner of {0} do this once"
     ),
-    _Advice(
-        r"^42501.*for schema (\S+)",
-        False,
-        "Ask its owner for: GRANT USAGE, CREATE ON SCHEMA {0} TO {user}",
-    ),
-    _Advice(
-        r"^42501.*for database (\S+)",
-        False,
-        "Ask its owner for: GRANT TEMPORARY ON DATABASE {0} TO {user}",
-    ),
-    _Advice(r"^42501.*for \w+ (\S+)", False, "Ask its owner for: GRANT {rights} ON {0} TO {user}"),
-    _Advice(
-        r"^42501.*owner of table (\S+)",
-        False,
-        "A new model adds a column: have the owner of {0} do this once",
-    ),
-    _Advice(
-        "^25006",
-        False,
-        "Use the primary server, not a replica or a read-only role, in DATABASE_URL",
-    ),
-    _Advice(
-        '^55000.*materialized view "([^"]*)" has not',
-        False,
-        'Fill it: REFRESH MATERIALIZED VIEW "{0}"',
-    ),
-    _Advice(
-        "^22P05",
-        False,
+    "^25006": "Use the primary server, not a replica or a read-only role, in DATABASE_URL",
+    '^55000.*materialized view "([^"]*)" has not': 'Fill it: REFRESH MATERIALIZED VIEW "{0}"',
+    "^22P05": (
         "This database cannot hold every letter; make one that can: createdb --encoding=UTF8 "
-        "--template=template0 NAME",
+        "--template=template0 NAME"
     ),
-    _Advice(
-        "^22021",
-        False,
+    "^22021": (
         "Text in it is not UTF-8; give a view as --table-name that reads it as what it is: "
-        "convert_from(artist_name::bytea, 'WIN1252') AS artist_name",
+        "convert_from(artist_name::bytea, 'WIN1252') AS artist_name"
     ),
-    _Advice(
-        "^57014.*statement timeout",
-        True,
-        f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?",
+}
+MAY_HEAL = {
+    "^-.*(translate host name|not known)": "Check the host name in DATABASE_URL",
+    "^57014.*statement timeout": (
+        f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"
     ),
-    _Advice(
-        "^55P03",
-        True,
-        f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)",
+    "^55P03": (
+        f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"
     ),
-    _Advice(
-        "^53300|^-.*(too many|slots)",
-        True,
-        "Its connection slots are taken: raise max_connections or close idle ones",
+    "^53300|^-.*(too many|slots)": (
+        "Its connection slots are taken: raise max_connections or close idle ones"
     ),
-    _Advice(
-        "^(08|40|53|55|57|58|XX|42P07)",
-        True,
-        "Is the server all right? Its log and its free disk space say more",
+    "^(08|40|53|55|57|58|XX|42P07)": (
+        "Is the server all right? Its log and its free disk space say more"
     ),
-    _Advice("^[^-]", False, "Correct the table or the data"),
-    _Advice("", True, "Is the server running, and are host and port in DATABASE_URL right?"),
-]
+    "^-": "Is the server running, and are host and port in DATABASE_URL right?",
+}
+ADVICE = REFUSED | MAY_HEAL | {"": "Correct the table or the data"}
 
 
 def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> Expected:
@@ -1678,20 +1616,16 @@ def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> E
     said = " ".join(re.sub(UNENCRYPTED, "", said).split()).rstrip(".")
     if not said:
         said = "the connection was closed"
-    found: tuple[str, ...] = ()
-    for advice in ADVICE:
-        match = re.search(advice.pattern, f"{error.pgcode or '-'} {said}")
-        if match:
-            found = match.groups()
-            break
-    fix = advice.fix.format(
-        *found,
+    text = f"{error.pgcode or '-'} {said}"
+    pattern = next(pattern for pattern in ADVICE if re.search(pattern, text))
+    fix = ADVICE[pattern].format(
+        *re.findall(pattern, text),
         rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, DELETE, TRUNCATE",
         user=parts.get("user", "THE_USER"),
-        database=parts.get("dbname"),
+        database=parts.get("dbname", "THE_DATABASE"),
     )
     message = f"PostgreSQL at {_place(parts)}: {said}. {fix}.".replace("?.", "?")
-    kind = DatabaseUnavailable if advice.heals else DataError
+    kind = DatabaseUnavailable if pattern in MAY_HEAL else DataError
     return kind(redact(message, parts.get("password", "")))
 
 

@@ -1786,10 +1786,8 @@ def test_embedded_database_from_the_first_look_to_the_songs(folder, tmp_path, mo
     assert db.check(path, "songs", None)[-1][1] == "ok"
     assert not (folder.parent / ".postgres").exists()
     url = db.database_url()
-    ((_, state, sentence),) = db.check(None, "songs", None)
-    assert state == "problem"
-    assert '"songs" does not exist. Load songs into it: ' in sentence
-    assert sentence.endswith("--csv-path songs.csv --table-name songs")
+    said = '"songs" does not exist. Load songs into it: .* --csv-path songs.csv --table-name songs$'
+    refused(said, db.check, None, "songs", None)
     assert db.load_csv(path, url, "songs")["loaded"] == 40
     assert {state for _, state, _ in db.check(None, "songs", None)} == {"ok"}
     db._servers.pop(folder.parent / ".postgres").close()
@@ -1928,7 +1926,7 @@ def test_a_pooler_in_transaction_mode(pooled, tmp_path):
     db.check_table(pooled, "songs", for_csv=True)
     for truncate in False, True:
         assert db.load_csv(tmp_path / "a.csv", pooled, "songs", truncate)["loaded"] == 30_000
-    assert db.check_table(pooled, "songs")["rows"] == len(db.load_songs(pooled, "songs")) == 30_000
+    assert db.check_table(pooled, "songs")[1] == len(db.load_songs(pooled, "songs")) == 30_000
     for name, default in cells("""
             statement_timeout | 0
             lock_timeout | 0
@@ -1982,7 +1980,7 @@ def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkey
             "in DATABASE_URL",
             *call,
         )
-    assert db.check_table(url, "songs")["rows"] == len(db.load_songs(url, "songs")) == 1
+    assert db.check_table(url, "songs")[1] == len(db.load_songs(url, "songs")) == 1
 
 
 def test_a_process_that_is_killed_leaves_no_query_behind(url, tmp_path):
@@ -2068,7 +2066,7 @@ def test_names_of_tables(url, tmp_path):
     refused('"music.songs" is empty', db.check_table, url, "music.songs")
     refused("no song that can be used", db.load_songs, url, "music.songs")
     refused("is a view", db.load_csv, tmp_path / "a.csv", url, "seen")
-    assert db.check_table(url, "new", for_csv=True)["rows"] == 0
+    assert db.check_table(url, "new", for_csv=True)[1] == 0
     assert value(url, "to_regclass('new')") is None
     assert (
         len(db.load_songs(url, "seen"))
@@ -2844,7 +2842,7 @@ def test_a_few_values_on_another_scale_are_mistakes(url, tmp_path, monkeypatch):
     songs = db.demo_songs(600)
     songs.loc[:2, "energy"] = 80
     songs.to_csv(tmp_path / "a.csv", index=False)
-    _, state, sentence = db.check(tmp_path / "a.csv", "songs", None)[0]
+    ((_, state, sentence),) = db.check_csv(tmp_path / "a.csv")
     assert state == "warning"
     assert f"3 × {ENERGY}" in sentence
     assert db.load_csv(tmp_path / "a.csv", url, "songs")["loaded"] == 597
@@ -2910,19 +2908,16 @@ def test_doubled_quotes_are_said(url, tmp_path):
     )
 
 
-def test_check_files_a_problem_of_a_csv_under_csv(url, tmp_path, monkeypatch):
-    monkeypatch.setenv("DATABASE_URL", url)
-    path = write(tmp_path / "a.csv", [["x", "y"]], ["title", "artist"])
-    csv_line, *others = db.check(path, "songs", None)
-    assert csv_line[:2] == ("CSV", "problem")
-    assert "a.csv lacks the columns dance" in csv_line[2]
-    assert [line[:2] for line in others] == [("database", "ok"), ("table", "ok")]
-    path = write(tmp_path / "a.csv", [GOOD])
-    monkeypatch.setenv("DATABASE_URL", url.replace("owner", "nobody"))
-    assert [line[:2] for line in db.check(path, "songs", None)] == [
-        ("CSV", "ok"),
-        ("database", "problem"),
-    ]
+def test_check_files_a_problem_of_a_csv_under_csv(url, tmp_path):
+    bad = write(tmp_path / "bad.csv", [["x", "y"]], ["title", "artist"])
+    good = write(tmp_path / "good.csv", [GOOD])
+    nobody = url.replace("owner", "nobody")
+    for path, address, *said in (
+        (bad, url, f"CSV problem {bad} lacks the columns dance", "database ok", "table ok"),
+        (good, nobody, "CSV ok", "database problem"),
+    ):
+        line = f"--check --no-notify --models-dir {tmp_path}/models --csv-path {path}"
+        Run(line, DATABASE_URL=address).end(2, *said)
 
 
 def test_a_refusal_is_not_logged_as_well(url, tmp_path, caplog):
