@@ -141,22 +141,18 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     songs, layout = _read_table(url, table, most)
     read = len(songs)
     unread: Counter[str] = Counter()
-    reasons = _read_values(songs, layout, unread)
-    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
-    songs["artist_name"] = songs["artist_name"].map(artists)
+    songs, reasons = _songs_of(songs, layout, unread, where)
     left_out = Counter(reasons[reasons != ""])
-    numbers = [column for column in songs if column not in TEXT]
-    songs = songs[reasons == ""].astype(dict.fromkeys(numbers, "float32"))
-    if not songs["track_id"].is_monotonic_increasing:  # ids were made, or cut out of URIs
-        songs = songs.sort_values("track_id", kind="stable")
-    if not songs["track_id"].is_unique:
+    songs = songs[reasons == ""]
+    ids = songs["track_id"]
+    if not (ids.is_unique and ids.is_monotonic_increasing):  # they were made, or cut out of URIs
         songs = _last_of_each(songs, left_out)
     if songs.empty:
         raise DataError(
             f"{where} has no song that can be used ({_in_words(left_out)}); "
             f"load songs: {_load_into(table)}"
         )
-    if left_out:
+    if +left_out:
         log.warning('Left out of "%s": %s', table, _in_words(left_out))
     songs = songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
     songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, where)
@@ -165,7 +161,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
 
 
 def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
-    """Return one row for each track_id; count the others in `left_out`."""
+    """Return one row for each track_id, sorted; count the others in `left_out`."""
     songs = songs.sort_values(list(songs))
     repeated = songs.duplicated("track_id", keep="last")
     same = songs.duplicated(["track_id", *AUDIO], keep="last")
@@ -277,7 +273,8 @@ def _convert(
     rejected: Counter[str] = Counter()
     found: dict = {"read": 0, "rejected": rejected, "examples": [], "unread": Counter()}
     artists: Counter[str] = Counter()
-    with _open_csv(path) as (file, share):
+    with _open_csv(path) as (file, raw):
+        size = os.fstat(raw.fileno()).st_size
         header, rows = _read_rows(file, path)
         rows = itertools.islice(rows, most)
         block = list(itertools.islice(rows, BLOCK_ROWS))
@@ -293,7 +290,8 @@ def _convert(
             artists.update(songs["artist_name"].tolist())
             found["read"] += len(block)
             if found["read"] % LOG_ROWS == 0:
-                progress = {"model": "CSV", "phase": "loading", "share": share()}
+                share = raw.tell() / size if size else None  # a pipe has none
+                progress = {"model": "CSV", "phase": "loading", "share": share}
                 log.info("%s: %s rows read", path, f"{found['read']:,}", extra=progress)
             block = list(itertools.islice(rows, BLOCK_ROWS))
     if 2 * rejected.total() > found["read"]:
@@ -359,11 +357,7 @@ def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
     cells = rows.astype(object).where(rows.notna(), "").astype("str").reset_index(drop=True)
     layout = _look_at(header, cells.to_numpy().tolist(), where)
     songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
-    _read_values(songs, layout, Counter())
-    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
-    songs["artist_name"] = songs["artist_name"].map(artists).astype("str")
-    numbers = [name for name in songs if name not in TEXT]
-    songs = songs.astype(dict.fromkeys(numbers, "float32"))
+    songs, _ = _songs_of(songs, layout, Counter(), where)
     if songs.empty:
         return songs
     there = songs.columns[songs.notna().any() & (songs != "").any()]
@@ -373,6 +367,17 @@ def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
         said = "%s has nothing in the columns %s; that is treated as missing"
         log.warning(said, where, ", ".join(missing))
     return songs
+
+
+def _songs_of(
+    cells: pd.DataFrame, layout: _Layout, unread: Counter[str], where: str
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return what our columns say (see _read_values), and why each row is no song, or ""."""
+    reasons = _read_values(cells, layout, unread)
+    artists = _artists_of(Counter(cells["artist_name"].tolist()), layout, where)
+    cells["artist_name"] = cells["artist_name"].map(artists).astype("str")
+    numbers = [column for column in cells if column not in TEXT]
+    return cells.astype(dict.fromkeys(numbers, "float32")), reasons
 
 
 def demand_sound(
@@ -393,14 +398,11 @@ def _merge(
     """
     name, kinds = _open_table(cursor, table, to_load=True)
     repeated = _stage(cursor, columns, artists, file)
-
-    def cast(column: str) -> str:
-        value = f"s.{column}"
-        if column in INTEGERS:
-            value += "::int"  # a double does not become a boolean at once
-        return f"{value}::{kinds[column]}"
-
-    values = {column: cast(column) for column in columns if column in kinds}
+    values = {}
+    for column in columns:
+        if column in kinds:  # a double does not become a boolean at once
+            kind = kinds[column].replace("boolean", "int::boolean")
+            values[column] = f"s.{column}::{kind}"
     into = ", ".join(values)
     new = ", ".join(values.values())
     old = ", ".join(f"t.{column}" for column in values)
@@ -935,7 +937,7 @@ def _read_rows(file: IO[str], path: str | Path) -> tuple[list[str], Iterator[_Ro
     """Return (header, rows) of a CSV file; its rows are read as they are asked for."""
     number = 1
     first = file.readline(MAX_LINE)
-    while first and not first.strip():
+    while first.isspace():
         first = file.readline(MAX_LINE)
         number += 1
     mark = max(",;\t|", key=lambda mark: len(our_columns(first.split(mark))))
@@ -1049,12 +1051,8 @@ def _warn_of_many(
 
 # ---- CSV files: where they come from -------------------------------------------------------------
 @contextlib.contextmanager
-def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], Callable[[], float | None]]]:
-    """Yield the uncompressed text of a path, or of an http(s) URL, which is fetched first.
-
-    The second thing it yields is a function that says which share of the file's bytes is read, None
-    where its size is not known.
-    """
+def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], IO[bytes]]]:
+    """Yield (text, the bytes it is read from) of a path, or of an http(s) URL, fetched first."""
     foreign = set()
 
     def windows(error: Any) -> tuple[str, int]:
@@ -1069,18 +1067,11 @@ def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], Callable[[], float | 
     except OSError as error:
         raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
     with raw:
-        size = os.fstat(raw.fileno()).st_size
-
-        def share() -> float | None:
-            return min(raw.tell() / size, 1.0) if size else None
-
         head = raw.peek(2)[:2]
-        file = raw
-        if head == b"\x1f\x8b":
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)
+        file = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw
         encoding = "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         try:
-            yield io.TextIOWrapper(file, encoding, "windows", newline="\n"), share
+            yield io.TextIOWrapper(file, encoding, "windows", newline="\n"), raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file ({error}); copy it again") from error
     if foreign:
@@ -1636,9 +1627,9 @@ def _place(parts: dict[str, str]) -> str:
 
 
 # ---- The embedded server -------------------------------------------------------------------------
-# Every user holds a shared lock for as long as he lives, and starts a keeper. One keeper at a time
-# is the server's parent and stops it when there are no users any more, however they ended; the
-# others wait, as long as their user lives.
+# Every user holds a shared lock for as long as he lives, and starts a keeper. One keeper is the
+# server's parent and stops it when there are no users any more, however they ended; where there is
+# one already, another ends at once.
 _servers: dict[Path, IO[str]] = {}  # {folder: open lock file} of this process
 SOCKET_PATH = 93 if sys.platform == "linux" else 89  # bytes of its folder's path, at most
 
@@ -1661,7 +1652,7 @@ def start_server(folder: str | Path, database: str) -> str:
         keeper = _start_keeper(folder)
         uri = f"postgresql://postgres@/{{}}?host={quote(data, safe='')}&port=5432"
         end = time.monotonic() + START_SECONDS
-        while keeper.poll() is None and time.monotonic() < end:
+        while not keeper.poll() and time.monotonic() < end:  # 0: another one keeps it
             time.sleep(0.05)
             try:
                 _make_database(uri.format("postgres"), database)
@@ -1747,17 +1738,17 @@ def keep(folder: str, binaries: str, options: str) -> int:
     """
     os.setsid()
     os.chdir(folder)
-    lock = _lock_of_the_keeper(os.getppid())
-    if not lock:
+    lock = open("keeper.lock", "a")  # noqa: SIM115  (held until this process ends)
+    if _is_held(lock):
         return 0
     user = json.loads(options)
     users = open("users.lock")  # noqa: SIM115
     data = f"{folder}/data"
     fresh = f"{folder}/fresh"
-    if _is_held(users) and not os.path.exists(data):
+    if not os.path.exists(data):
         shutil.rmtree(fresh, ignore_errors=True)
         initdb = [f"{binaries}/initdb", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        status = subprocess.run([*initdb, "-U", "postgres", "-D", fresh], **user).returncode
+        status = subprocess.call([*initdb, "-U", "postgres", "-D", fresh], **user)
         if status:
             return status
         os.rename(fresh, data)
@@ -1772,19 +1763,6 @@ def keep(folder: str, binaries: str, options: str) -> int:
     finally:
         server.send_signal(signal.SIGINT)
     return server.wait()
-
-
-def _lock_of_the_keeper(user: int) -> IO[str] | None:
-    """Wait until no other process keeps the server; None if the process `user` has ended.
-
-    Whoever keeps the server holds the lock as long as the file is open.
-    """
-    lock = open("keeper.lock", "a")  # noqa: SIM115
-    while _is_held(lock):
-        if os.getppid() != user:
-            return None
-        time.sleep(0.1)
-    return lock
 
 
 def _is_held(file: IO[str]) -> bool:
