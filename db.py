@@ -146,7 +146,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     songs = songs[reasons == ""]
     ids = songs["track_id"]
     if not (ids.is_unique and ids.is_monotonic_increasing):  # they were made, or cut out of URIs
-        songs = _last_of_each(songs, left_out)
+        songs = _last_of_each(songs.sort_values(list(songs)), left_out)
     if songs.empty:
         raise DataError(
             f"{where} has no song that can be used ({_in_words(left_out)}); "
@@ -161,8 +161,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
 
 
 def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
-    """Return one row for each track_id, sorted; count the others in `left_out`."""
-    songs = songs.sort_values(list(songs))
+    """Return the last row of each track_id; count the others in `left_out`."""
     repeated = songs.duplicated("track_id", keep="last")
     same = songs.duplicated(["track_id", *AUDIO], keep="last")
     left_out[REPEATED] = int((repeated & same).sum())
@@ -229,17 +228,18 @@ def load_csv(
     Raises DataError (file, columns, another scale, most rows cannot be loaded, no permission) or
     DatabaseUnavailable.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as good:
-        with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
-            # without a connection: servers end those that idle
-            columns, artists, found = _convert(csv_path, good, aside)
-        rejected = found["rejected"].total()
-        if not rejected and os.path.isfile(aside.name):  # os.devnull is none
-            os.unlink(aside.name)
-        good.seek(0)
-        with connect(url) as cursor:
-            repeated, different = _merge(cursor, table, columns, artists, good, truncate)
-    loaded = found["read"] - rejected - repeated
+    with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
+        songs, found = _convert(csv_path, aside)
+    rejected = found["rejected"].total()
+    if not rejected and os.path.isfile(aside.name):  # os.devnull is none
+        os.unlink(aside.name)
+    repeats: Counter[str] = Counter()
+    songs = _last_of_each(songs, repeats)
+    with connect(url) as cursor:  # not before: servers end connections that idle
+        _merge(cursor, table, songs, truncate)
+    loaded = len(songs)
+    repeated = repeats.total()
+    different = repeats[REPEATED_DIFFERENT]
     said = (
         '%d songs loaded into "%s" (%d rows read, %d repeated, %d of these with different values)'
     )
@@ -253,7 +253,7 @@ def load_csv(
             aside.name,
             "; ".join(found["examples"]),
         )
-    lost = found["rejected"] + Counter({REPEATED_DIFFERENT: different})
+    lost = found["rejected"] + repeats
     found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], csv_path)
     # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
     counts = {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
@@ -261,18 +261,20 @@ def load_csv(
 
 
 def _convert(
-    path: str | Path, good: IO[str], aside: IO[str], most: int | None = None
-) -> tuple[list[str], dict[str, str], dict]:
-    """Write the songs of a CSV file to `good` and the rows that cannot be loaded to `aside`.
+    path: str | Path, aside: IO[str], most: int | None = None
+) -> tuple[pd.DataFrame, dict]:
+    """Return the songs of a CSV file and dict(read, rejected, examples, unread, warnings).
 
-    Both are open files; `most` limits how many rows are looked at. Return (columns of `good`,
-    {cell of artist_name: what it means}, dict(read, rejected, examples, unread, warnings)).
+    Rows that cannot be loaded are written to `aside`, an open file; `most` limits how many rows are
+    looked at.
     """
+    import pandas as pd
+
     where = str(path)
     put_aside = csv.writer(aside).writerow
     rejected: Counter[str] = Counter()
     found: dict = {"read": 0, "rejected": rejected, "examples": [], "unread": Counter()}
-    artists: Counter[str] = Counter()
+    parts = []
     with _open_csv(path) as (file, raw):
         size = os.fstat(raw.fileno()).st_size
         header, rows = _read_rows(file, path)
@@ -285,9 +287,7 @@ def _convert(
         put_aside(["line", "reason", *header])
         layout = _look_at(header, [row.fields for row in block if not row.wrong], where)
         while block:
-            songs = _sort(block, layout, put_aside, found)
-            songs.to_csv(good, header=False, index=False, lineterminator="\r\n")
-            artists.update(songs["artist_name"].tolist())
+            parts.append(_sort(block, layout, put_aside, found))
             found["read"] += len(block)
             if found["read"] % LOG_ROWS == 0:
                 share = raw.tell() / size if size else None  # a pipe has none
@@ -300,8 +300,9 @@ def _convert(
             f"({_in_words(rejected)}); the table is unchanged. "
             f"{'; '.join([*found['examples'], _fix(rejected.most_common(1)[0][0], path)])}"
         )
-    meaning = _artists_of(artists, layout, where)
-    return list(songs), meaning, found | {"warnings": layout.warnings}
+    songs = pd.concat(parts, ignore_index=True)
+    _separate_artists(songs, layout, where)
+    return songs, found | {"warnings": layout.warnings}
 
 
 def _sort(block: list[_Row], layout: _Layout, put_aside: Callable, found: dict) -> pd.DataFrame:
@@ -374,10 +375,14 @@ def _songs_of(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return what our columns say (see _read_values), and why each row is no song, or ""."""
     reasons = _read_values(cells, layout, unread)
-    artists = _artists_of(Counter(cells["artist_name"].tolist()), layout, where)
-    cells["artist_name"] = cells["artist_name"].map(artists).astype("str")
+    _separate_artists(cells, layout, where)
     numbers = [column for column in cells if column not in TEXT]
     return cells.astype(dict.fromkeys(numbers, "float32")), reasons
+
+
+def _separate_artists(songs: pd.DataFrame, layout: _Layout, where: str) -> None:
+    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
+    songs["artist_name"] = songs["artist_name"].map(artists).astype("str")
 
 
 def demand_sound(
@@ -388,18 +393,17 @@ def demand_sound(
         _demand(names, list(found or names), where)
 
 
-def _merge(
-    cursor, table: str, columns: list[str], artists: dict[str, str], file: IO[str], truncate: bool
-) -> tuple[int, int]:
-    """COPY the songs of `file` and move them into the table.
-
-    What changed is updated, what is new is inserted. Return how many were repeats of a track_id,
-    and how many of these have other features.
-    """
+def _merge(cursor, table: str, songs: pd.DataFrame, truncate: bool) -> None:
+    """COPY the songs and move them into the table: update what changed, insert what is new."""
     name, kinds = _open_table(cursor, table, to_load=True)
-    repeated = _stage(cursor, columns, artists, file)
+    staged = ", ".join(
+        f"{column} {'text' if column in TEXT else 'double precision'}" for column in songs
+    )
+    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
+    for start in range(0, len(songs), BLOCK_ROWS):
+        _copy(cursor, "staging", songs[start : start + BLOCK_ROWS])
     values = {}
-    for column in columns:
+    for column in songs:
         if column in kinds:  # a double does not become a boolean at once
             kind = kinds[column].replace("boolean", "int::boolean")
             values[column] = f"s.{column}::{kind}"
@@ -420,36 +424,12 @@ def _merge(
         f"INSERT INTO {name} ({into}) SELECT {new} FROM staging s "
         f'WHERE NOT EXISTS (SELECT FROM {name} t WHERE {same}) ORDER BY s.track_id COLLATE "C"'
     )
-    return repeated
 
 
-def _stage(cursor, columns: list[str], artists: dict[str, str], file: IO[str]) -> tuple[int, int]:
-    """COPY the songs of `file` into the table staging, the last of a track_id only.
-
-    `artists` says what cells of artist_name mean. Return how many others there were, and how many
-    of these have other features than the last.
-    """
-    staged = ", ".join(
-        f"{column} {'text' if column in TEXT else 'double precision'}" for column in columns
-    )
-    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
-    cursor.copy_expert("COPY staging FROM STDIN (FORMAT csv)", file, BLOCK)
-    different = " OR ".join(f"staging.{name} <> kept.{name}" for name in AUDIO)
-    cursor.execute(
-        "WITH gone AS (DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging "
-        "GROUP BY 1 HAVING count(*) > 1) twice JOIN staging kept ON kept.ctid = last "
-        f"WHERE staging.track_id = id AND staging.ctid < last RETURNING {different} different) "
-        "SELECT count(*), count(*) FILTER (WHERE different) FROM gone"
-    )
-    repeated = cursor.fetchone()
-    changed = {cell: names for cell, names in artists.items() if cell != names}
-    if changed:
-        cursor.execute(
-            "UPDATE staging SET artist_name = artists "
-            "FROM json_each_text(%s) meaning(cell, artists) WHERE artist_name = cell",
-            [json.dumps(changed)],
-        )
-    return repeated
+def _copy(cursor, into: str, frame: pd.DataFrame) -> None:
+    # PostgreSQL wants a bare "\r" quoted, and so it is where a line ends in one
+    text = frame.to_csv(index=False, header=False, lineterminator="\r\n")
+    cursor.copy_expert(f"COPY {into} FROM STDIN (FORMAT csv)", io.StringIO(text), BLOCK)
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
@@ -469,10 +449,8 @@ def replace_predictions(
     with connect(url) as cursor:
         cursor.execute(f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
         cursor.execute(f"DELETE FROM {name}")
-        copy = f"COPY {name} ({', '.join(columns)}) FROM STDIN (FORMAT csv)"
         for frame in frames:
-            text = frame.reindex(columns=list(columns)).to_csv(index=False, header=False)
-            cursor.copy_expert(copy, io.StringIO(text), BLOCK)
+            _copy(cursor, f"{name} ({', '.join(columns)})", frame.reindex(columns=list(columns)))
 
 
 def _table_of_predictions(cursor, table: str, columns: dict[str, str]) -> str:
@@ -1305,7 +1283,7 @@ def check_csv(path: str | Path | None) -> list[tuple[str, str, str]]:
     """
     if not path:
         return []
-    found = _convert(path, io.StringIO(), io.StringIO(), most=BLOCK_ROWS)[2]
+    found = _convert(path, io.StringIO(), BLOCK_ROWS)[1]
     return [_looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])]
 
 
