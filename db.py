@@ -5,7 +5,7 @@
     songs = load_songs(url, "spotify_songs")     # one COPY, sorted by track_id
 
 Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may
-heal). `python db.py keep FOLDER BINARIES OPTIONS` is the parent of the embedded server;
+heal). `python db.py FOLDER BINARIES OPTIONS` is the parent of the embedded server;
 start_server starts it.
 """
 
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
-if __name__ != "__main__":  # `python db.py keep` needs neither and has to be there at once
+if __name__ != "__main__":  # the keeper needs neither and has to be there at once
     import dotenv
     import psycopg2
     from psycopg2 import sql
@@ -66,7 +66,8 @@ MAX_LINE = 16 << 20  # characters
 BLOCK_ROWS = 20_000  # that are looked at together; the first of them decide, in --check too
 LOG_ROWS = 100_000  # of a CSV file between two log lines
 MANY = 0.1  # share of the rows from which on their loss is a warning of the run
-MISTAKES = 10, 0.01  # so many rows, or this share, may be out of a feature's range by mistake
+MISTAKES = 10  # so many rows may be out of a feature's range by mistake,
+MISTAKEN = 0.01  # or this share of them
 
 # ---- Columns -------------------------------------------------------------------------------------
 AUDIO = (
@@ -137,11 +138,10 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     Raises DataError (missing table or columns, another scale, nothing left) or
     DatabaseUnavailable.
     """
-    where = f'The table "{table}"'
     songs, layout = _read_table(url, table, most)
     read = len(songs)
     unread: Counter[str] = Counter()
-    songs, reasons = _songs_of(songs, layout, unread, where)
+    songs, reasons = _songs_of(songs, layout, unread)
     left_out = Counter(reasons[reasons != ""])
     songs = songs[reasons == ""]
     ids = songs["track_id"]
@@ -149,13 +149,13 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
         songs = _last_of_each(songs.sort_values(list(songs)), left_out)
     if songs.empty:
         raise DataError(
-            f"{where} has no song that can be used ({_in_words(left_out)}); "
+            f"{layout.where} has no song that can be used ({_in_words(left_out)}); "
             f"load songs: {_load_into(table)}"
         )
-    if +left_out:
-        log.warning('Left out of "%s": %s', table, _in_words(left_out))
+    if left_out:
+        log.warning(f'Left out of "{table}": {_in_words(left_out)}')
     songs = songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
-    songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, where)
+    songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, layout.where)
     songs.attrs["wrong"] = left_out + unread
     return songs
 
@@ -164,8 +164,7 @@ def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
     """Return the last row of each track_id; count the others in `left_out`."""
     repeated = songs.duplicated("track_id", keep="last")
     same = songs.duplicated(["track_id", *AUDIO], keep="last")
-    left_out[REPEATED] = int((repeated & same).sum())
-    left_out[REPEATED_DIFFERENT] = int((repeated & ~same).sum())
+    left_out.update(same[repeated].map({True: REPEATED, False: REPEATED_DIFFERENT}))
     return songs[~repeated]
 
 
@@ -229,7 +228,7 @@ def load_csv(
     DatabaseUnavailable.
     """
     with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
-        songs, found = _convert(csv_path, aside)
+        songs, found = _convert(str(csv_path), aside)
     rejected = found["rejected"].total()
     if not rejected and os.path.isfile(aside.name):  # os.devnull is none
         os.unlink(aside.name)
@@ -237,32 +236,27 @@ def load_csv(
     songs = _last_of_each(songs, repeats)
     with connect(url) as cursor:  # not before: servers end connections that idle
         _merge(cursor, table, songs, truncate)
-    loaded = len(songs)
-    repeated = repeats.total()
-    different = repeats[REPEATED_DIFFERENT]
-    said = (
-        '%d songs loaded into "%s" (%d rows read, %d repeated, %d of these with different values)'
+    found["loaded"] = len(songs)
+    found["repeated"] = repeats.total()
+    found["different"] = repeats[REPEATED_DIFFERENT]
+    log.info(
+        f'{len(songs)} songs loaded into "{table}" ({found["read"]} rows read, '
+        f"{found['repeated']} repeated, {found['different']} of these with different values)"
     )
-    log.info(said, loaded, table, found["read"], repeated, different)
     log.debug("CSV: loaded", extra={"model": "CSV", "phase": "done", "share": 1.0})
     if rejected:
+        examples = "; ".join(found["examples"])
         log.warning(
-            "%d rows rejected: %s; they are in %s: %s …",
-            rejected,
-            _in_words(found["rejected"]),
-            aside.name,
-            "; ".join(found["examples"]),
+            f"{rejected} rows rejected: {_in_words(found['rejected'])}; they are in {aside.name}: "
+            f"{examples} …"
         )
     lost = found["rejected"] + repeats
-    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], csv_path)
+    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], str(csv_path))
     # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
-    counts = {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
-    return {**found, **counts, "loaded": loaded, "repeated": repeated, "different": different}
+    return found | {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
 
 
-def _convert(
-    path: str | Path, aside: IO[str], most: int | None = None
-) -> tuple[pd.DataFrame, dict]:
+def _convert(path: str, aside: IO[str], most: int | None = None) -> tuple[pd.DataFrame, dict]:
     """Return the songs of a CSV file and dict(read, rejected, examples, unread, warnings).
 
     Rows that cannot be loaded are written to `aside`, an open file; `most` limits how many rows are
@@ -270,7 +264,6 @@ def _convert(
     """
     import pandas as pd
 
-    where = str(path)
     put_aside = csv.writer(aside).writerow
     rejected: Counter[str] = Counter()
     found: dict = {"read": 0, "rejected": rejected, "examples": [], "unread": Counter()}
@@ -280,19 +273,19 @@ def _convert(
         header, rows = _read_rows(file, path)
         rows = itertools.islice(rows, most)
         block = list(itertools.islice(rows, BLOCK_ROWS))
-        _refuse_transposed(block, where)
-        _demand(our_columns(header), header, where)
+        _refuse_transposed(block, path)
+        _demand(our_columns(header), header, path)
         if not block:
             raise DataError(f"{path}: there is only a header; the table is unchanged")
         put_aside(["line", "reason", *header])
-        layout = _look_at(header, [row.fields for row in block if not row.wrong], where)
+        layout = _look_at(header, [row.fields for row in block if not row.wrong], path)
         while block:
             parts.append(_sort(block, layout, put_aside, found))
             found["read"] += len(block)
             if found["read"] % LOG_ROWS == 0:
                 share = raw.tell() / size if size else None  # a pipe has none
                 progress = {"model": "CSV", "phase": "loading", "share": share}
-                log.info("%s: %s rows read", path, f"{found['read']:,}", extra=progress)
+                log.info(f"{path}: {found['read']:,} rows read", extra=progress)
             block = list(itertools.islice(rows, BLOCK_ROWS))
     if 2 * rejected.total() > found["read"]:
         raise DataError(
@@ -301,7 +294,7 @@ def _convert(
             f"{'; '.join([*found['examples'], _fix(rejected.most_common(1)[0][0], path)])}"
         )
     songs = pd.concat(parts, ignore_index=True)
-    _separate_artists(songs, layout, where)
+    songs["artist_name"] = _artists_of(songs["artist_name"], layout)
     return songs, found | {"warnings": layout.warnings}
 
 
@@ -340,8 +333,8 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     import pandas as pd
 
-    with _open_csv(path) as (file, _):
-        header, rows = _read_rows(file, path)
+    with _open_csv(str(path)) as (file, _):
+        header, rows = _read_rows(file, str(path))
         cells = pd.DataFrame([row.fields for row in rows])
     cells = cells.reindex(columns=range(len(header))).fillna("").astype("str")
     cells.columns = header
@@ -358,31 +351,26 @@ def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
     cells = rows.astype(object).where(rows.notna(), "").astype("str").reset_index(drop=True)
     layout = _look_at(header, cells.to_numpy().tolist(), where)
     songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
-    songs, _ = _songs_of(songs, layout, Counter(), where)
+    songs, _ = _songs_of(songs, layout, Counter())
     if songs.empty:
         return songs
     there = songs.columns[songs.notna().any() & (songs != "").any()]
     demand_sound(there, header, where)
     missing = [name for name in ("genre", "popularity", *REQUIRED) if name not in there]
     if missing:
-        said = "%s has nothing in the columns %s; that is treated as missing"
-        log.warning(said, where, ", ".join(missing))
+        names = ", ".join(missing)
+        log.warning(f"{where} has nothing in the columns {names}; that is treated as missing")
     return songs
 
 
 def _songs_of(
-    cells: pd.DataFrame, layout: _Layout, unread: Counter[str], where: str
+    cells: pd.DataFrame, layout: _Layout, unread: Counter[str]
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return what our columns say (see _read_values), and why each row is no song, or ""."""
     reasons = _read_values(cells, layout, unread)
-    _separate_artists(cells, layout, where)
+    cells["artist_name"] = _artists_of(cells["artist_name"], layout)
     numbers = [column for column in cells if column not in TEXT]
     return cells.astype(dict.fromkeys(numbers, "float32")), reasons
-
-
-def _separate_artists(songs: pd.DataFrame, layout: _Layout, where: str) -> None:
-    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
-    songs["artist_name"] = songs["artist_name"].map(artists).astype("str")
 
 
 def demand_sound(
@@ -525,24 +513,21 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     traits = len(RARE) + 3
     weight = 1 / np.arange(3, artists + 3) ** 0.8
     artist, guest = rng.choice(artists, (2, n), p=weight / weight.sum())
-    main_genre = rng.random(n) < 0.85
-    genre = np.where(
-        main_genre, rng.integers(0, genres, artists)[artist], rng.integers(0, genres, n)
-    )
+    has_main_genre = rng.random(n) < 0.85
+    main_genre = rng.integers(0, genres, artists)[artist]
+    genre = np.where(has_main_genre, main_genre, rng.integers(0, genres, n))
     *sound, fame, pace, length = (
         rng.normal(0, 1, (genres, traits))[genre]
         + rng.normal(0, 0.8, (artists, traits))[artist]
         + rng.normal(0, 0.6, (n, traits))
     ).T
-    songs = pd.DataFrame(
-        {name: 1 / (1 + np.exp(rare - trait)) for (name, rare), trait in zip(RARE.items(), sound)}
-    ).round(4)
-    has_guest = rng.random(n) < 0.08
-    guests = [f";Demo Artist {name}" if here else "" for name, here in zip(guest, has_guest)]
+    songs = pd.DataFrame(dict(zip(RARE, sound)))
+    songs = (1 / (1 + np.exp(pd.Series(RARE) - songs))).round(4)
+    names = np.array([f"Demo Artist {number}" for number in range(artists)], object)
     return songs.assign(
+        artist_name=names[artist] + np.where(rng.random(n) < 0.08, ";" + names[guest], ""),
         track_id=[f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
         track_name=[" ".join(words) for words in rng.choice(TITLES, (n, 3))],
-        artist_name=[f"Demo Artist {name}" for name in artist] + pd.Series(guests),
         album_name=[
             f"Demo Album {name}-{number}" for name, number in zip(artist, rng.integers(0, 5, n))
         ],
@@ -626,21 +611,17 @@ def our_columns(header: list[str]) -> dict[str, int]:
 
 def _candidates(header: list[str]) -> dict[str, list[int]]:
     """Return {our column name: positions of the columns that may be meant, by trust}."""
-    exact: dict[str, int] = {}
-    loose: dict[str, int] = {}
+    known: dict[str, int] = {}
     for place, name in enumerate(header):
-        exact.setdefault(_plain(name), place)
+        known.setdefault(_plain(name), place)
         words = re.sub("(?<=[a-z])(?=[A-Z])", " ", re.sub(r"\(.*\)|_", " ", name))  # trackNames
         for form in (words, re.sub(r"(?<=\w{3})s\b", "", words)):
-            loose.setdefault(_plain(form).removesuffix("s"), place)
+            known.setdefault(_plain(form).removesuffix("s") + "?", place)
     found = {}
     for name in COLUMNS:
-        names = list(_names_of(name))
-        places = [exact.get(other) for other in names]
-        places += [loose.get(other.removesuffix("s")) for other in names]
-        there = [place for place in dict.fromkeys(places) if place is not None]
-        if there:
-            found[name] = there
+        places = dict.fromkeys(known[other] for other in _names_of(name) if other in known)
+        if places:
+            found[name] = list(places)
     return found
 
 
@@ -649,13 +630,16 @@ def _plain(name: str) -> str:
     return re.sub(r"\(s\)|[\W_]", "", unicodedata.normalize("NFKD", name.lower()))
 
 
-def _names_of(name: str) -> Iterator[str]:
-    """Yield what our column may be called, the most trusted name first."""
+def _names_of(name: str) -> list[str]:
+    """Return what our column may be called, the most trusted name first.
+
+    With "?" are those whose brackets and plural do not matter.
+    """
     own = name.replace("_", "")
-    yield own
-    names = [own, *ALIASES.get(name, "").split()]
-    for other, prefix in itertools.product(names, [*PREFIXES.split(), ""]):
-        yield prefix + other
+    names = [own]
+    for other in [own, *ALIASES.get(name, "").split()]:
+        names += [prefix + other for prefix in [*PREFIXES.split(), ""]]
+    return names + [other.removesuffix("s") + "?" for other in names]
 
 
 def _likely_name(name: str, header: list[str]) -> str:
@@ -667,10 +651,8 @@ def _likely_name(name: str, header: list[str]) -> str:
     if name in known:  # in a table to load into, whose names have to be ours to the letter
         return header[known[name]]
     wanted = name.replace("_", "")
-    others: dict[str, str] = {}
-    for place, other in enumerate(header[:500]):
-        if place not in known.values():
-            others.setdefault(_plain(other), other)
+    unknown = [other for place, other in enumerate(header) if place not in known.values()]
+    others = {_plain(other): other for other in unknown[:500]}
     for plain in difflib.get_close_matches(wanted, others, 1, LIKELY):
         return others[plain]
     for plain, other in others.items():
@@ -687,14 +669,15 @@ def _demand(names: Iterable[str], there: list[str], where: str) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if not missing:
         return
-    hints = {}
+    hints = {name: name for name in missing}
     for name in COLUMNS:
         likely = "" if name in names else _likely_name(name, there)
-        hints[name] = f'{name} (closest: "{likely}")' if likely else name
+        if likely:
+            hints[name] = f'{name} (closest: "{likely}")'
     lacks = f"{where} lacks the columns {', '.join(hints[name] for name in missing)}"
-    if missing == [name for name in AUDIO if hints[name] == name]:
+    if [*AUDIO] == missing == [hints[name] for name in missing]:
         raise DataError(f"{lacks}: {WITHOUT_FEATURES}")
-    others = [hints[name] for name in COLUMNS if name not in missing and hints[name] != name]
+    others = [hint for name, hint in hints.items() if name not in missing]
     if others:
         lacks += f"; also {', '.join(others)}"
     raise DataError(
@@ -709,9 +692,8 @@ WITHOUT_FEATURES = (
 )
 
 
-def _refuse_transposed(rows: list[_Row], path: str | Path) -> None:
-    names = our_columns([row.fields[0] for row in rows[:100]])
-    if len(set(AUDIO) & set(names)) > len(AUDIO) / 2:
+def _refuse_transposed(rows: list[_Row], path: str) -> None:
+    if {*AUDIO} <= our_columns([row.fields[0] for row in rows[:100]]).keys():
         raise DataError(
             f"{path} has a song in each column and a feature in each row; exchange rows and "
             "columns (in a spreadsheet: copy, paste transposed)"
@@ -725,8 +707,9 @@ SCALES = (
     "divide percentages by 100: features must be 0 to 1, and loudness in dB, which is below 0 for "
     "nearly every song"
 )
-LENGTHS = (20_000, 3_600_000)  # milliseconds, between which a typical song lasts
-FEW = 2, 0.05  # so many cells, or this share, may have a comma that separates nothing
+SHORT = 20_000  # milliseconds, between which a typical song lasts
+LONG = 3_600_000
+FEW = 0.05  # share of cells, but two at least, that may have a comma that separates nothing
 # A comma without a blank, but not that of 10,000 Maniacs.
 TIGHT = r",(?! )(?!(?<=\d,)\d{3}\b)"
 MOST = 0.9  # share of cells with a comma from which on it is part of a name: "Bach, Johann"
@@ -736,6 +719,7 @@ REST_OF_NAME = r"(?i)(the|jr|sr)\b|.* (&|and|y|und|et|e) "  # The Creator, Wind 
 class _Layout(NamedTuple):
     """What the header and the first rows of a file or table say about its columns."""
 
+    where: str  # that file or table
     header: list[str]
     columns: dict[str, int]  # {our column: position}, track_id first
     duration_unit: float  # milliseconds
@@ -759,12 +743,12 @@ def _look_at(header: list[str], rows: list, where: str) -> _Layout:
     warnings = _drop_scaled(columns, cells, where)
     unused = [name for place, name in enumerate(header) if name and place not in columns.values()]
     if unused:
-        log.info("%s: columns that are not used: %s", where, ", ".join(unused)[:999])
+        log.info(f"{where}: columns that are not used: {', '.join(unused)[:999]}")
     for name in ("genre", "popularity"):
         likely = _likely_name(name, header)
         if name not in columns and likely:
-            log.warning('%s has no %s; if "%s" is meant, rename it', where, name, likely)
-    return _Layout(header, columns, unit, warnings)
+            log.warning(f'{where} has no {name}; if "{likely}" is meant, rename it')
+    return _Layout(where, header, columns, unit, warnings)
 
 
 def _has_values(cells: list[str]) -> bool:
@@ -786,9 +770,9 @@ def _choose(header: list[str], cells: list[list[str]], where: str) -> dict[str, 
         for place in fit[:1]:
             columns[name] = place
             if known.get(name) != place:
-                log.info('%s: "%s" is taken for %s', where, header[place], name)
+                log.info(f'{where}: "{header[place]}" is taken for {name}')
     if "track_id" not in columns:
-        log.info("%s has no track_id: one is made of artist, title and album", where)
+        log.info(f"{where} has no track_id: one is made of artist, title and album")
     return columns
 
 
@@ -801,7 +785,7 @@ def _tell_apart(ids: list[str], titles: list[str]) -> bool:
     """Whether these may be ids of songs: not where one value stands for many titles."""
     songs = set(zip(ids, map(str.lower, titles)))
     known = Counter(name for name, _ in songs if name.lower() not in MISSING)
-    return known.total() - len(known) <= max(MISTAKES[0], MANY * known.total())
+    return known.total() - len(known) <= max(MISTAKES, MANY * known.total())
 
 
 def _readable(column: str, cells: list[str]) -> list[float]:
@@ -815,12 +799,12 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
     Raises DataError where one of them is needed: the models would learn nonsense.
     """
     found = {}
-    for name in [name for name in COLUMNS if name in columns and name in (*SCALED, *AUDIO)]:
+    for name in [name for name in columns if name in (*SCALED, *AUDIO)]:
         numbers = _readable(name, cells[columns[name]])
         outside = [number for number in numbers if not 0 <= number <= SCALED.get(name, 1.001)]
         if name in INTEGERS:  # -1.3 may be a key that somebody has scaled
             outside = [number for number in outside if number % 1 == 0]
-        other = len(outside) > max(MISTAKES[0], MISTAKES[1] * len(numbers))
+        other = len(outside) > max(MISTAKES, MISTAKEN * len(numbers))
         if name in SCALED:
             other = not outside and len(numbers) >= MIN_SONGS
         if other:
@@ -844,45 +828,40 @@ def _duration_unit(name: str, numbers: list[float], where: str) -> float:
     units = [unit for end, unit in DURATION_UNITS.items() if re.search(end, _plain(name))]
     units += DURATION_UNITS.values()
     lengths = sorted(number for number in numbers if 0 < number < 1e9)
-    if lengths:  # not all of them are written 3:13
-        typical = lengths[len(lengths) // 2]
-        for unit in units:
-            if LENGTHS[0] <= typical * unit <= LENGTHS[1]:
-                if unit != units[0]:
-                    log.info('%s: each "%s" is read as %d ms', where, name, unit)
-                return unit
-    return units[0]
+    typical = lengths[len(lengths) // 2] if lengths else 0  # all may be written 3:13
+    fit = [unit for unit in units if SHORT <= typical * unit <= LONG] or units
+    if fit[0] != units[0]:
+        log.info(f'{where}: each "{name}" is read as {fit[0]} ms')
+    return fit[0]
 
 
-def _artists_of(cells: Counter[str], layout: _Layout, where: str) -> dict[str, str]:
-    """Return {cell: its artists as A;B}: where a comma separates artists is told by all cells.
+def _artists_of(names: pd.Series, layout: _Layout) -> pd.Series:
+    """Return artists as A;B: where a comma separates them is told by all cells.
 
     They are counted. Of "A, B" and "A,B" only the more usual one separates. A comma belongs to a
     name where what stands after it looks like the rest of one and is never seen without what
     stands before it.
     """
-    meaning = dict(zip(cells, cells))
+    cells = Counter(names.tolist())
     commas = [cell for cell in cells if "," in cell]
     text = "\n".join(commas)
     if not commas or any(";" in cell for cell in cells):
-        return meaning
+        return names
     if 2 * len(re.findall(TIGHT, text)) > text.count(","):
         separated = {cell: re.sub(TIGHT, ";", cell) for cell in commas}
     else:
         separated = _separated(cells, commas)
     rows = sum(cells[cell] for cell in commas if ";" in separated[cell])
     exportify = "(s)" in layout.header[layout.columns["artist_name"]]
-    if not exportify and not max(FEW[0], FEW[1] * cells.total()) < rows < MOST * cells.total():
-        log.info("%s: a comma belongs to an artist's name; write A;B for two artists", where)
-        return meaning
-    names = [cell for cell in commas if ";" not in separated[cell]]
+    if not exportify and not max(2, FEW * cells.total()) < rows < MOST * cells.total():
+        log.info(f"{layout.where}: a comma belongs to an artist's name; write A;B for two artists")
+        return names
+    one = "; ".join([cell for cell in commas if ";" not in separated[cell]][:3]) or "any name"
     log.info(
-        "%s: a comma separates artists in %d rows, but not in %s; write A;B where that is wrong",
-        where,
-        rows,
-        "; ".join(names[:3]) or "any name",
+        f"{layout.where}: a comma separates artists in {rows} rows, but not in {one}; write A;B "
+        "where that is wrong"
     )
-    return meaning | separated
+    return names.map(lambda cell: separated.get(cell, cell)).astype("str")
 
 
 def _separated(cells: Counter[str], commas: list[str]) -> dict[str, str]:
@@ -911,7 +890,7 @@ class _Row(NamedTuple):
     wrong: str  # why it is no row of the file, or ""
 
 
-def _read_rows(file: IO[str], path: str | Path) -> tuple[list[str], Iterator[_Row]]:
+def _read_rows(file: IO[str], path: str) -> tuple[list[str], Iterator[_Row]]:
     """Return (header, rows) of a CSV file; its rows are read as they are asked for."""
     number = 1
     first = file.readline(MAX_LINE)
@@ -982,35 +961,33 @@ REPEATED = "repeated track_id"
 REPEATED_DIFFERENT = "repeated track_id with different values"
 ONE_CELL = "the row is one quoted cell"
 DOUBLED = "its quotes are doubled"
-REJECTED_ADVICE = (  # (start of the reason, what to do)
-    (
-        ONE_CELL,
-        r"""take these quotes away: sed -E 's/^"(.*)"(\r?)$/\1\2/; s/""/"/g' {path} > mended.csv""",
+REJECTED_ADVICE = {  # start of the reason: what to do
+    ONE_CELL: (
+        r"""take these quotes away: sed -E 's/^"(.*)"(\r?)$/\1\2/; s/""/"/g' {path} > mended.csv"""
     ),
-    (DOUBLED, 'write one " where it has two: "A, B", not ""A, B""'),
-    ("not CSV", 'mend its quotes: a " within a quoted cell is written ""'),
-    (r"\d+ fields", "put quotes around the cells that have commas of their own"),
-    (REPEATED, "give each song a track_id of its own"),
-    ("no ", "fill in what is missing, or leave those rows out"),
-    ("", "correct those values (decimals with a point), or leave those rows out"),
-)
+    DOUBLED: 'write one " where it has two: "A, B", not ""A, B""',
+    "not CSV": 'mend its quotes: a " within a quoted cell is written ""',
+    r"\d+ fields": "put quotes around the cells that have commas of their own",
+    REPEATED: "give each song a track_id of its own",
+    "no ": "fill in what is missing, or leave those rows out",
+    "": "correct those values (decimals with a point), or leave those rows out",
+}
 
 
-def _fix(reason: str, path: str | Path) -> str:
+def _fix(reason: str, path: str) -> str:
     """Return what to do about rows that cannot be loaded."""
-    fix = next(fix for start, fix in REJECTED_ADVICE if re.match(start, reason))
-    return fix.format(path=shlex.quote(str(path)))
+    fix = next(fix for start, fix in REJECTED_ADVICE.items() if re.match(start, reason))
+    return fix.format(path=shlex.quote(path))
 
 
-def _warn_of_many(
-    lost: Counter[str], unread: Counter[str], read: int, where: str | Path
-) -> list[str]:
+def _warn_of_many(lost: Counter[str], unread: Counter[str], read: int, where: str) -> list[str]:
     """Return sentences about losses so great that somebody should know of them."""
     if +unread:
         missing = _in_words(unread)
-        log.warning("%s: values that cannot be read are treated as missing: %s", where, missing)
+        log.warning(f"{where}: values that cannot be read are treated as missing: {missing}")
     said = []
-    lost = Counter({reason: rows for reason, rows in lost.items() if reason != REPEATED})
+    lost = +lost
+    del lost[REPEATED]
     rows = lost.total()
     if rows > MANY * read:
         reason, most = lost.most_common(1)[0]
@@ -1029,7 +1006,7 @@ def _warn_of_many(
 
 # ---- CSV files: where they come from -------------------------------------------------------------
 @contextlib.contextmanager
-def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], IO[bytes]]]:
+def _open_csv(path: str) -> Iterator[tuple[IO[str], IO[bytes]]]:
     """Yield (text, the bytes it is read from) of a path, or of an http(s) URL, fetched first."""
     foreign = set()
 
@@ -1040,8 +1017,8 @@ def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], IO[bytes]]]:
     codecs.register_error("windows", windows)
     raw: Any  # a buffered file, which can be peeked into
     try:
-        is_url = re.match("https?://", str(path))
-        raw = _fetch(str(path)) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
+        is_url = re.match("https?://", path)
+        raw = _fetch(path) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
     except OSError as error:
         raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
     with raw:
@@ -1053,7 +1030,7 @@ def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], IO[bytes]]]:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file ({error}); copy it again") from error
     if foreign:
-        log.warning("%s is not UTF-8 throughout: the rest was read as Windows-1252", path)
+        log.warning(f"{path} is not UTF-8 throughout: the rest was read as Windows-1252")
 
 
 def _fetch(url: str) -> IO[bytes]:
@@ -1261,8 +1238,6 @@ def _make_ids(cells: pd.DataFrame) -> None:
     if "track_id" not in cells:
         cells.insert(0, "track_id", "")
     without = cells["track_id"] == ""
-    if not without.any():
-        return
     names = cells[without].reindex(
         columns=["artist_name", "track_name", "album_name"], fill_value=""
     )
@@ -1283,7 +1258,7 @@ def check_csv(path: str | Path | None) -> list[tuple[str, str, str]]:
     """
     if not path:
         return []
-    found = _convert(path, io.StringIO(), BLOCK_ROWS)[1]
+    found = _convert(str(path), io.StringIO(), BLOCK_ROWS)[1]
     return [_looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])]
 
 
@@ -1355,6 +1330,32 @@ def check_table(url: str, table: str, for_csv: bool = False) -> tuple[str, int]:
         return f"PostgreSQL {version} at {at.host}:{at.port}, database {at.dbname}", rows
 
 
+NEW_TABLE = """
+    CREATE TABLE {} (
+        track_id text COLLATE "C" PRIMARY KEY,
+        artist_name text,
+        track_name text,
+        genre text,
+        popularity double precision,
+        danceability double precision,
+        energy double precision,
+        loudness double precision,
+        speechiness double precision,
+        acousticness double precision,
+        instrumentalness double precision,
+        valence double precision,
+        liveness double precision,
+        tempo double precision,
+        key integer,
+        mode integer,
+        duration_ms integer,
+        time_signature integer,
+        explicit boolean,
+        year integer,
+        album_name text
+    )"""
+
+
 def _load_into(table: str) -> str:
     return command("train.py", "--csv-path", "songs.csv", "--table-name", table)
 
@@ -1366,10 +1367,10 @@ def _open_table(cursor, table: str, to_load: bool = False) -> tuple[str, dict[st
     instead.
     """
     name, columns, view, allowed = _find(cursor, table)
-    if columns is None and to_load:
-        _create_table(cursor, name)
-        return _open_table(cursor, table, to_load)
     if columns is None:
+        if to_load:
+            cursor.execute(NEW_TABLE.format(name))
+            return _open_table(cursor, table, to_load)
         raise DataError(f'The table "{table[:200]}" does not exist. {_where_else(cursor, table)}')
     header = list(columns)
     _demand(header if to_load else our_columns(header), header, f'The table "{table}"')
@@ -1383,17 +1384,6 @@ def _open_table(cursor, table: str, to_load: bool = False) -> tuple[str, dict[st
             f"GRANT SELECT, INSERT, UPDATE, TRUNCATE ON {table} TO {cursor.connection.info.user}"
         )
     return name, columns
-
-
-def _create_table(cursor, name: str) -> None:
-    kinds = {
-        **dict.fromkeys(TEXT, "text"),
-        **dict.fromkeys(INTEGERS, "integer"),
-        "explicit": "boolean",
-        "track_id": 'text COLLATE "C" PRIMARY KEY',
-    }
-    columns = ", ".join(f"{column} {kinds.get(column, 'double precision')}" for column in COLUMNS)
-    cursor.execute(f"CREATE TABLE {name} ({columns})")
 
 
 def _where_else(cursor, table: str) -> str:
@@ -1467,16 +1457,13 @@ def database_url(demo: int | bool | None = False) -> str:
     if url and not demo:
         _parse_url(url)
         return url
-    log.info(
-        "%s: using the embedded PostgreSQL in %s",
-        "demo songs" if demo else "DATABASE_URL is not set",
-        ROOT / ".postgres",
-    )
+    why = "demo songs" if demo else "DATABASE_URL is not set"
+    log.info(f"{why}: using the embedded PostgreSQL in {ROOT / '.postgres'}")
     return start_server(ROOT / ".postgres", "demo" if demo else "music")
 
 
 @contextlib.contextmanager
-def connect(url: str, read_only: bool = False, statement_ms: int | None = None) -> Iterator:
+def connect(url: str, read_only: bool = False) -> Iterator:
     """Yield a cursor in one transaction, committed at the end of the block.
 
     It is rolled back if the block raises, and always closed. Session settings are made inside the
@@ -1490,7 +1477,7 @@ def connect(url: str, read_only: bool = False, statement_ms: int | None = None) 
         # None: where the server says read-only, it is
         connection.set_session(readonly=read_only or None)
         with connection, connection.cursor() as cursor:
-            cursor.execute(SESSION, [statement_ms or STATEMENT_MS, LOCK_MS, SORT_MEMORY])
+            cursor.execute(SESSION, [STATEMENT_MS, LOCK_MS, SORT_MEMORY])
             yield cursor
     except psycopg2.Error as error:
         raise _explain(error, parts, read_only) from error
@@ -1583,8 +1570,7 @@ def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> E
     """Return the error to raise for one of psycopg2: a sentence that names server and fix."""
     said = re.split("\nLINE |\n\tIs the server", str(error))[0]
     said = " ".join(re.sub(UNENCRYPTED, "", said).split()).rstrip(".")
-    if not said:
-        said = "the connection was closed"
+    said = said or "the connection was closed"
     text = f"{error.pgcode or '-'} {said}"
     pattern = next(pattern for pattern in ADVICE if re.search(pattern, text))
     fix = ADVICE[pattern].format(
@@ -1652,7 +1638,7 @@ def _start_keeper(folder: Path) -> subprocess.Popen:
     users = open(folder / "users.lock", "a")  # noqa: SIM115  (held until this process ends)
     fcntl.flock(users, fcntl.LOCK_SH)  # waits while the server is being stopped
     _servers[folder] = users
-    program = [sys.executable, "-S", str(Path(__file__).resolve()), "keep"]
+    program = [sys.executable, "-S", str(Path(__file__).resolve())]
     with open(folder / "log", "ab") as words:
         return subprocess.Popen(
             [*program, *arguments], stdin=subprocess.DEVNULL, stdout=words, stderr=words
@@ -1701,8 +1687,8 @@ def _server_user(folder: Path) -> dict:
     for parent in {*folder.parents, *(_binaries() / "postgres").parents}:
         if not parent.stat().st_mode & 0o001:  # passing through is enough, nobody needs to list it
             log.warning(
-                "PostgreSQL does not run as root: letting other users pass through %s (chmod o+x)",
-                parent,
+                f"PostgreSQL does not run as root: letting other users pass through {parent} "
+                "(chmod o+x)"
             )
             parent.chmod(parent.stat().st_mode | 0o001)
     return {"user": folder.stat().st_uid, "group": folder.stat().st_gid, "extra_groups": []}
@@ -1837,9 +1823,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5 or sys.argv[1] != "keep":
-        sys.exit("usage: python db.py keep FOLDER BINARIES OPTIONS")
+    if len(sys.argv) != 4:
+        sys.exit("usage, for start_server: python db.py FOLDER BINARIES OPTIONS")
     try:
-        sys.exit(keep(*sys.argv[2:]))
+        sys.exit(keep(*sys.argv[1:]))
     except OSError as error:
         sys.exit(str(error))

@@ -1953,9 +1953,10 @@ WAITING = (
 def test_timeouts_a_connection_that_is_ended_and_a_replica(url, tmp_path, monkeypatch):
     load(url, tmp_path, [GOOD])
     monkeypatch.setattr(db, "LOCK_MS", 200)
+    monkeypatch.setattr(db, "STATEMENT_MS", 900)
 
     def run(query):
-        with db.connect(url, statement_ms=900) as cursor:
+        with db.connect(url) as cursor:
             cursor.execute(query)
 
     with db.connect(url) as other:
