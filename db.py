@@ -552,11 +552,6 @@ PREFIXES = (
     "song track spotify audio audiofeatures audiofeature trackfeature feature "
     "nombre nombredela nombredel nome nomeda nomedo nomdu"
 )
-DURATION_UNITS = {  # {how a column's name ends: milliseconds}
-    "(ms|msec|millis|milliseconds)$": 1,
-    "(s|sec|secs|seconds)$": 1000,
-    "(min|mins|minutes)$": 60_000,
-}
 ALIASES = {
     "track_id": (
         "spotifytrackid spotifysongid spotifyid spotifytrackuri spotifytrackurl spotifyurl "
@@ -821,18 +816,13 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
 
 
 def _duration_unit(name: str, numbers: list[float], where: str) -> float:
-    """Return the milliseconds in one unit of a column of durations.
-
-    Its name tells, unless a typical song would be over in seconds or last for hours; else its size.
-    """
-    units = [unit for end, unit in DURATION_UNITS.items() if re.search(end, _plain(name))]
-    units += DURATION_UNITS.values()
+    """Return the milliseconds in one unit of a column of durations, by that of a typical song."""
     lengths = sorted(number for number in numbers if 0 < number < 1e9)
-    typical = lengths[len(lengths) // 2] if lengths else 0  # all may be written 3:13
-    fit = [unit for unit in units if SHORT <= typical * unit <= LONG] or units
-    if fit[0] != units[0]:
-        log.info(f'{where}: each "{name}" is read as {fit[0]} ms')
-    return fit[0]
+    typical = lengths[len(lengths) // 2] if lengths else SHORT  # all may be written 3:13
+    unit = next((unit for unit in (1, 1000, 60_000) if SHORT <= typical * unit <= LONG), 1)
+    if unit != 1:
+        log.info(f'{where}: each "{name}" is read as {unit} ms')
+    return unit
 
 
 def _artists_of(names: pd.Series, layout: _Layout) -> pd.Series:
