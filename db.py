@@ -570,7 +570,7 @@ ALIASES = {
         "playlistgenre topgenre maingenre artistgenre musicgenre genero genere musikrichtung"
     ),
     "popularity": (
-        "popularityscore popularidad popularidade popularite popularitat beliebtheit popolarita"
+        "popularityscore pop popularidad popularidade popularite popularitat beliebtheit popolarita"
     ),
     "year": (
         "releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate "
@@ -578,8 +578,12 @@ ALIASES = {
         "anno erscheinungsjahr fechadelanzamiento datadelancamento datedesortie "
         "veroffentlichungsdatum erscheinungsdatum datadiuscita anio"
     ),
-    "loudness": "loudnessdb",
-    "valence": "happiness",
+    "danceability": "dnce",
+    "energy": "nrgy",
+    "loudness": "loudnessdb db",
+    "speechiness": "spch",
+    "acousticness": "acous",
+    "valence": "happiness val",
     "tempo": "tempobpm beatsperminute bpm",
     "duration_ms": (
         "durationmsec durationmillis durationmilliseconds durationinms durationinmilliseconds "
@@ -587,7 +591,7 @@ ALIASES = {
         "durationminutes durationmin durationmins durationinminutes durationinmin "
         "lengthms lengthinms lengthmilliseconds lengthseconds lengthsec lengths lengthinseconds "
         "lengthminutes lengthmin lengthinminutes "
-        "duration length duracion duracao duree dauer durata"
+        "duration length dur duracion duracao duree dauer durata"
     ),
     "explicit": "isexplicit explicitlyrics explicitcontent",
     "key": "musicalkey",
@@ -640,23 +644,15 @@ def _names_of(name: str) -> list[str]:
 def _likely_name(name: str, header: list[str]) -> str:
     """Return the column of `header` of which a person would say that it is our column, or "".
 
-    It is never one that we know by its name. Abbreviations are recognised by their consonants.
+    It is never one that we know by its name.
     """
     known = our_columns(header)
     if name in known:  # in a table to load into, whose names have to be ours to the letter
         return header[known[name]]
-    wanted = name.replace("_", "")
     unknown = [other for place, other in enumerate(header) if place not in known.values()]
     others = {_plain(other): other for other in unknown[:500]}
-    for plain in difflib.get_close_matches(wanted, others, 1, LIKELY):
-        return others[plain]
-    for plain, other in others.items():
-        bones = re.sub("[aeiou]", "", plain)
-        same_bones = len(plain) >= 3 and re.sub("[aeiou]", "", wanted).startswith(bones)
-        # dnce for danceability, but not people for popularity, which has no e
-        if same_bones and re.search(".*".join(plain), wanted):
-            return other
-    return ""
+    close = difflib.get_close_matches(name.replace("_", ""), others, 1, LIKELY)
+    return others[close[0]] if close else ""
 
 
 def _demand(names: Iterable[str], there: list[str], where: str) -> None:
