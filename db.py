@@ -104,7 +104,6 @@ TEXT = ("track_id", "artist_name", "track_name", "genre", "album_name")
 INTEGERS = ("key", "mode", "duration_ms", "time_signature", "explicit", "year")
 ANY_NUMBER = (-2e9, 2e9)  # what an integer of PostgreSQL holds
 RANGES = {
-    **dict.fromkeys(COLUMNS, ANY_NUMBER),
     **dict.fromkeys((*AUDIO, "liveness", "mode", "explicit"), (0, 1)),
     "loudness": (-1000, 1000),  # dB
     "key": (-1, 11),
@@ -463,7 +462,7 @@ def _table_of_predictions(cursor, table: str, columns: dict[str, str]) -> str:
 def postgres_array(texts: Iterable[str]) -> str:
     """Return texts as PostgreSQL writes an array of them."""
     # strings of JSON are valid elements of an array
-    return "{" + ",".join(json.dumps(text, ensure_ascii=False) for text in texts) + "}"
+    return "{" + json.dumps([*texts], ensure_ascii=False)[1:-1] + "}"
 
 
 # ---- Demo songs ----------------------------------------------------------------------------------
@@ -713,7 +712,7 @@ class _Layout(NamedTuple):
     where: str  # that file or table
     header: list[str]
     columns: dict[str, int]  # {our column: position}, track_id first
-    duration_unit: float  # milliseconds
+    duration_unit: int  # milliseconds
     warnings: list[str]  # what a person should know of the whole
 
 
@@ -727,7 +726,7 @@ def _look_at(header: list[str], rows: list, where: str) -> _Layout:
     audio = [columns[name] for name in AUDIO if name in columns]
     if rows and audio and not any(_has_values(cells[place]) for place in audio):
         raise DataError(f"{where} has no audio features in any row: {WITHOUT_FEATURES}")
-    unit: float = 1
+    unit = 1
     if "duration_ms" in columns:
         place = columns["duration_ms"]
         unit = _duration_unit(header[place], _readable("", cells[place]), where)
@@ -811,7 +810,7 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
     return [said]
 
 
-def _duration_unit(name: str, numbers: list[float], where: str) -> float:
+def _duration_unit(name: str, numbers: list[float], where: str) -> int:
     """Return the milliseconds in one unit of a column of durations, by that of a typical song."""
     lengths = sorted(number for number in numbers if 0 < number < 1e9)
     typical = lengths[len(lengths) // 2] if lengths else SHORT  # all may be written 3:13
@@ -1077,7 +1076,7 @@ def _read_values(cells: pd.DataFrame, layout: _Layout, unread: Counter[str]) -> 
             continue
         unit = layout.duration_unit if column == "duration_ms" else 1
         values = _numbers(column, cells[column], unit)
-        low, high = RANGES[column]
+        low, high = RANGES.get(column, ANY_NUMBER)
         outside = (values < low) | (values > high)
         if column in REQUIRED:
             reject(values.isna(), f"no {column}")
@@ -1457,19 +1456,15 @@ def connect(url: str, read_only: bool = False) -> Iterator:
     DatabaseUnavailable for whatever psycopg2 raises.
     """
     parts = _parse_url(url)
-    connection = None
     try:
-        connection = psycopg2.connect(**{**psycopg2.extensions.parse_dsn(DEFAULTS), **parts})
-        # None: where the server says read-only, it is
-        connection.set_session(readonly=read_only or None)
-        with connection, connection.cursor() as cursor:
-            cursor.execute(SESSION, [STATEMENT_MS, LOCK_MS, SORT_MEMORY])
-            yield cursor
+        with contextlib.closing(psycopg2.connect(DEFAULTS, **parts)) as connection:
+            # None: where the server says read-only, it is
+            connection.set_session(readonly=read_only or None)
+            with connection, connection.cursor() as cursor:
+                cursor.execute(SESSION, [STATEMENT_MS, LOCK_MS, SORT_MEMORY])
+                yield cursor
     except psycopg2.Error as error:
         raise _explain(error, parts, read_only) from error
-    finally:
-        if connection:
-            connection.close()
 
 
 def _parse_url(url: str) -> dict[str, str]:
