@@ -516,11 +516,11 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     main_genre = rng.integers(0, genres, artists)[artist]
     genre = np.where(has_main_genre, main_genre, rng.integers(0, genres, n))
     *sound, fame, pace, length = (
-        rng.normal(0, 1, (genres, traits))[genre]
+        rng.normal(size=(genres, traits))[genre]
         + rng.normal(0, 0.8, (artists, traits))[artist]
         + rng.normal(0, 0.6, (n, traits))
     ).T
-    songs = pd.DataFrame(dict(zip(RARE, sound)))
+    songs = pd.DataFrame(sound, list(RARE)).T
     songs = (1 / (1 + np.exp(pd.Series(RARE) - songs))).round(4)
     names = np.array([f"Demo Artist {number}" for number in range(artists)], object)
     return songs.assign(

@@ -2295,6 +2295,12 @@ NASTY = [
 ]
 
 
+def test_a_new_table_has_a_place_for_every_column(url):
+    db.load_demo(30, url, "songs")
+    names = "array_agg(attname::text ORDER BY attnum) FROM pg_attribute"
+    assert value(url, f"{names} WHERE attrelid = 'songs'::regclass AND attnum > 0") == [*db.COLUMNS]
+
+
 def test_round_trip(url, tmp_path):
     """What goes in valid comes out equal but for blanks around it, what is invalid is left out.
 
@@ -4040,6 +4046,14 @@ def test_a_table_that_is_none_of_predictions_is_not_touched(url, predicted, ask)
     said = ask(*PREDICT, "songs", status=2)
     assert '"songs" is no table of predictions: its columns are track_id' in said
     assert value(url, "count(*) FROM songs") == 300
+
+
+def test_any_id_has_its_predictions(url):
+    columns = {"track_id": "text", "models_trained_at": "text"}
+    ids = ["a\rb", "c,d", 'e"']
+    frame = pd.DataFrame({"track_id": ids, "models_trained_at": "now"})
+    db.replace_predictions(url, "said", columns, [frame])
+    assert execute(url, "SELECT track_id FROM said ORDER BY 1") == [(name,) for name in ids]
 
 
 def test_who_may_not_write_predictions_is_told_what_to_ask_for(url, predicted, ask, monkeypatch):
