@@ -64,6 +64,7 @@ HTTP_SECONDS = 30
 BLOCK = 1 << 20  # bytes that COPY gives or takes in one go
 MAX_LINE = 16 << 20  # characters
 BLOCK_ROWS = 20_000  # that are looked at together; the first of them decide, in --check too
+COPY_ROWS = 5_000  # that are made text in one go: servers end connections that idle
 LOG_ROWS = 100_000  # of a CSV file between two log lines
 MANY = 0.1  # share of the rows from which on their loss is a warning of the run
 MISTAKES = 10  # so many rows may be out of a feature's range by mistake,
@@ -387,8 +388,8 @@ def _merge(cursor, table: str, songs: pd.DataFrame, truncate: bool) -> None:
         f"{column} {'text' if column in TEXT else 'double precision'}" for column in songs
     )
     cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
-    for start in range(0, len(songs), BLOCK_ROWS):
-        _copy(cursor, "staging", songs[start : start + BLOCK_ROWS])
+    for start in range(0, len(songs), COPY_ROWS):
+        _copy(cursor, "staging", songs[start : start + COPY_ROWS])
     values = {}
     for column in songs:
         if column in kinds:  # a double does not become a boolean at once
