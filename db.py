@@ -5,7 +5,7 @@
     songs = load_songs(url, "spotify_songs")     # one COPY, sorted by track_id
 
 Whatever goes wrong is a DataError (the same input brings it back) or a DatabaseUnavailable (it may
-heal). `python db.py keep FOLDER BINARIES OPTIONS` is the parent of the embedded server;
+heal). `python db.py FOLDER BINARIES OPTIONS` is the parent of the embedded server;
 start_server starts it.
 """
 
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, unquote
 
-if __name__ != "__main__":  # `python db.py keep` needs neither and has to be there at once
+if __name__ != "__main__":  # the keeper needs neither and has to be there at once
     import dotenv
     import psycopg2
     from psycopg2 import sql
@@ -64,9 +64,11 @@ HTTP_SECONDS = 30
 BLOCK = 1 << 20  # bytes that COPY gives or takes in one go
 MAX_LINE = 16 << 20  # characters
 BLOCK_ROWS = 20_000  # that are looked at together; the first of them decide, in --check too
+COPY_ROWS = 5_000  # that are made text in one go: servers end connections that idle
 LOG_ROWS = 100_000  # of a CSV file between two log lines
 MANY = 0.1  # share of the rows from which on their loss is a warning of the run
-MISTAKES = 10, 0.01  # so many rows, or this share, may be out of a feature's range by mistake
+MISTAKES = 10  # so many rows may be out of a feature's range by mistake,
+MISTAKEN = 0.01  # or this share of them
 
 # ---- Columns -------------------------------------------------------------------------------------
 AUDIO = (
@@ -103,7 +105,6 @@ TEXT = ("track_id", "artist_name", "track_name", "genre", "album_name")
 INTEGERS = ("key", "mode", "duration_ms", "time_signature", "explicit", "year")
 ANY_NUMBER = (-2e9, 2e9)  # what an integer of PostgreSQL holds
 RANGES = {
-    **dict.fromkeys(COLUMNS, ANY_NUMBER),
     **dict.fromkeys((*AUDIO, "liveness", "mode", "explicit"), (0, 1)),
     "loudness": (-1000, 1000),  # dB
     "key": (-1, 11),
@@ -137,40 +138,33 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     Raises DataError (missing table or columns, another scale, nothing left) or
     DatabaseUnavailable.
     """
-    where = f'The table "{table}"'
     songs, layout = _read_table(url, table, most)
     read = len(songs)
     unread: Counter[str] = Counter()
-    reasons = _read_values(songs, layout, unread)
-    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
-    songs["artist_name"] = songs["artist_name"].map(artists)
+    songs, reasons = _songs_of(songs, layout, unread)
     left_out = Counter(reasons[reasons != ""])
-    numbers = [column for column in songs if column not in TEXT]
-    songs = songs[reasons == ""].astype(dict.fromkeys(numbers, "float32"))
-    if not songs["track_id"].is_monotonic_increasing:  # ids were made, or cut out of URIs
-        songs = songs.sort_values("track_id", kind="stable")
-    if not songs["track_id"].is_unique:
-        songs = _last_of_each(songs, left_out)
+    songs = songs[reasons == ""]
+    ids = songs["track_id"]
+    if not (ids.is_unique and ids.is_monotonic_increasing):  # they were made, or cut out of URIs
+        songs = _last_of_each(songs.sort_values(list(songs)), left_out)
     if songs.empty:
         raise DataError(
-            f"{where} has no song that can be used ({_in_words(left_out)}); "
+            f"{layout.where} has no song that can be used ({_in_words(left_out)}); "
             f"load songs: {_load_into(table)}"
         )
     if left_out:
-        log.warning('Left out of "%s": %s', table, _in_words(left_out))
+        log.warning(f'Left out of "{table}": {_in_words(left_out)}')
     songs = songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
-    songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, where)
+    songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, layout.where)
     songs.attrs["wrong"] = left_out + unread
     return songs
 
 
 def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
-    """Return one row for each track_id; count the others in `left_out`."""
-    songs = songs.sort_values(list(songs))
+    """Return the last row of each track_id; count the others in `left_out`."""
     repeated = songs.duplicated("track_id", keep="last")
     same = songs.duplicated(["track_id", *AUDIO], keep="last")
-    left_out[REPEATED] = int((repeated & same).sum())
-    left_out[REPEATED_DIFFERENT] = int((repeated & ~same).sum())
+    left_out.update(same[repeated].map({True: REPEATED, False: REPEATED_DIFFERENT}))
     return songs[~repeated]
 
 
@@ -233,68 +227,65 @@ def load_csv(
     Raises DataError (file, columns, another scale, most rows cannot be loaded, no permission) or
     DatabaseUnavailable.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as good:
-        with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
-            # without a connection: servers end those that idle
-            columns, artists, found = _convert(csv_path, good, aside)
-        rejected = found["rejected"].total()
-        if not rejected and os.path.isfile(aside.name):  # os.devnull is none
-            os.unlink(aside.name)
-        good.seek(0)
-        with connect(url) as cursor:
-            repeated, different = _merge(cursor, table, columns, artists, good, truncate)
-    loaded = found["read"] - rejected - repeated
-    said = (
-        '%d songs loaded into "%s" (%d rows read, %d repeated, %d of these with different values)'
+    with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
+        songs, found = _convert(str(csv_path), aside)
+    rejected = found["rejected"].total()
+    if not rejected and os.path.isfile(aside.name):  # os.devnull is none
+        os.unlink(aside.name)
+    repeats: Counter[str] = Counter()
+    songs = _last_of_each(songs, repeats)
+    with connect(url) as cursor:  # not before: servers end connections that idle
+        _merge(cursor, table, songs, truncate)
+    found["loaded"] = len(songs)
+    found["repeated"] = repeats.total()
+    found["different"] = repeats[REPEATED_DIFFERENT]
+    log.info(
+        f'{len(songs)} songs loaded into "{table}" ({found["read"]} rows read, '
+        f"{found['repeated']} repeated, {found['different']} of these with different values)"
     )
-    log.info(said, loaded, table, found["read"], repeated, different)
     log.debug("CSV: loaded", extra={"model": "CSV", "phase": "done", "share": 1.0})
     if rejected:
+        examples = "; ".join(found["examples"])
         log.warning(
-            "%d rows rejected: %s; they are in %s: %s …",
-            rejected,
-            _in_words(found["rejected"]),
-            aside.name,
-            "; ".join(found["examples"]),
+            f"{rejected} rows rejected: {_in_words(found['rejected'])}; they are in {aside.name}: "
+            f"{examples} …"
         )
-    lost = found["rejected"] + Counter({REPEATED_DIFFERENT: different})
-    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], csv_path)
+    lost = found["rejected"] + repeats
+    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], str(csv_path))
     # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
-    counts = {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
-    return {**found, **counts, "loaded": loaded, "repeated": repeated, "different": different}
+    return found | {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
 
 
-def _convert(
-    path: str | Path, good: IO[str], aside: IO[str], most: int | None = None
-) -> tuple[list[str], dict[str, str], dict]:
-    """Write the songs of a CSV file to `good` and the rows that cannot be loaded to `aside`.
+def _convert(path: str, aside: IO[str], most: int | None = None) -> tuple[pd.DataFrame, dict]:
+    """Return the songs of a CSV file and dict(read, rejected, examples, unread, warnings).
 
-    Both are open files; `most` limits how many rows are looked at. Return (columns of `good`,
-    {cell of artist_name: what it means}, dict(read, rejected, examples, unread, warnings)).
+    Rows that cannot be loaded are written to `aside`, an open file; `most` limits how many rows are
+    looked at.
     """
-    where = str(path)
+    import pandas as pd
+
     put_aside = csv.writer(aside).writerow
     rejected: Counter[str] = Counter()
     found: dict = {"read": 0, "rejected": rejected, "examples": [], "unread": Counter()}
-    artists: Counter[str] = Counter()
-    with _open_csv(path) as (file, share):
+    parts = []
+    with _open_csv(path) as (file, raw):
+        size = os.fstat(raw.fileno()).st_size
         header, rows = _read_rows(file, path)
         rows = itertools.islice(rows, most)
         block = list(itertools.islice(rows, BLOCK_ROWS))
-        _refuse_transposed(block, where)
-        _demand(our_columns(header), header, where)
+        _refuse_transposed(block, path)
+        _demand(our_columns(header), header, path)
         if not block:
             raise DataError(f"{path}: there is only a header; the table is unchanged")
         put_aside(["line", "reason", *header])
-        layout = _look_at(header, [row.fields for row in block if not row.wrong], where)
+        layout = _look_at(header, [row.fields for row in block if not row.wrong], path)
         while block:
-            songs = _sort(block, layout, put_aside, found)
-            songs.to_csv(good, header=False, index=False, lineterminator="\r\n")
-            artists.update(songs["artist_name"].tolist())
+            parts.append(_sort(block, layout, put_aside, found))
             found["read"] += len(block)
             if found["read"] % LOG_ROWS == 0:
-                progress = {"model": "CSV", "phase": "loading", "share": share()}
-                log.info("%s: %s rows read", path, f"{found['read']:,}", extra=progress)
+                share = raw.tell() / size if size else None  # a pipe has none
+                progress = {"model": "CSV", "phase": "loading", "share": share}
+                log.info(f"{path}: {found['read']:,} rows read", extra=progress)
             block = list(itertools.islice(rows, BLOCK_ROWS))
     if 2 * rejected.total() > found["read"]:
         raise DataError(
@@ -302,8 +293,9 @@ def _convert(
             f"({_in_words(rejected)}); the table is unchanged. "
             f"{'; '.join([*found['examples'], _fix(rejected.most_common(1)[0][0], path)])}"
         )
-    meaning = _artists_of(artists, layout, where)
-    return list(songs), meaning, found | {"warnings": layout.warnings}
+    songs = pd.concat(parts, ignore_index=True)
+    songs["artist_name"] = _artists_of(songs["artist_name"], layout)
+    return songs, found | {"warnings": layout.warnings}
 
 
 def _sort(block: list[_Row], layout: _Layout, put_aside: Callable, found: dict) -> pd.DataFrame:
@@ -341,8 +333,8 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     import pandas as pd
 
-    with _open_csv(path) as (file, _):
-        header, rows = _read_rows(file, path)
+    with _open_csv(str(path)) as (file, _):
+        header, rows = _read_rows(file, str(path))
         cells = pd.DataFrame([row.fields for row in rows])
     cells = cells.reindex(columns=range(len(header))).fillna("").astype("str")
     cells.columns = header
@@ -359,20 +351,26 @@ def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
     cells = rows.astype(object).where(rows.notna(), "").astype("str").reset_index(drop=True)
     layout = _look_at(header, cells.to_numpy().tolist(), where)
     songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
-    _read_values(songs, layout, Counter())
-    artists = _artists_of(Counter(songs["artist_name"].tolist()), layout, where)
-    songs["artist_name"] = songs["artist_name"].map(artists).astype("str")
-    numbers = [name for name in songs if name not in TEXT]
-    songs = songs.astype(dict.fromkeys(numbers, "float32"))
+    songs, _ = _songs_of(songs, layout, Counter())
     if songs.empty:
         return songs
     there = songs.columns[songs.notna().any() & (songs != "").any()]
     demand_sound(there, header, where)
     missing = [name for name in ("genre", "popularity", *REQUIRED) if name not in there]
     if missing:
-        said = "%s has nothing in the columns %s; that is treated as missing"
-        log.warning(said, where, ", ".join(missing))
+        names = ", ".join(missing)
+        log.warning(f"{where} has nothing in the columns {names}; that is treated as missing")
     return songs
+
+
+def _songs_of(
+    cells: pd.DataFrame, layout: _Layout, unread: Counter[str]
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return what our columns say (see _read_values), and why each row is no song, or ""."""
+    reasons = _read_values(cells, layout, unread)
+    cells["artist_name"] = _artists_of(cells["artist_name"], layout)
+    numbers = [column for column in cells if column not in TEXT]
+    return cells.astype(dict.fromkeys(numbers, "float32")), reasons
 
 
 def demand_sound(
@@ -383,24 +381,20 @@ def demand_sound(
         _demand(names, list(found or names), where)
 
 
-def _merge(
-    cursor, table: str, columns: list[str], artists: dict[str, str], file: IO[str], truncate: bool
-) -> tuple[int, int]:
-    """COPY the songs of `file` and move them into the table.
-
-    What changed is updated, what is new is inserted. Return how many were repeats of a track_id,
-    and how many of these have other features.
-    """
+def _merge(cursor, table: str, songs: pd.DataFrame, truncate: bool) -> None:
+    """COPY the songs and move them into the table: update what changed, insert what is new."""
     name, kinds = _open_table(cursor, table, to_load=True)
-    repeated = _stage(cursor, columns, artists, file)
-
-    def cast(column: str) -> str:
-        value = f"s.{column}"
-        if column in INTEGERS:
-            value += "::int"  # a double does not become a boolean at once
-        return f"{value}::{kinds[column]}"
-
-    values = {column: cast(column) for column in columns if column in kinds}
+    staged = ", ".join(
+        f"{column} {'text' if column in TEXT else 'double precision'}" for column in songs
+    )
+    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
+    for start in range(0, len(songs), COPY_ROWS):
+        _copy(cursor, "staging", songs[start : start + COPY_ROWS])
+    values = {}
+    for column in songs:
+        if column in kinds:  # a double does not become a boolean at once
+            kind = kinds[column].replace("boolean", "int::boolean")
+            values[column] = f"s.{column}::{kind}"
     into = ", ".join(values)
     new = ", ".join(values.values())
     old = ", ".join(f"t.{column}" for column in values)
@@ -418,36 +412,12 @@ def _merge(
         f"INSERT INTO {name} ({into}) SELECT {new} FROM staging s "
         f'WHERE NOT EXISTS (SELECT FROM {name} t WHERE {same}) ORDER BY s.track_id COLLATE "C"'
     )
-    return repeated
 
 
-def _stage(cursor, columns: list[str], artists: dict[str, str], file: IO[str]) -> tuple[int, int]:
-    """COPY the songs of `file` into the table staging, the last of a track_id only.
-
-    `artists` says what cells of artist_name mean. Return how many others there were, and how many
-    of these have other features than the last.
-    """
-    staged = ", ".join(
-        f"{column} {'text' if column in TEXT else 'double precision'}" for column in columns
-    )
-    cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
-    cursor.copy_expert("COPY staging FROM STDIN (FORMAT csv)", file, BLOCK)
-    different = " OR ".join(f"staging.{name} <> kept.{name}" for name in AUDIO)
-    cursor.execute(
-        "WITH gone AS (DELETE FROM staging USING (SELECT track_id id, max(ctid) last FROM staging "
-        "GROUP BY 1 HAVING count(*) > 1) twice JOIN staging kept ON kept.ctid = last "
-        f"WHERE staging.track_id = id AND staging.ctid < last RETURNING {different} different) "
-        "SELECT count(*), count(*) FILTER (WHERE different) FROM gone"
-    )
-    repeated = cursor.fetchone()
-    changed = {cell: names for cell, names in artists.items() if cell != names}
-    if changed:
-        cursor.execute(
-            "UPDATE staging SET artist_name = artists "
-            "FROM json_each_text(%s) meaning(cell, artists) WHERE artist_name = cell",
-            [json.dumps(changed)],
-        )
-    return repeated
+def _copy(cursor, into: str, frame: pd.DataFrame) -> None:
+    # PostgreSQL wants a bare "\r" quoted, and so it is where a line ends in one
+    text = frame.to_csv(index=False, header=False, lineterminator="\r\n")
+    cursor.copy_expert(f"COPY {into} FROM STDIN (FORMAT csv)", io.StringIO(text), BLOCK)
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
@@ -467,10 +437,8 @@ def replace_predictions(
     with connect(url) as cursor:
         cursor.execute(f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
         cursor.execute(f"DELETE FROM {name}")
-        copy = f"COPY {name} ({', '.join(columns)}) FROM STDIN (FORMAT csv)"
         for frame in frames:
-            text = frame.reindex(columns=list(columns)).to_csv(index=False, header=False)
-            cursor.copy_expert(copy, io.StringIO(text), BLOCK)
+            _copy(cursor, f"{name} ({', '.join(columns)})", frame.reindex(columns=list(columns)))
 
 
 def _table_of_predictions(cursor, table: str, columns: dict[str, str]) -> str:
@@ -495,11 +463,11 @@ def _table_of_predictions(cursor, table: str, columns: dict[str, str]) -> str:
 def postgres_array(texts: Iterable[str]) -> str:
     """Return texts as PostgreSQL writes an array of them."""
     # strings of JSON are valid elements of an array
-    return "{" + ",".join(json.dumps(text, ensure_ascii=False) for text in texts) + "}"
+    return "{" + json.dumps([*texts], ensure_ascii=False)[1:-1] + "}"
 
 
 # ---- Demo songs ----------------------------------------------------------------------------------
-WORDS = (  # noqa: SIM905  (shorter than a line a word)
+TITLES = (  # noqa: SIM905  (shorter than a line a word)
     "Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal "
     "Midnight Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden "
     "Mirror Thunder Honey Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow "
@@ -545,24 +513,21 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     traits = len(RARE) + 3
     weight = 1 / np.arange(3, artists + 3) ** 0.8
     artist, guest = rng.choice(artists, (2, n), p=weight / weight.sum())
-    main_genre = rng.random(n) < 0.85
-    genre = np.where(
-        main_genre, rng.integers(0, genres, artists)[artist], rng.integers(0, genres, n)
-    )
+    has_main_genre = rng.random(n) < 0.85
+    main_genre = rng.integers(0, genres, artists)[artist]
+    genre = np.where(has_main_genre, main_genre, rng.integers(0, genres, n))
     *sound, fame, pace, length = (
-        rng.normal(0, 1, (genres, traits))[genre]
+        rng.normal(size=(genres, traits))[genre]
         + rng.normal(0, 0.8, (artists, traits))[artist]
         + rng.normal(0, 0.6, (n, traits))
     ).T
-    songs = pd.DataFrame(
-        {name: 1 / (1 + np.exp(rare - trait)) for (name, rare), trait in zip(RARE.items(), sound)}
-    ).round(4)
-    has_guest = rng.random(n) < 0.08
-    guests = [f";Demo Artist {name}" if here else "" for name, here in zip(guest, has_guest)]
+    songs = pd.DataFrame(sound, list(RARE)).T
+    songs = (1 / (1 + np.exp(pd.Series(RARE) - songs))).round(4)
+    names = np.array([f"Demo Artist {number}" for number in range(artists)], object)
     return songs.assign(
+        artist_name=names[artist] + np.where(rng.random(n) < 0.08, ";" + names[guest], ""),
         track_id=[f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
-        track_name=[" ".join(words) for words in rng.choice(WORDS, (n, 3))],
-        artist_name=[f"Demo Artist {name}" for name in artist] + pd.Series(guests),
+        track_name=[" ".join(words) for words in rng.choice(TITLES, (n, 3))],
         album_name=[
             f"Demo Album {name}-{number}" for name, number in zip(artist, rng.integers(0, 5, n))
         ],
@@ -587,11 +552,6 @@ PREFIXES = (
     "song track spotify audio audiofeatures audiofeature trackfeature feature "
     "nombre nombredela nombredel nome nomeda nomedo nomdu"
 )
-DURATION_UNITS = {  # {how a column's name ends: milliseconds}
-    "(ms|msec|millis|milliseconds)$": 1,
-    "(s|sec|secs|seconds)$": 1000,
-    "(min|mins|minutes)$": 60_000,
-}
 ALIASES = {
     "track_id": (
         "spotifytrackid spotifysongid spotifyid spotifytrackuri spotifytrackurl spotifyurl "
@@ -610,7 +570,7 @@ ALIASES = {
         "playlistgenre topgenre maingenre artistgenre musicgenre genero genere musikrichtung"
     ),
     "popularity": (
-        "popularityscore popularidad popularidade popularite popularitat beliebtheit popolarita"
+        "popularityscore pop popularidad popularidade popularite popularitat beliebtheit popolarita"
     ),
     "year": (
         "releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate "
@@ -618,8 +578,12 @@ ALIASES = {
         "anno erscheinungsjahr fechadelanzamiento datadelancamento datedesortie "
         "veroffentlichungsdatum erscheinungsdatum datadiuscita anio"
     ),
-    "loudness": "loudnessdb",
-    "valence": "happiness",
+    "danceability": "dnce",
+    "energy": "nrgy",
+    "loudness": "loudnessdb db",
+    "speechiness": "spch",
+    "acousticness": "acous",
+    "valence": "happiness val",
     "tempo": "tempobpm beatsperminute bpm",
     "duration_ms": (
         "durationmsec durationmillis durationmilliseconds durationinms durationinmilliseconds "
@@ -627,7 +591,7 @@ ALIASES = {
         "durationminutes durationmin durationmins durationinminutes durationinmin "
         "lengthms lengthinms lengthmilliseconds lengthseconds lengthsec lengths lengthinseconds "
         "lengthminutes lengthmin lengthinminutes "
-        "duration length duracion duracao duree dauer durata"
+        "duration length dur duracion duracao duree dauer durata"
     ),
     "explicit": "isexplicit explicitlyrics explicitcontent",
     "key": "musicalkey",
@@ -646,21 +610,17 @@ def our_columns(header: list[str]) -> dict[str, int]:
 
 def _candidates(header: list[str]) -> dict[str, list[int]]:
     """Return {our column name: positions of the columns that may be meant, by trust}."""
-    exact: dict[str, int] = {}
-    loose: dict[str, int] = {}
+    known: dict[str, int] = {}
     for place, name in enumerate(header):
-        exact.setdefault(_plain(name), place)
+        known.setdefault(_plain(name), place)
         words = re.sub("(?<=[a-z])(?=[A-Z])", " ", re.sub(r"\(.*\)|_", " ", name))  # trackNames
         for form in (words, re.sub(r"(?<=\w{3})s\b", "", words)):
-            loose.setdefault(_plain(form).removesuffix("s"), place)
+            known.setdefault(_plain(form).removesuffix("s") + "?", place)
     found = {}
     for name in COLUMNS:
-        names = list(_names_of(name))
-        places = [exact.get(other) for other in names]
-        places += [loose.get(other.removesuffix("s")) for other in names]
-        there = [place for place in dict.fromkeys(places) if place is not None]
-        if there:
-            found[name] = there
+        places = dict.fromkeys(known[other] for other in _names_of(name) if other in known)
+        if places:
+            found[name] = list(places)
     return found
 
 
@@ -669,37 +629,30 @@ def _plain(name: str) -> str:
     return re.sub(r"\(s\)|[\W_]", "", unicodedata.normalize("NFKD", name.lower()))
 
 
-def _names_of(name: str) -> Iterator[str]:
-    """Yield what our column may be called, the most trusted name first."""
+def _names_of(name: str) -> list[str]:
+    """Return what our column may be called, the most trusted name first.
+
+    With "?" are those whose brackets and plural do not matter.
+    """
     own = name.replace("_", "")
-    yield own
-    names = [own, *ALIASES.get(name, "").split()]
-    for other, prefix in itertools.product(names, [*PREFIXES.split(), ""]):
-        yield prefix + other
+    names = [own]
+    for other in [own, *ALIASES.get(name, "").split()]:
+        names += [prefix + other for prefix in [*PREFIXES.split(), ""]]
+    return names + [other.removesuffix("s") + "?" for other in names]
 
 
 def _likely_name(name: str, header: list[str]) -> str:
     """Return the column of `header` of which a person would say that it is our column, or "".
 
-    It is never one that we know by its name. Abbreviations are recognised by their consonants.
+    It is never one that we know by its name.
     """
     known = our_columns(header)
     if name in known:  # in a table to load into, whose names have to be ours to the letter
         return header[known[name]]
-    wanted = name.replace("_", "")
-    others: dict[str, str] = {}
-    for place, other in enumerate(header[:500]):
-        if place not in known.values():
-            others.setdefault(_plain(other), other)
-    for plain in difflib.get_close_matches(wanted, others, 1, LIKELY):
-        return others[plain]
-    for plain, other in others.items():
-        bones = re.sub("[aeiou]", "", plain)
-        same_bones = len(plain) >= 3 and re.sub("[aeiou]", "", wanted).startswith(bones)
-        # dnce for danceability, but not people for popularity, which has no e
-        if same_bones and re.search(".*".join(plain), wanted):
-            return other
-    return ""
+    unknown = [other for place, other in enumerate(header) if place not in known.values()]
+    others = {_plain(other): other for other in unknown[:500]}
+    close = difflib.get_close_matches(name.replace("_", ""), others, 1, LIKELY)
+    return others[close[0]] if close else ""
 
 
 def _demand(names: Iterable[str], there: list[str], where: str) -> None:
@@ -707,14 +660,15 @@ def _demand(names: Iterable[str], there: list[str], where: str) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if not missing:
         return
-    hints = {}
+    hints = {name: name for name in missing}
     for name in COLUMNS:
         likely = "" if name in names else _likely_name(name, there)
-        hints[name] = f'{name} (closest: "{likely}")' if likely else name
+        if likely:
+            hints[name] = f'{name} (closest: "{likely}")'
     lacks = f"{where} lacks the columns {', '.join(hints[name] for name in missing)}"
-    if missing == [name for name in AUDIO if hints[name] == name]:
+    if [*AUDIO] == missing == [hints[name] for name in missing]:
         raise DataError(f"{lacks}: {WITHOUT_FEATURES}")
-    others = [hints[name] for name in COLUMNS if name not in missing and hints[name] != name]
+    others = [hint for name, hint in hints.items() if name not in missing]
     if others:
         lacks += f"; also {', '.join(others)}"
     raise DataError(
@@ -729,9 +683,8 @@ WITHOUT_FEATURES = (
 )
 
 
-def _refuse_transposed(rows: list[_Row], path: str | Path) -> None:
-    names = our_columns([row.fields[0] for row in rows[:100]])
-    if len(set(AUDIO) & set(names)) > len(AUDIO) / 2:
+def _refuse_transposed(rows: list[_Row], path: str) -> None:
+    if {*AUDIO} <= our_columns([row.fields[0] for row in rows[:100]]).keys():
         raise DataError(
             f"{path} has a song in each column and a feature in each row; exchange rows and "
             "columns (in a spreadsheet: copy, paste transposed)"
@@ -745,8 +698,9 @@ SCALES = (
     "divide percentages by 100: features must be 0 to 1, and loudness in dB, which is below 0 for "
     "nearly every song"
 )
-LENGTHS = (20_000, 3_600_000)  # milliseconds, between which a typical song lasts
-FEW = 2, 0.05  # so many cells, or this share, may have a comma that separates nothing
+SHORT = 20_000  # milliseconds, between which a typical song lasts
+LONG = 3_600_000
+FEW = 0.05  # share of cells, but two at least, that may have a comma that separates nothing
 # A comma without a blank, but not that of 10,000 Maniacs.
 TIGHT = r",(?! )(?!(?<=\d,)\d{3}\b)"
 MOST = 0.9  # share of cells with a comma from which on it is part of a name: "Bach, Johann"
@@ -756,9 +710,10 @@ REST_OF_NAME = r"(?i)(the|jr|sr)\b|.* (&|and|y|und|et|e) "  # The Creator, Wind 
 class _Layout(NamedTuple):
     """What the header and the first rows of a file or table say about its columns."""
 
+    where: str  # that file or table
     header: list[str]
     columns: dict[str, int]  # {our column: position}, track_id first
-    duration_unit: float  # milliseconds
+    duration_unit: int  # milliseconds
     warnings: list[str]  # what a person should know of the whole
 
 
@@ -772,19 +727,19 @@ def _look_at(header: list[str], rows: list, where: str) -> _Layout:
     audio = [columns[name] for name in AUDIO if name in columns]
     if rows and audio and not any(_has_values(cells[place]) for place in audio):
         raise DataError(f"{where} has no audio features in any row: {WITHOUT_FEATURES}")
-    unit: float = 1
+    unit = 1
     if "duration_ms" in columns:
         place = columns["duration_ms"]
         unit = _duration_unit(header[place], _readable("", cells[place]), where)
     warnings = _drop_scaled(columns, cells, where)
     unused = [name for place, name in enumerate(header) if name and place not in columns.values()]
     if unused:
-        log.info("%s: columns that are not used: %s", where, ", ".join(unused)[:999])
+        log.info(f"{where}: columns that are not used: {', '.join(unused)[:999]}")
     for name in ("genre", "popularity"):
         likely = _likely_name(name, header)
         if name not in columns and likely:
-            log.warning('%s has no %s; if "%s" is meant, rename it', where, name, likely)
-    return _Layout(header, columns, unit, warnings)
+            log.warning(f'{where} has no {name}; if "{likely}" is meant, rename it')
+    return _Layout(where, header, columns, unit, warnings)
 
 
 def _has_values(cells: list[str]) -> bool:
@@ -806,9 +761,9 @@ def _choose(header: list[str], cells: list[list[str]], where: str) -> dict[str, 
         for place in fit[:1]:
             columns[name] = place
             if known.get(name) != place:
-                log.info('%s: "%s" is taken for %s', where, header[place], name)
+                log.info(f'{where}: "{header[place]}" is taken for {name}')
     if "track_id" not in columns:
-        log.info("%s has no track_id: one is made of artist, title and album", where)
+        log.info(f"{where} has no track_id: one is made of artist, title and album")
     return columns
 
 
@@ -821,7 +776,7 @@ def _tell_apart(ids: list[str], titles: list[str]) -> bool:
     """Whether these may be ids of songs: not where one value stands for many titles."""
     songs = set(zip(ids, map(str.lower, titles)))
     known = Counter(name for name, _ in songs if name.lower() not in MISSING)
-    return known.total() - len(known) <= max(MISTAKES[0], MANY * known.total())
+    return known.total() - len(known) <= max(MISTAKES, MANY * known.total())
 
 
 def _readable(column: str, cells: list[str]) -> list[float]:
@@ -835,12 +790,12 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
     Raises DataError where one of them is needed: the models would learn nonsense.
     """
     found = {}
-    for name in [name for name in COLUMNS if name in columns and name in (*SCALED, *AUDIO)]:
+    for name in [name for name in columns if name in (*SCALED, *AUDIO)]:
         numbers = _readable(name, cells[columns[name]])
         outside = [number for number in numbers if not 0 <= number <= SCALED.get(name, 1.001)]
         if name in INTEGERS:  # -1.3 may be a key that somebody has scaled
             outside = [number for number in outside if number % 1 == 0]
-        other = len(outside) > max(MISTAKES[0], MISTAKES[1] * len(numbers))
+        other = len(outside) > max(MISTAKES, MISTAKEN * len(numbers))
         if name in SCALED:
             other = not outside and len(numbers) >= MIN_SONGS
         if other:
@@ -856,53 +811,43 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
     return [said]
 
 
-def _duration_unit(name: str, numbers: list[float], where: str) -> float:
-    """Return the milliseconds in one unit of a column of durations.
-
-    Its name tells, unless a typical song would be over in seconds or last for hours; else its size.
-    """
-    units = [unit for end, unit in DURATION_UNITS.items() if re.search(end, _plain(name))]
-    units += DURATION_UNITS.values()
+def _duration_unit(name: str, numbers: list[float], where: str) -> int:
+    """Return the milliseconds in one unit of a column of durations, by that of a typical song."""
     lengths = sorted(number for number in numbers if 0 < number < 1e9)
-    if lengths:  # not all of them are written 3:13
-        typical = lengths[len(lengths) // 2]
-        for unit in units:
-            if LENGTHS[0] <= typical * unit <= LENGTHS[1]:
-                if unit != units[0]:
-                    log.info('%s: each "%s" is read as %d ms', where, name, unit)
-                return unit
-    return units[0]
+    typical = lengths[len(lengths) // 2] if lengths else SHORT  # all may be written 3:13
+    unit = next((unit for unit in (1, 1000, 60_000) if SHORT <= typical * unit <= LONG), 1)
+    if unit != 1:
+        log.info(f'{where}: each "{name}" is read as {unit} ms')
+    return unit
 
 
-def _artists_of(cells: Counter[str], layout: _Layout, where: str) -> dict[str, str]:
-    """Return {cell: its artists as A;B}: where a comma separates artists is told by all cells.
+def _artists_of(names: pd.Series, layout: _Layout) -> pd.Series:
+    """Return artists as A;B: where a comma separates them is told by all cells.
 
     They are counted. Of "A, B" and "A,B" only the more usual one separates. A comma belongs to a
     name where what stands after it looks like the rest of one and is never seen without what
     stands before it.
     """
-    meaning = dict(zip(cells, cells))
+    cells = Counter(names.tolist())
     commas = [cell for cell in cells if "," in cell]
     text = "\n".join(commas)
     if not commas or any(";" in cell for cell in cells):
-        return meaning
+        return names
     if 2 * len(re.findall(TIGHT, text)) > text.count(","):
         separated = {cell: re.sub(TIGHT, ";", cell) for cell in commas}
     else:
         separated = _separated(cells, commas)
     rows = sum(cells[cell] for cell in commas if ";" in separated[cell])
     exportify = "(s)" in layout.header[layout.columns["artist_name"]]
-    if not exportify and not max(FEW[0], FEW[1] * cells.total()) < rows < MOST * cells.total():
-        log.info("%s: a comma belongs to an artist's name; write A;B for two artists", where)
-        return meaning
-    names = [cell for cell in commas if ";" not in separated[cell]]
+    if not exportify and not max(2, FEW * cells.total()) < rows < MOST * cells.total():
+        log.info(f"{layout.where}: a comma belongs to an artist's name; write A;B for two artists")
+        return names
+    one = "; ".join([cell for cell in commas if ";" not in separated[cell]][:3]) or "any name"
     log.info(
-        "%s: a comma separates artists in %d rows, but not in %s; write A;B where that is wrong",
-        where,
-        rows,
-        "; ".join(names[:3]) or "any name",
+        f"{layout.where}: a comma separates artists in {rows} rows, but not in {one}; write A;B "
+        "where that is wrong"
     )
-    return meaning | separated
+    return names.map(lambda cell: separated.get(cell, cell)).astype("str")
 
 
 def _separated(cells: Counter[str], commas: list[str]) -> dict[str, str]:
@@ -931,11 +876,11 @@ class _Row(NamedTuple):
     wrong: str  # why it is no row of the file, or ""
 
 
-def _read_rows(file: IO[str], path: str | Path) -> tuple[list[str], Iterator[_Row]]:
+def _read_rows(file: IO[str], path: str) -> tuple[list[str], Iterator[_Row]]:
     """Return (header, rows) of a CSV file; its rows are read as they are asked for."""
     number = 1
     first = file.readline(MAX_LINE)
-    while first and not first.strip():
+    while first.isspace():
         first = file.readline(MAX_LINE)
         number += 1
     mark = max(",;\t|", key=lambda mark: len(our_columns(first.split(mark))))
@@ -1002,35 +947,33 @@ REPEATED = "repeated track_id"
 REPEATED_DIFFERENT = "repeated track_id with different values"
 ONE_CELL = "the row is one quoted cell"
 DOUBLED = "its quotes are doubled"
-REJECTED_ADVICE = (  # (start of the reason, what to do)
-    (
-        ONE_CELL,
-        r"""take these quotes away: sed -E 's/^"(.*)"(\r?)$/\1\2/; s/""/"/g' {path} > mended.csv""",
+REJECTED_ADVICE = {  # start of the reason: what to do
+    ONE_CELL: (
+        r"""take these quotes away: sed -E 's/^"(.*)"(\r?)$/\1\2/; s/""/"/g' {path} > mended.csv"""
     ),
-    (DOUBLED, 'write one " where it has two: "A, B", not ""A, B""'),
-    ("not CSV", 'mend its quotes: a " within a quoted cell is written ""'),
-    (r"\d+ fields", "put quotes around the cells that have commas of their own"),
-    (REPEATED, "give each song a track_id of its own"),
-    ("no ", "fill in what is missing, or leave those rows out"),
-    ("", "correct those values (decimals with a point), or leave those rows out"),
-)
+    DOUBLED: 'write one " where it has two: "A, B", not ""A, B""',
+    "not CSV": 'mend its quotes: a " within a quoted cell is written ""',
+    r"\d+ fields": "put quotes around the cells that have commas of their own",
+    REPEATED: "give each song a track_id of its own",
+    "no ": "fill in what is missing, or leave those rows out",
+    "": "correct those values (decimals with a point), or leave those rows out",
+}
 
 
-def _fix(reason: str, path: str | Path) -> str:
+def _fix(reason: str, path: str) -> str:
     """Return what to do about rows that cannot be loaded."""
-    fix = next(fix for start, fix in REJECTED_ADVICE if re.match(start, reason))
-    return fix.format(path=shlex.quote(str(path)))
+    fix = next(fix for start, fix in REJECTED_ADVICE.items() if re.match(start, reason))
+    return fix.format(path=shlex.quote(path))
 
 
-def _warn_of_many(
-    lost: Counter[str], unread: Counter[str], read: int, where: str | Path
-) -> list[str]:
+def _warn_of_many(lost: Counter[str], unread: Counter[str], read: int, where: str) -> list[str]:
     """Return sentences about losses so great that somebody should know of them."""
     if +unread:
         missing = _in_words(unread)
-        log.warning("%s: values that cannot be read are treated as missing: %s", where, missing)
+        log.warning(f"{where}: values that cannot be read are treated as missing: {missing}")
     said = []
-    lost = Counter({reason: rows for reason, rows in lost.items() if reason != REPEATED})
+    lost = +lost
+    del lost[REPEATED]
     rows = lost.total()
     if rows > MANY * read:
         reason, most = lost.most_common(1)[0]
@@ -1049,12 +992,8 @@ def _warn_of_many(
 
 # ---- CSV files: where they come from -------------------------------------------------------------
 @contextlib.contextmanager
-def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], Callable[[], float | None]]]:
-    """Yield the uncompressed text of a path, or of an http(s) URL, which is fetched first.
-
-    The second thing it yields is a function that says which share of the file's bytes is read, None
-    where its size is not known.
-    """
+def _open_csv(path: str) -> Iterator[tuple[IO[str], IO[bytes]]]:
+    """Yield (text, the bytes it is read from) of a path, or of an http(s) URL, fetched first."""
     foreign = set()
 
     def windows(error: Any) -> tuple[str, int]:
@@ -1064,27 +1003,20 @@ def _open_csv(path: str | Path) -> Iterator[tuple[IO[str], Callable[[], float | 
     codecs.register_error("windows", windows)
     raw: Any  # a buffered file, which can be peeked into
     try:
-        is_url = re.match("https?://", str(path))
-        raw = _fetch(str(path)) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
+        is_url = re.match("https?://", path)
+        raw = _fetch(path) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
     except OSError as error:
         raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
     with raw:
-        size = os.fstat(raw.fileno()).st_size
-
-        def share() -> float | None:
-            return min(raw.tell() / size, 1.0) if size else None
-
         head = raw.peek(2)[:2]
-        file = raw
-        if head == b"\x1f\x8b":
-            file = io.BufferedReader(gzip.GzipFile(fileobj=raw), BLOCK)
+        file = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw
         encoding = "utf-16" if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         try:
-            yield io.TextIOWrapper(file, encoding, "windows", newline="\n"), share
+            yield io.TextIOWrapper(file, encoding, "windows", newline="\n"), raw
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file ({error}); copy it again") from error
     if foreign:
-        log.warning("%s is not UTF-8 throughout: the rest was read as Windows-1252", path)
+        log.warning(f"{path} is not UTF-8 throughout: the rest was read as Windows-1252")
 
 
 def _fetch(url: str) -> IO[bytes]:
@@ -1115,15 +1047,6 @@ UNREADABLE = float("inf")
 # in a name of an artist or a song: that name
 MISSING = ("", "-", "na", "nan", "n/a", "#n/a", "null", "none")
 NO_GENRE = ("[]", "{}", "()", "set()", *MISSING)
-SHARPS = "c c# d d# e f f# g g# a a# b"
-WORDS_FOR = {
-    "mode": {"minor": 0, "min": 0, "major": 1, "maj": 1},
-    "explicit": dict.fromkeys(("false", "f", "no", "n", "clean"), 0)
-    | dict.fromkeys(("true", "t", "yes", "y", "explicit"), 1),
-    "key": dict(zip(SHARPS.split(), range(12))) | {"db": 1, "eb": 3, "gb": 6, "ab": 8, "bb": 10},
-}
-UNITS = {"loudness": "db", "tempo": "bpm", "duration_ms": "ms"}  # -6 dB
-MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec"
 SPOTIFY_TRACK = (  # a URI, an address to share, an address of the API
     r"^\s*(?:spotify:track:|https?://open\.spotify\.com/(?:[\w-]+/)*track/|"
     r"https?://api\.spotify\.com/v1/tracks/)([0-9A-Za-z]+).*$"
@@ -1154,7 +1077,7 @@ def _read_values(cells: pd.DataFrame, layout: _Layout, unread: Counter[str]) -> 
             continue
         unit = layout.duration_unit if column == "duration_ms" else 1
         values = _numbers(column, cells[column], unit)
-        low, high = RANGES[column]
+        low, high = RANGES.get(column, ANY_NUMBER)
         outside = (values < low) | (values > high)
         if column in REQUIRED:
             reject(values.isna(), f"no {column}")
@@ -1175,29 +1098,23 @@ def _texts(column: str, values: pd.Series) -> pd.Series:
         if values.str.contains("spotify", regex=False).any():
             values = values.str.replace(SPOTIFY_TRACK, r"\1", regex=True)
         return values.mask(values.str.lower().isin(MISSING), "")
-    if column == "artist_name":
-        return values.map(
-            {text: ";".join(_listed(text)) for text in values.unique().tolist()}
-        ).astype("str")
-    if column == "genre":
-        return values.map({text: _first_genre(text) for text in values.unique().tolist()}).astype(
-            "str"
-        )
+    if column in ("artist_name", "genre"):
+        read = _first_genre if column == "genre" else _listed
+        meaning = {text: read(text) for text in values.unique().tolist()}
+        return values.map(meaning).astype("str")
     return values
 
 
-def _listed(text: str) -> list[str]:
-    """Return the parts of a list like ['A', "B's"], or the text as the only one."""
+def _listed(text: str) -> str:
+    """Return A;B for a list like ['A', "B"], any other text as it is."""
     if re.fullmatch(r"""\[\]|[\[{(]\s*['"].*['"],?\s*[\]})]""", text):
-        return [part for _, part in re.findall(r"""(['"])(.*?)\1""", text)]
-    return [text]
+        return ";".join(part for _, part in re.findall(r"""(['"])(.*?)\1""", text))
+    return text
 
 
 def _first_genre(text: str) -> str:
     """Return the first of several genres, "" for none."""
-    genres = _listed(text)
-    if genres == [text]:
-        genres = re.split("[,;|]", re.sub(r"^[\[{](.*)[\]}]$", r"\1", text))
+    genres = re.split("[,;|]", re.sub(r"^[\[{](.*)[\]}]$", r"\1", _listed(text)))
     return next((genre.strip() for genre in genres if genre.strip().lower() not in NO_GENRE), "")
 
 
@@ -1205,42 +1122,47 @@ def _numbers(column: str, values: pd.Series, unit: float) -> pd.Series:
     """Return what the cells say, times `unit`: NaN for nothing, infinite for what is unclear."""
     if values.dtype == "float32":
         return values * unit
-    meaning = {text: _number(column, text) for text in values.unique().tolist()}
-    if unit != 1:  # 3:13 says its unit itself
-        for text in meaning:
-            meaning[text] *= 1 if ":" in text else unit
+    meaning = {text: _number(column, text, unit) for text in values.unique().tolist()}
     return values.map(meaning).astype(float)
 
 
-def _number(column: str, text: str) -> float:
+def _number(column: str, text: str, unit: float = 1) -> float:
     """Return what a cell of a column of numbers says: NaN for nothing, UNREADABLE if unclear."""
     bare = text.strip().lower()
     if bare in MISSING:
         return float("nan")
-    if column in UNITS:
-        bare = bare.removesuffix(UNITS[column]).rstrip()
     if "_" in bare:  # for Python, 1_0 is ten
         return UNREADABLE
     try:
-        return float(bare)
+        return float(bare) * unit
     except ValueError:
         pass
-    if column in WORDS_FOR:
-        word = _key(bare) if column == "key" else bare
-        return WORDS_FOR[column].get(word, UNREADABLE)
-    if column == "year":  # of any date
-        match = re.search(r"\b[12]\d{3}\b", bare)
-        return float(match[0]) if match else UNREADABLE
-    if column == "time_signature":
-        return _beats(bare)
-    if column == "duration_ms" and ":" in bare:
-        return _clock(bare)
+    without_unit = re.fullmatch(r"(.*[\d.])\s*(db|bpm|ms)", bare)
+    if without_unit:
+        return _number(column, without_unit[1], unit)
     whole = column in (*INTEGERS, "popularity", "")
     thousands = re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d*)?", bare)
     # of "211,560" the comma may be a decimal one, of "211,560.00" and "1,211,560" it cannot
     if thousands and (whole or "." in bare or bare.count(",") > 1):
-        return float(bare.replace(",", ""))
+        return float(bare.replace(",", "")) * unit
+    if column in SPELT:
+        return SPELT[column](bare)
     return UNREADABLE
+
+
+def _yes_or_no(text: str) -> float:
+    """Return 1 for yes or major, 0 for no or minor."""
+    if re.fullmatch("yes|y|true|t|explicit|major|maj", text):
+        return 1
+    if re.fullmatch("no|n|false|f|clean|minor|min", text):
+        return 0
+    return UNREADABLE
+
+
+def _year(text: str) -> float:
+    """Return the year of any date."""
+    match = re.search(r"\b[12]\d{3}\b", text)
+    return float(match[0]) if match else UNREADABLE
 
 
 def _clock(text: str) -> float:
@@ -1253,12 +1175,19 @@ def _clock(text: str) -> float:
     return 1000 * seconds
 
 
-def _key(text: str) -> str:
-    """Return the letter of a key: "c#" for "C#/Db", "C♯ minor" or "C sharp"."""
-    text = re.sub(" ?(♯|sharp)", "#", text)
-    text = re.sub(" ?(♭|flat)", "b", text)
-    match = re.fullmatch(r"([a-g][#b]?)(\s*/.*|\s*(m|min|minor|maj|major))?", text)
-    return match[1] if match else text
+def _pitch(text: str) -> float:
+    """Return the semitones above C of a key like "C#/Db", "C♯ minor" or "C sharp"."""
+    match = re.fullmatch(
+        r"([a-g])( ?[#♯]| ?sharp)?(b| ?♭| ?flat)?(\s*/.*|\s*(m|min|minor|maj|major))?", text
+    )
+    if not match:
+        return UNREADABLE
+    semitones = "c d ef g a b".index(match[1])
+    if match[2]:
+        semitones += 1
+    if match[3]:
+        semitones -= 1
+    return semitones % 12
 
 
 def _beats(text: str) -> float:
@@ -1269,19 +1198,25 @@ def _beats(text: str) -> float:
     match = re.fullmatch(r"(\d+)\s*([/-]\s*\d+|beats?.*)?", text)
     if match:
         return float(match[1])
-    match = re.fullmatch(r"(\d*)[-. ]*([a-z]{3})[a-z]*[-. ]*(\d*)", text)
-    date = re.match(r"[12]\d{3}-(\d\d)-(\d\d)\b", text)
-    if match and match[2] in MONTHS.split() and match[1] + match[3]:
-        month = MONTHS.split().index(match[2]) + 1
-        day = int(match[1] or match[3])
-    elif date:
-        month = int(date[1])
-        day = int(date[2])
-    else:
-        return UNREADABLE
-    if day in (4, 8):
-        return month
-    return day if month in (4, 8) else UNREADABLE
+    words = re.findall(r"\d+|[a-z]{3}", re.sub(r"^[12]\d{3}-", "", text))
+    for order in ("%d %b", "%b %d", "%m %d"):
+        with contextlib.suppress(ValueError):
+            date = time.strptime(" ".join(words[:2]), order)
+            if date.tm_mday in (4, 8):
+                return date.tm_mon
+            if date.tm_mon in (4, 8):
+                return date.tm_mday
+    return UNREADABLE
+
+
+SPELT = {  # how a number is read that is written in another way
+    "mode": _yes_or_no,
+    "explicit": _yes_or_no,
+    "year": _year,
+    "duration_ms": _clock,
+    "key": _pitch,
+    "time_signature": _beats,
+}
 
 
 def _make_ids(cells: pd.DataFrame) -> None:
@@ -1289,8 +1224,6 @@ def _make_ids(cells: pd.DataFrame) -> None:
     if "track_id" not in cells:
         cells.insert(0, "track_id", "")
     without = cells["track_id"] == ""
-    if not without.any():
-        return
     names = cells[without].reindex(
         columns=["artist_name", "track_name", "album_name"], fill_value=""
     )
@@ -1304,26 +1237,15 @@ def _in_words(reasons: Counter[str]) -> str:
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tuple[str, str, str]]:
-    """Look at what `--check` has to say of the songs; no table is made or changed.
+def check_csv(path: str | Path | None) -> list[tuple[str, str, str]]:
+    """Return what `--check` has to say of a file: [(what, "ok" or "warning", sentence)].
 
-    Return [(what, "ok", "warning" or "problem", sentence)].
+    Raises what load_csv does.
     """
-    if demo is not None:
-        return [("database", "ok", "made-up songs need no table")]
-    lines = [_check_csv(csv_path)] if csv_path else []
-    try:
-        return lines + _check_table(table, csv_path)
-    except Expected as error:
-        return [*lines, ("database", "problem", str(error))]
-
-
-def _check_csv(path: str | Path) -> tuple[str, str, str]:
-    try:
-        found = _convert(path, io.StringIO(), io.StringIO(), most=BLOCK_ROWS)[2]
-    except Expected as error:
-        return "CSV", "problem", str(error)
-    return _looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])
+    if not path:
+        return []
+    found = _convert(str(path), io.StringIO(), BLOCK_ROWS)[1]
+    return [_looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])]
 
 
 def _looked_at(
@@ -1334,8 +1256,14 @@ def _looked_at(
     return what, "warning" if wrong or warnings else "ok", sentence
 
 
-def _check_table(table: str, csv_path: str | Path | None) -> list[tuple[str, str, str]]:
-    """Return the lines about the database and the table, to load the CSV file into or to read."""
+def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tuple[str, str, str]]:
+    """Return what `--check` has to say of the database: [(what, "ok" or …, sentence)].
+
+    And of the table, to load the CSV file into or to read; none is made or changed. Raises what
+    check_table does.
+    """
+    if demo is not None:
+        return [("database", "ok", "made-up songs need no table")]
     embedded = ROOT / ".postgres"
     if not setting("DATABASE_URL") and not (embedded / "data").exists():
         if csv_path:
@@ -1346,38 +1274,32 @@ def _check_table(table: str, csv_path: str | Path | None) -> list[tuple[str, str
             f"try: {_load_into(table)}"
         )
     url = database_url()
-    found = check_table(url, table, for_csv=bool(csv_path))
-    server = f"PostgreSQL {found['server']} at {found['host']}, database {found['database']}"
-    rows = f"{found['rows']:,} rows"
+    server, rows = check_table(url, table, for_csv=bool(csv_path))
     lines = [("database", "ok", server)]
     if csv_path:
-        return [*lines, ("table", "ok", f"{csv_path} may be loaded into {table} ({rows})")]
-    few = "problem" if found["rows"] < MIN_SONGS else "ok"
-    lines.append(("table", few, f"{table} has {rows}; {MIN_SONGS} are needed"))
+        may = f"{csv_path} may be loaded into {table} ({rows:,} rows)"
+        return [*lines, ("table", "ok", may)]
+    enough = "ok" if rows >= MIN_SONGS else "problem"
+    lines.append(("table", enough, f"{table} has {rows:,} rows; {MIN_SONGS} are needed"))
     try:
         songs = load_songs(url, table, BLOCK_ROWS)
     except DataError as error:
         return [*lines, ("values", "problem", str(error))]
     missing = ", ".join(column for column in COLUMNS if column not in songs) or "none"
+    lines.append(("columns", "ok", f"all that every model needs; not there: {missing}"))
     sizes = Counter(songs.get("genre", []))
     genres = sum(size >= MIN_GENRE_SONGS for genre, size in sizes.items() if genre)
-    return [
-        *lines,
-        ("columns", "ok", f"all that every model needs; not there: {missing}"),
-        (
-            "genres",
-            "warning" if genres < 2 else "ok",
-            f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2",
-        ),
-        _looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]),
-    ]
+    said = f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"
+    lines.append(("genres", "warning" if genres < 2 else "ok", said))
+    lines.append(_looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]))
+    return lines
 
 
-def check_table(url: str, table: str, for_csv: bool = False) -> dict:
-    """Look at the table.
+def check_table(url: str, table: str, for_csv: bool = False) -> tuple[str, int]:
+    """Return (which server it is, rows of the table).
 
-    Return dict(server, host, database, rows). With `for_csv` the table may be missing or empty
-    (rows 0), but loading a CSV file into it must be allowed.
+    With `for_csv` the table may be missing or empty, but loading a CSV file into it must be
+    allowed.
 
     Raises DataError (missing table or column, empty, no permission) or DatabaseUnavailable.
     """
@@ -1385,16 +1307,39 @@ def check_table(url: str, table: str, for_csv: bool = False) -> dict:
         if for_csv:
             cursor.execute("CREATE TEMP TABLE staging () ON COMMIT DROP")
         name, _ = _open_table(cursor, table, for_csv)
-        cursor.execute(
-            f"SELECT current_setting('server_version'), current_database(), count(*) FROM {name}"
-        )
-        version, database, rows = cursor.fetchone()
+        cursor.execute(f"SELECT current_setting('server_version'), count(*) FROM {name}")
+        version, rows = cursor.fetchone()
         if not for_csv and not rows:
             raise DataError(f'The table "{table}" is empty; load songs: {_load_into(table)}')
         cursor.connection.rollback()  # looking leaves no table behind
-        server = cursor.connection.info
-        host = f"{server.host}:{server.port}"
-        return {"server": version, "host": host, "database": database, "rows": rows}
+        at = cursor.connection.info
+        return f"PostgreSQL {version} at {at.host}:{at.port}, database {at.dbname}", rows
+
+
+NEW_TABLE = """
+    CREATE TABLE {} (
+        track_id text COLLATE "C" PRIMARY KEY,
+        artist_name text,
+        track_name text,
+        genre text,
+        popularity double precision,
+        danceability double precision,
+        energy double precision,
+        loudness double precision,
+        speechiness double precision,
+        acousticness double precision,
+        instrumentalness double precision,
+        valence double precision,
+        liveness double precision,
+        tempo double precision,
+        key integer,
+        mode integer,
+        duration_ms integer,
+        time_signature integer,
+        explicit boolean,
+        year integer,
+        album_name text
+    )"""
 
 
 def _load_into(table: str) -> str:
@@ -1408,10 +1353,10 @@ def _open_table(cursor, table: str, to_load: bool = False) -> tuple[str, dict[st
     instead.
     """
     name, columns, view, allowed = _find(cursor, table)
-    if columns is None and to_load:
-        _create_table(cursor, name)
-        return _open_table(cursor, table, to_load)
     if columns is None:
+        if to_load:
+            cursor.execute(NEW_TABLE.format(name))
+            return _open_table(cursor, table, to_load)
         raise DataError(f'The table "{table[:200]}" does not exist. {_where_else(cursor, table)}')
     header = list(columns)
     _demand(header if to_load else our_columns(header), header, f'The table "{table}"')
@@ -1425,17 +1370,6 @@ def _open_table(cursor, table: str, to_load: bool = False) -> tuple[str, dict[st
             f"GRANT SELECT, INSERT, UPDATE, TRUNCATE ON {table} TO {cursor.connection.info.user}"
         )
     return name, columns
-
-
-def _create_table(cursor, name: str) -> None:
-    kinds = {
-        **dict.fromkeys(TEXT, "text"),
-        **dict.fromkeys(INTEGERS, "integer"),
-        "explicit": "boolean",
-        "track_id": 'text COLLATE "C" PRIMARY KEY',
-    }
-    columns = ", ".join(f"{column} {kinds.get(column, 'double precision')}" for column in COLUMNS)
-    cursor.execute(f"CREATE TABLE {name} ({columns})")
 
 
 def _where_else(cursor, table: str) -> str:
@@ -1509,16 +1443,13 @@ def database_url(demo: int | bool | None = False) -> str:
     if url and not demo:
         _parse_url(url)
         return url
-    log.info(
-        "%s: using the embedded PostgreSQL in %s",
-        "demo songs" if demo else "DATABASE_URL is not set",
-        ROOT / ".postgres",
-    )
+    why = "demo songs" if demo else "DATABASE_URL is not set"
+    log.info(f"{why}: using the embedded PostgreSQL in {ROOT / '.postgres'}")
     return start_server(ROOT / ".postgres", "demo" if demo else "music")
 
 
 @contextlib.contextmanager
-def connect(url: str, read_only: bool = False, statement_ms: int | None = None) -> Iterator:
+def connect(url: str, read_only: bool = False) -> Iterator:
     """Yield a cursor in one transaction, committed at the end of the block.
 
     It is rolled back if the block raises, and always closed. Session settings are made inside the
@@ -1526,19 +1457,15 @@ def connect(url: str, read_only: bool = False, statement_ms: int | None = None) 
     DatabaseUnavailable for whatever psycopg2 raises.
     """
     parts = _parse_url(url)
-    connection = None
     try:
-        connection = psycopg2.connect(**{**psycopg2.extensions.parse_dsn(DEFAULTS), **parts})
-        # None: where the server says read-only, it is
-        connection.set_session(readonly=read_only or None)
-        with connection, connection.cursor() as cursor:
-            cursor.execute(SESSION, [statement_ms or STATEMENT_MS, LOCK_MS, SORT_MEMORY])
-            yield cursor
+        with contextlib.closing(psycopg2.connect(DEFAULTS, **parts)) as connection:
+            # None: where the server says read-only, it is
+            connection.set_session(readonly=read_only or None)
+            with connection, connection.cursor() as cursor:
+                cursor.execute(SESSION, [STATEMENT_MS, LOCK_MS, SORT_MEMORY])
+                yield cursor
     except psycopg2.Error as error:
         raise _explain(error, parts, read_only) from error
-    finally:
-        if connection:
-            connection.close()
 
 
 def _parse_url(url: str) -> dict[str, str]:
@@ -1564,131 +1491,78 @@ UNENCRYPTED = (
 )
 
 
-class _Advice(NamedTuple):
-    pattern: str  # of "SQLSTATE text", "-" for the SQLSTATE while connecting
-    heals: bool  # whether trying again may help
-    fix: str
-
-
-ADVICE = [  # the first whose pattern is found counts
-    _Advice(
-        "^-.*(password|authentication failed)",
-        False,
-        "Correct user and password in DATABASE_URL "
-        "(in a password write %40 for @, %3A for :, %2F for /)",
+# {pattern of "SQLSTATE text": fix}, "-" for the SQLSTATE while connecting. The first found counts.
+REFUSED = {  # whatever is tried again
+    "^-.*(password|authentication failed)": (
+        "Correct user and password in DATABASE_URL (in a password write %40 for @, %3A for :, "
+        "%2F for /)"
     ),
-    _Advice(
-        '^-.*(role|database) "[^"]*" does not exist',
-        False,
-        "Create it (createuser, createdb) or correct DATABASE_URL",
+    '^-.*(role|database) "[^"]*" does not exist': (
+        "Create it (createuser, createdb) or correct DATABASE_URL"
     ),
-    _Advice(
-        "^-.*certificate",
-        False,
+    "^-.*certificate": (
         "In DATABASE_URL name the host the certificate is for, and the file of the CA that signed "
         "it: ?sslmode=verify-full&sslrootcert=/etc/ssl/certs/ca-certificates.crt, or the file your "
-        "provider gives out",
+        "provider gives out"
     ),
-    _Advice("^-.*(no encryption|SSL required)", False, "Add ?sslmode=require to DATABASE_URL"),
-    _Advice(
-        "^-.*startup parameter",
-        False,
-        "A pooler stands between: leave that parameter out of DATABASE_URL",
+    "^-.*(no encryption|SSL required)": "Add ?sslmode=require to DATABASE_URL",
+    "^-.*startup parameter": "A pooler stands between: leave that parameter out of DATABASE_URL",
+    "^-.*(pg_hba|not permitted|permission denied|SSL was required|invalid (ssl|conn|URI|port))": (
+        "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)"
     ),
-    _Advice(
-        "^-.*(pg_hba|not permitted|permission denied|SSL was required|invalid (ssl|conn|URI|port))",
-        False,
-        "Correct DATABASE_URL, or let this user in from this host (pg_hba.conf, GRANT CONNECT)",
+    "^42501.*(temporary|for database)": (
+        "Ask its owner for: GRANT TEMPORARY ON DATABASE {database} TO {user}"
     ),
-    _Advice("^-.*(translate host name|not known)", True, "Check the host name in DATABASE_URL"),
-    _Advice(
-        "^42501.*temporary",
-        False,
-        "Ask its owner for: GRANT TEMPORARY ON DATABASE {database} TO {user}",
+    r"^42501.*for schema (\S+)": "Ask its owner for: GRANT USAGE, CREATE ON SCHEMA {0} TO {user}",
+    r"^42501.*for \w+ (\S+)": "Ask its owner for: GRANT {rights} ON {0} TO {user}",
+    r"^42501.*owner of table (\S+)": (
+        "A new model adds a column: have the owner of {0} do this once"
     ),
-    _Advice(
-        r"^42501.*for schema (\S+)",
-        False,
-        "Ask its owner for: GRANT USAGE, CREATE ON SCHEMA {0} TO {user}",
-    ),
-    _Advice(
-        r"^42501.*for database (\S+)",
-        False,
-        "Ask its owner for: GRANT TEMPORARY ON DATABASE {0} TO {user}",
-    ),
-    _Advice(r"^42501.*for \w+ (\S+)", False, "Ask its owner for: GRANT {rights} ON {0} TO {user}"),
-    _Advice(
-        r"^42501.*owner of table (\S+)",
-        False,
-        "A new model adds a column: have the owner of {0} do this once",
-    ),
-    _Advice(
-        "^25006",
-        False,
-        "Use the primary server, not a replica or a read-only role, in DATABASE_URL",
-    ),
-    _Advice(
-        '^55000.*materialized view "([^"]*)" has not',
-        False,
-        'Fill it: REFRESH MATERIALIZED VIEW "{0}"',
-    ),
-    _Advice(
-        "^22P05",
-        False,
+    "^25006": "Use the primary server, not a replica or a read-only role, in DATABASE_URL",
+    '^55000.*materialized view "([^"]*)" has not': 'Fill it: REFRESH MATERIALIZED VIEW "{0}"',
+    "^22P05": (
         "This database cannot hold every letter; make one that can: createdb --encoding=UTF8 "
-        "--template=template0 NAME",
+        "--template=template0 NAME"
     ),
-    _Advice(
-        "^22021",
-        False,
+    "^22021": (
         "Text in it is not UTF-8; give a view as --table-name that reads it as what it is: "
-        "convert_from(artist_name::bytea, 'WIN1252') AS artist_name",
+        "convert_from(artist_name::bytea, 'WIN1252') AS artist_name"
     ),
-    _Advice(
-        "^57014.*statement timeout",
-        True,
-        f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?",
+}
+MAY_HEAL = {
+    "^-.*(translate host name|not known)": "Check the host name in DATABASE_URL",
+    "^57014.*statement timeout": (
+        f"It took longer than {STATEMENT_MS // 60_000} minutes: is the server busy?"
     ),
-    _Advice(
-        "^55P03",
-        True,
-        f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)",
+    "^55P03": (
+        f"Somebody else held a lock on the table for {LOCK_MS // 1000} s (see pg_stat_activity)"
     ),
-    _Advice(
-        "^53300|^-.*(too many|slots)",
-        True,
-        "Its connection slots are taken: raise max_connections or close idle ones",
+    "^53300|^-.*(too many|slots)": (
+        "Its connection slots are taken: raise max_connections or close idle ones"
     ),
-    _Advice(
-        "^(08|40|53|55|57|58|XX|42P07)",
-        True,
-        "Is the server all right? Its log and its free disk space say more",
+    "^(08|40|53|55|57|58|XX|42P07)": (
+        "Is the server all right? Its log and its free disk space say more"
     ),
-    _Advice("^[^-]", False, "Correct the table or the data"),
-    _Advice("", True, "Is the server running, and are host and port in DATABASE_URL right?"),
-]
+    "^-": "Is the server running, and are host and port in DATABASE_URL right?",
+}
+ADVICE = REFUSED | MAY_HEAL | {"": "Correct the table or the data"}
 
 
 def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> Expected:
     """Return the error to raise for one of psycopg2: a sentence that names server and fix."""
     said = re.split("\nLINE |\n\tIs the server", str(error))[0]
     said = " ".join(re.sub(UNENCRYPTED, "", said).split()).rstrip(".")
-    if not said:
-        said = "the connection was closed"
-    found: tuple[str, ...] = ()
-    for advice in ADVICE:
-        match = re.search(advice.pattern, f"{error.pgcode or '-'} {said}")
-        if match:
-            found = match.groups()
-            break
-    fix = advice.fix.format(
-        *found,
+    said = said or "the connection was closed"
+    text = f"{error.pgcode or '-'} {said}"
+    pattern = next(pattern for pattern in ADVICE if re.search(pattern, text))
+    fix = ADVICE[pattern].format(
+        *re.findall(pattern, text),
         rights="SELECT" if read_only else "SELECT, INSERT, UPDATE, DELETE, TRUNCATE",
         user=parts.get("user", "THE_USER"),
-        database=parts.get("dbname"),
+        database=parts.get("dbname", "THE_DATABASE"),
     )
     message = f"PostgreSQL at {_place(parts)}: {said}. {fix}.".replace("?.", "?")
-    kind = DatabaseUnavailable if advice.heals else DataError
+    kind = DatabaseUnavailable if pattern in MAY_HEAL else DataError
     return kind(redact(message, parts.get("password", "")))
 
 
@@ -1699,9 +1573,9 @@ def _place(parts: dict[str, str]) -> str:
 
 
 # ---- The embedded server -------------------------------------------------------------------------
-# Every user holds a shared lock for as long as he lives, and starts a keeper. One keeper at a time
-# is the server's parent and stops it when there are no users any more, however they ended; the
-# others wait, as long as their user lives.
+# Every user holds a shared lock for as long as he lives, and starts a keeper. One keeper is the
+# server's parent and stops it when there are no users any more, however they ended; where there is
+# one already, another ends at once.
 _servers: dict[Path, IO[str]] = {}  # {folder: open lock file} of this process
 SOCKET_PATH = 93 if sys.platform == "linux" else 89  # bytes of its folder's path, at most
 
@@ -1724,7 +1598,7 @@ def start_server(folder: str | Path, database: str) -> str:
         keeper = _start_keeper(folder)
         uri = f"postgresql://postgres@/{{}}?host={quote(data, safe='')}&port=5432"
         end = time.monotonic() + START_SECONDS
-        while keeper.poll() is None and time.monotonic() < end:
+        while not keeper.poll() and time.monotonic() < end:  # 0: another one keeps it
             time.sleep(0.05)
             try:
                 _make_database(uri.format("postgres"), database)
@@ -1746,7 +1620,7 @@ def _start_keeper(folder: Path) -> subprocess.Popen:
     users = open(folder / "users.lock", "a")  # noqa: SIM115  (held until this process ends)
     fcntl.flock(users, fcntl.LOCK_SH)  # waits while the server is being stopped
     _servers[folder] = users
-    program = [sys.executable, "-S", str(Path(__file__).resolve()), "keep"]
+    program = [sys.executable, "-S", str(Path(__file__).resolve())]
     with open(folder / "log", "ab") as words:
         return subprocess.Popen(
             [*program, *arguments], stdin=subprocess.DEVNULL, stdout=words, stderr=words
@@ -1795,8 +1669,8 @@ def _server_user(folder: Path) -> dict:
     for parent in {*folder.parents, *(_binaries() / "postgres").parents}:
         if not parent.stat().st_mode & 0o001:  # passing through is enough, nobody needs to list it
             log.warning(
-                "PostgreSQL does not run as root: letting other users pass through %s (chmod o+x)",
-                parent,
+                f"PostgreSQL does not run as root: letting other users pass through {parent} "
+                "(chmod o+x)"
             )
             parent.chmod(parent.stat().st_mode | 0o001)
     return {"user": folder.stat().st_uid, "group": folder.stat().st_gid, "extra_groups": []}
@@ -1810,17 +1684,17 @@ def keep(folder: str, binaries: str, options: str) -> int:
     """
     os.setsid()
     os.chdir(folder)
-    lock = _lock_of_the_keeper(os.getppid())
-    if not lock:
+    lock = open("keeper.lock", "a")  # noqa: SIM115  (held until this process ends)
+    if _is_held(lock):
         return 0
     user = json.loads(options)
     users = open("users.lock")  # noqa: SIM115
     data = f"{folder}/data"
     fresh = f"{folder}/fresh"
-    if _is_held(users) and not os.path.exists(data):
+    if not os.path.exists(data):
         shutil.rmtree(fresh, ignore_errors=True)
         initdb = [f"{binaries}/initdb", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        status = subprocess.run([*initdb, "-U", "postgres", "-D", fresh], **user).returncode
+        status = subprocess.call([*initdb, "-U", "postgres", "-D", fresh], **user)
         if status:
             return status
         os.rename(fresh, data)
@@ -1835,19 +1709,6 @@ def keep(folder: str, binaries: str, options: str) -> int:
     finally:
         server.send_signal(signal.SIGINT)
     return server.wait()
-
-
-def _lock_of_the_keeper(user: int) -> IO[str] | None:
-    """Wait until no other process keeps the server; None if the process `user` has ended.
-
-    Whoever keeps the server holds the lock as long as the file is open.
-    """
-    lock = open("keeper.lock", "a")  # noqa: SIM115
-    while _is_held(lock):
-        if os.getppid() != user:
-            return None
-        time.sleep(0.1)
-    return lock
 
 
 def _is_held(file: IO[str]) -> bool:
@@ -1944,9 +1805,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5 or sys.argv[1] != "keep":
-        sys.exit("usage: python db.py keep FOLDER BINARIES OPTIONS")
+    if len(sys.argv) != 4:
+        sys.exit("usage, for start_server: python db.py FOLDER BINARIES OPTIONS")
     try:
-        sys.exit(keep(*sys.argv[2:]))
+        sys.exit(keep(*sys.argv[1:]))
     except OSError as error:
         sys.exit(str(error))

@@ -889,6 +889,7 @@ def check(options: argparse.Namespace) -> NoReturn:
     notify.quiet_logs()
     folder = models.folder_for(options.models_dir, options.demo)
     looks: dict[str, Callable[[], list]] = {
+        "CSV": lambda: db.check_csv(options.csv_path),
         "database": lambda: db.check(options.csv_path, options.table_name, options.demo),
         "models directory": lambda: models.check_folder(folder),
         "Discord": lambda: notify.check_discord(options.enable_notifications),
