@@ -570,7 +570,7 @@ ALIASES = {
         "playlistgenre topgenre maingenre artistgenre musicgenre genero genere musikrichtung"
     ),
     "popularity": (
-        "popularityscore pop popularidad popularidade popularite popularitat beliebtheit popolarita"
+        "popularityscore popularidad popularidade popularite popularitat beliebtheit popolarita"
     ),
     "year": (
         "releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate "
@@ -578,12 +578,8 @@ ALIASES = {
         "anno erscheinungsjahr fechadelanzamiento datadelancamento datedesortie "
         "veroffentlichungsdatum erscheinungsdatum datadiuscita anio"
     ),
-    "danceability": "dnce",
-    "energy": "nrgy",
-    "loudness": "loudnessdb db",
-    "speechiness": "spch",
-    "acousticness": "acous",
-    "valence": "happiness val",
+    "loudness": "loudnessdb",
+    "valence": "happiness",
     "tempo": "tempobpm beatsperminute bpm",
     "duration_ms": (
         "durationmsec durationmillis durationmilliseconds durationinms durationinmilliseconds "
@@ -591,7 +587,7 @@ ALIASES = {
         "durationminutes durationmin durationmins durationinminutes durationinmin "
         "lengthms lengthinms lengthmilliseconds lengthseconds lengthsec lengths lengthinseconds "
         "lengthminutes lengthmin lengthinminutes "
-        "duration length dur duracion duracao duree dauer durata"
+        "duration length duracion duracao duree dauer durata"
     ),
     "explicit": "isexplicit explicitlyrics explicitcontent",
     "key": "musicalkey",
@@ -641,6 +637,17 @@ def _names_of(name: str) -> list[str]:
     return names + [other.removesuffix("s") + "?" for other in names]
 
 
+# Names of which one asks: they may mean something else.
+ABBREVIATIONS = {
+    "danceability": "dnce",
+    "energy": "nrgy",
+    "speechiness": "spch",
+    "acousticness": "acous",
+    "valence": "val",
+    "popularity": "pop",
+}
+
+
 def _likely_name(name: str, header: list[str]) -> str:
     """Return the column of `header` of which a person would say that it is our column, or "".
 
@@ -652,7 +659,10 @@ def _likely_name(name: str, header: list[str]) -> str:
     unknown = [other for place, other in enumerate(header) if place not in known.values()]
     others = {_plain(other): other for other in unknown[:500]}
     close = difflib.get_close_matches(name.replace("_", ""), others, 1, LIKELY)
-    return others[close[0]] if close else ""
+    for likely in [ABBREVIATIONS.get(name), *close]:
+        if likely in others:
+            return others[likely]
+    return ""
 
 
 def _demand(names: Iterable[str], there: list[str], where: str) -> None:

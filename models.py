@@ -564,7 +564,8 @@ def _progress(name: str, phases: Sequence[str]) -> Callable:
         another_quarter = takes_long and quarter < int(4 * done) < 4
         line = f"{name}: {phases[part]}, {100 * done:.0f} %"
         worth_it = line not in said and (share == 0 or another_quarter)
-        said.add(line)
+        if worth_it:
+            said.add(line)
         extra = {"model": name, "phase": phases[part], "share": round(done, 4)}
         log.log(logging.INFO if worth_it else logging.DEBUG, line, extra=extra)
 
@@ -2636,12 +2637,12 @@ def main(arguments: list[str]) -> int:
     except (db.Expected, OSError) as error:
         print(db.redact(str(error)), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2
-    finally:
-        notify.never_break_off()  # what could not be written is tried once more at the exit
 
 
 if __name__ == "__main__":
     # What is pickled must name the module: of __main__ no other program could load it.
     import models
 
-    sys.exit(models.main(sys.argv[1:]))
+    status = models.main(sys.argv[1:])
+    notify.never_break_off()  # what could not be written is tried once more at the exit
+    sys.exit(status)

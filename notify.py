@@ -282,6 +282,11 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
     }
 
 
+def history_of(run: Run, history: list[dict]) -> list[dict]:
+    """Return the lines of the history that are about the run's table."""
+    return [line for line in history if line.get("table", run.table) == run.table]
+
+
 # ---- Words ---------------------------------------------------------------------------------------
 
 
@@ -507,14 +512,18 @@ def _rows_of_csv(csv: dict) -> str:
     return said
 
 
-def model_page(name: str, outcome: Outcome, history: list[dict]) -> str:
-    """Return Markdown about a model: its figures, and its last runs, the latest first."""
+def model_page(name: str, run: Run, history: list[dict]) -> str:
+    """Return Markdown about a model: its figures, and its last runs on this table, latest first."""
+    outcome = run.models[name]
     lines = []
     if outcome.metrics:
         lines = [*figures(outcome.metrics), leans_on(outcome.metrics)]
     lines = [f"{escape(line)}  " for line in lines]  # two blanks end a line
     lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
-    runs = [line for line in history[::-1] if line["model"] == name and line["status"] != "started"]
+    runs = []
+    for line in history_of(run, history)[::-1]:
+        if line["model"] == name and line["status"] != "started":
+            runs.append(line)
     for line in runs[:RUNS_SHOWN]:
         status = escape(line.get("error") or line["status"])
         lines.append(f"|{line['run'][:16]}|{status}|{number(line.get('value'))}|")
@@ -885,8 +894,7 @@ def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figur
     panel = partial(figure.add_subplot, rows, PANELS_ABREAST)
     for at, (name, outcome) in enumerate(run.models.items(), 1):
         _draw_model(panel(at), name, outcome)
-    of_table = [line for line in history if line.get("table", run.table) == run.table]
-    _draw_history(panel((panels, rows * PANELS_ABREAST)), of_table, names)
+    _draw_history(panel((panels, rows * PANELS_ABREAST)), history_of(run, history), names)
     _write_headline(figure, run)
     return figure
 

@@ -309,10 +309,9 @@ def note_crash(run: Run, name: str, error: Exception) -> None:
 
 def write_artifacts(run: Run) -> None:
     """Put the metrics where Prefect's UI shows them: a table of the run, a page for each model."""
-    lines = models.read_history(run.models_dir)
-    history = [line for line in lines if line.get("table", run.table) == run.table]
+    history = models.read_history(run.models_dir)
     for name, outcome in run.models.items():
-        page = notify.model_page(name, outcome, history)
+        page = notify.model_page(name, run, history)
         description = notify.in_short(name, outcome)
         create_markdown_artifact(page, key=f"model-{name}", description=description)
     rows = [notify.table_row(name, outcome) for name, outcome in run.models.items()]
