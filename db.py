@@ -59,7 +59,7 @@ CONNECT_SECONDS = 10
 STATEMENT_MS = 30 * 60_000  # a query that hangs must not hang the night
 LOCK_MS = 30_000  # how long to wait for a table that somebody else has locked
 SORT_MEMORY = "256MB"  # work_mem for the sorts and joins of a read or a load
-START_SECONDS = 120  # the embedded server, crash recovery on a slow disk included
+START_SECONDS = 90  # the embedded server, crash recovery on a slow disk included
 HTTP_SECONDS = 30
 BLOCK = 1 << 20  # bytes that COPY gives or takes in one go
 MAX_LINE = 16 << 20  # characters
@@ -1614,7 +1614,7 @@ def start_server(folder: str | Path, database: str) -> str:
                 _make_database(uri.format("postgres"), database)
                 return uri.format(database)
             except psycopg2.OperationalError as error:
-                if error.pgcode:  # the server is up: it has no room
+                if error.pgcode or "No space left" in str(error):  # it is up, and has no room
                     raise
         raise OSError((folder / "log").read_text(errors="replace")[-600:].strip())
     except (OSError, LookupError, psycopg2.Error) as error:
