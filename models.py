@@ -2489,10 +2489,10 @@ def similar(options: Namespace) -> int:
     else:
         lines = []
         for answer in answers:
-            *words, alike = answer.values()
-            lines.append((f"{alike:.3f}", *words))
+            track_id, title, artist, alike = answer.values()
+            lines.append((f"{alike:.3f}", title, artist, track_id))
         notify.print_table(
-            ("alike>", "track_id", "title", "artist"),
+            ("alike>", "title", "artist", "track_id"),
             lines,
             above=[(f"Like {song['track_name']} by {song['artist_name']}", "bold")],
         )
