@@ -604,7 +604,7 @@ def find_prefect() -> str | None:
     for name in ("no_proxy", "NO_PROXY"):
         others = os.environ.get(name, "")
         if LOOPBACK not in others:
-            os.environ[name] = f"{others},{LOOPBACK}".lstrip(",")
+            os.environ[name] = f"{others},{LOOPBACK}"
     settings = get_current_settings()
     configured = db.setting("PREFECT_API_URL") or settings.api.url
     usual = f"http://127.0.0.1:{settings.server.api.port}/api"
@@ -620,7 +620,7 @@ def answers(api: str) -> bool:
     """Return whether that is a Prefect API, if only to those who say who they are."""
     try:
         url = f"{api.rstrip('/')}/health"
-        with urllib.request.urlopen(url, timeout=CHECK_SECONDS + 1) as reply:
+        with urllib.request.urlopen(url, timeout=CHECK_SECONDS) as reply:
             return reply.read(5) == b"true"
     except urllib.error.HTTPError as error:
         return error.code in (401, 403)
@@ -898,7 +898,7 @@ def check(options: argparse.Namespace) -> NoReturn:
     pool = ThreadPoolExecutor()
     asked = {what: pool.submit(notify.attempt, look) for what, look in looks.items()}
     wait(asked.values(), CHECK_SECONDS)
-    lines: list[tuple[str, str, str]] = []
+    lines: list = []
     for what, future in asked.items():
         if not future.done():
             sentence = f"no answer within {CHECK_SECONDS} s; is it busy or out of reach?"
