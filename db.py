@@ -1814,6 +1814,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write an object as JSON, whole or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit("usage, for start_server: python db.py FOLDER BINARIES OPTIONS")

@@ -56,6 +56,7 @@ from db import (
     MORE_AUDIO,
     DataError,
     write_atomically,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -1535,12 +1536,6 @@ def check_folder(folder: Path) -> list[tuple[str, str, str]]:
         state = "problem" if free < SPACE_NEEDED else "warning"
         space += f"; make room on the disk of {there}"
     return [("models directory", "ok", writable), ("space", state, space)]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write an object as JSON, whole or not at all."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_objects(path: Path, keys: set[str], by_line: bool = False) -> list[Report]:

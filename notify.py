@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from db import DataError, Expected, command, redact, setting, write_atomically
+from db import DataError, Expected, command, redact, setting, write_atomically, write_json
 
 if TYPE_CHECKING:  # for annotations only: both are slow to import
     from matplotlib.axes import Axes
@@ -161,10 +161,7 @@ def decide(run: Run, error: BaseException | None = None) -> None:
 
 def write_run(run: Run) -> None:
     """Write metrics/run.json, the run as it stands. Raises OSError."""
-    path = Path(run.models_dir, "metrics", "run.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(run), indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(Path(run.models_dir, "metrics", "run.json"), asdict(run))
 
 
 def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
