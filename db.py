@@ -1016,7 +1016,7 @@ def _open_csv(path: str) -> Iterator[tuple[IO[str], IO[bytes]]]:
         is_url = re.match("https?://", path)
         raw = _fetch(path) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
     except OSError as error:
-        raise DataError(f"--csv-path {path}: {error.strerror}; give a CSV file") from error
+        raise DataError(f"{path}: {error.strerror}; give a CSV file") from error
     with raw:
         head = raw.peek(2)[:2]
         file = gzip.GzipFile(fileobj=raw) if head == b"\x1f\x8b" else raw

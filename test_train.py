@@ -829,7 +829,7 @@ def test_wrong_usage_ends_with_2_and_no_traceback(tmp_path):
     wrong = Run("--only jazz", **own)
     dask = Run("--dask tcp://127.0.0.1:8786", **own)
     serve.end(2, "--serve needs a Prefect server; start one: prefect server start")
-    csv.end(2, "--csv-path /nowhere.csv: No such file or directory; give a CSV file")
+    csv.end(2, "/nowhere.csv: No such file or directory; give a CSV file")
     wrong.end(2, "train.py: error: there is no model 'jazz'")
     dask.end(2, "train.py: error: --dask needs")
 
@@ -5149,7 +5149,7 @@ def test_another_messenger_is_told_as_the_docs_print_it(told, monkeypatch, caplo
         for key in TOKEN, f"{TOKEN}/gone":
             url = f"http://127.0.0.1:{server.server_port}/services/T0/B0/{key}"
             monkeypatch.setenv("SLACK_WEBHOOK_URL", url)
-            exec(call, {"db": db, "notify": notify, "run": run})
+            exec(call, {"db": db, "notify": notify, "run": run, "stopped": False})
         server.shutdown()
     assert server.got[0].startswith(f"{MOST}; failed: genre\n500 songs of")
     assert "Slack was not told: the server answered 404" in caplog.text

@@ -710,7 +710,7 @@ def why_it_ended(said: str) -> str:
 
 
 SERVER_ADVICE = {
-    "unable to open|permission denied|read-?only|not a directory": (
+    "unable to open|permission denied|read-?only|not a directory|no such file": (
         "{home} cannot be written to; make it writable for this user or set PREFECT_HOME"
     ),
     "is not a database|malformed": "its database is damaged; move it away: {home}/prefect.db",
@@ -777,7 +777,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--failed",
         action="store_true",
-        help="train only the models whose last run failed, was held back or was killed",
+        help="train only models that failed, were held back or were killed, or have no file",
     )
     add(
         "--force",
