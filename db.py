@@ -1614,7 +1614,9 @@ def start_server(folder: str | Path, database: str) -> str:
                 _make_database(uri.format("postgres"), database)
                 return uri.format(database)
             except psycopg2.OperationalError as error:
-                if error.pgcode or "No space left" in str(error):  # it is up, and has no room
+                # Every other refusal but "the database system is starting up" stays.
+                refused = re.search("FATAL(?!.* the database system is )", str(error))
+                if error.pgcode or refused:
                     raise
         raise OSError((folder / "log").read_text(errors="replace")[-600:].strip())
     except (OSError, LookupError, psycopg2.Error) as error:
