@@ -5207,8 +5207,8 @@ def newcomer(table, tmp_path):
     origin.mkdir()
     copied(origin).with_name(".env").unlink()
     example = (ROOT / ".env.example").read_text()
-    url = "postgresql://user:password@host:5432/music"
-    (origin / ".env.example").write_text(example.replace(url, table))
+    filled_in = example.replace("\nDATABASE_URL=\n", f"\nDATABASE_URL={table}\n")
+    (origin / ".env.example").write_text(filled_in)
     for name in "requirements.txt", "constraints.txt":
         shutil.copy(ROOT / name, origin)
     committed = "git add -A && git -c user.name=A -c user.email=a@b commit -qm All"
