@@ -82,6 +82,7 @@ SPLITS = 3  # ... so a model is judged on so many, ...
 AVERAGED = 3  # ... and a regressor that is saved averages so many fits; one that is judged is one
 SMALL_TABLE = 5_000  # songs: so few are learnt with other steps, and by a second model
 LARGE_TABLE = 20_000  # so many are not; between the two it fades
+FORK_SONGS = 2_000  # of fewer, a fit takes less than a fork of its own costs
 
 # The gate: how much worse than the current model a new one may be and still take its place.
 GATE_RELATIVE = 0.05
@@ -959,7 +960,7 @@ class SongRegressor:
     }
     EXTRA_WEIGHT = 0.35  # of the extra trees, where songs are few
     EXTRA_NONE = 10_000  # songs: to tables of so many they add nothing
-    EXTRA_TREES = {"n_estimators": 60, "min_samples_leaf": 5, "max_leaf_nodes": 400}
+    EXTRA_TREES = {"n_estimators": 40, "min_samples_leaf": 5, "max_leaf_nodes": 400}
 
     fitted_on_: int
     weights_: list[float] | None = None  # of trees_; None where they count alike
@@ -1393,7 +1394,7 @@ def _fit_and_judge(
     ]  # the longest
     splits = SPLITS if len(songs) < FEW_SONGS else 1
     parts += [("evaluating", partial(judge, split)) for split in range(splits)]
-    final, *judged = _take_parts(name, parts)
+    final, *judged = _take_parts(name, parts, len(songs) >= FORK_SONGS)
     if final.fitted_on_ < len(songs):
         log.info(
             "%s: fitted on a sample of %s songs; artists are counted over all",
@@ -2275,6 +2276,9 @@ def _answers(forks: list, progress: Any = None) -> list:
     return [answers[fork] for fork in forks]
 
 
+# Objects made between two looks of the garbage collector: Prefect's server starts in a sixth less.
+GARBAGE = 100_000
+
 # The cores that forks share: how many (0: this process is none), and a file with a byte for each.
 _cores = 0
 _cores_file = -1
@@ -2325,16 +2329,16 @@ def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
         asker.send(answer)
 
 
-def _take_parts(name: str, parts: list[tuple[str, Callable]]) -> list:
+def _take_parts(name: str, parts: list[tuple[str, Callable]], in_forks: bool) -> list:
     """Return what the parts of a model's training return, of which none needs another.
 
     A part is what it does, "fitting" or "evaluating", and the function(progress) that does it.
-    In a fork, where there are cores, each is a fork of it; elsewhere, as in a notebook, they are
-    taken one after the other. Raises what a part raises, or Killed.
+    In a fork, where there are cores, each is a fork of it, if `in_forks`; elsewhere, as in a
+    notebook, they are taken one after the other. Raises what a part raises, or Killed.
     """
     phases, works = zip(*parts)
     progress = _progress(name, phases)
-    if _cores < 2:
+    if _cores < 2 or not in_forks:
         return [_take_part(work, partial(progress, part)) for part, work in enumerate(works)]
     forks = {}
     fcntl.lockf(_cores_file, fcntl.LOCK_UN)
@@ -2379,6 +2383,7 @@ def serve_forks(parent: int) -> int:
     """
     global _cores, _cores_file
     die_with(parent)  # before the imports, which take two seconds
+    gc.set_threshold(GARBAGE)
     import joblib
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
