@@ -2276,9 +2276,6 @@ def _answers(forks: list, progress: Any = None) -> list:
     return [answers[fork] for fork in forks]
 
 
-# Objects made between two looks of the garbage collector: Prefect's server starts in a sixth less.
-GARBAGE = 100_000
-
 # The cores that forks share: how many (0: this process is none), and a file with a byte for each.
 _cores = 0
 _cores_file = -1
@@ -2383,7 +2380,6 @@ def serve_forks(parent: int) -> int:
     """
     global _cores, _cores_file
     die_with(parent)  # before the imports, which take two seconds
-    gc.set_threshold(GARBAGE)
     import joblib
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble

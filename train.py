@@ -722,7 +722,7 @@ SERVER_ADVICE = {
 def be_prefect_server(port: str, parent: str) -> NoReturn:
     """Be Prefect's server on that port until the process that started this one ends."""
     models.die_with(int(parent))
-    gc.set_threshold(models.GARBAGE)
+    gc.set_threshold(100_000)  # new objects: of Prefect's start a sixth is the garbage collector's
     home = get_current_settings().home
     if not (home / "prefect.db").exists():
         # It makes a database, and two that do so at once spoil it for each other: one goes first.
