@@ -132,8 +132,9 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     Return our columns as far as they hold values, sorted by track_id, one row a song. Text columns
     are strings ("" where unknown), all others float32 (NaN where unknown). Songs without artist,
     title or one of the seven features that are REQUIRED are left out, with a warning. `most` limits
-    the rows that are looked at. In `.attrs` are "warnings", sentences for the run, and "wrong",
-    {reason or column: rows left out or values that cannot be read}.
+    the rows that are looked at. In `.attrs` are "warnings", sentences for the run, "wrong",
+    {reason or column: rows left out or values that cannot be read}, and "unique": no track_id
+    stands twice.
 
     Raises DataError (missing table or columns, another scale, nothing left) or
     DatabaseUnavailable.
@@ -157,6 +158,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     songs = songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
     songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, layout.where)
     songs.attrs["wrong"] = left_out + unread
+    songs.attrs["unique"] = True
     return songs
 
 
