@@ -415,8 +415,8 @@ def task_runner(run: Run) -> Any:
     """Give, as a context, what runs the trainings: the flow's threads, or a Dask cluster."""
     if run.parameters["dask"]:
         return cluster(run.parameters["dask"])
-    context = FlowRunContext.get()
-    return nullcontext(context.task_runner if context else None)
+    context: Any = FlowRunContext.get()
+    return nullcontext(context.task_runner)
 
 
 # ---- Dask, only with --dask ----------------------------------------------------------------------
@@ -939,7 +939,7 @@ def serve(options: argparse.Namespace) -> NoReturn:
     Prefect starts a process for each run, and ends it when this one ends.
     """
     with temporary_settings({"api.url": find_prefect()}):
-        status, error = notify.attempt(lambda: asyncio.run(serve_until_stopped(options)))
+        status, error = notify.attempt(asyncio.run, serve_until_stopped(options))
     if error:
         print(f"train.py: error: {notify.explain(error)}", file=sys.stderr, flush=True)
         status = WRONG_INPUT
