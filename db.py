@@ -198,8 +198,8 @@ def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _
                 if column not in TEXT and re.fullmatch(number, kind):
                     kinds[column] = "float32"
                     missing[column] = ["", "NaN"]
-            order = f'ORDER BY {cells[0]}::text COLLATE "C"'  # the track_id comes first
-            end = f"LIMIT {most}" if most else order
+            # the track_id comes first
+            end = f"LIMIT {most}" if most else f'ORDER BY {cells[0]}::text COLLATE "C"'
             query = f"COPY (SELECT {', '.join(cells)} FROM {name} {end}) TO STDOUT (FORMAT csv)"
             cursor.copy_expert(query, file)
         file.seek(0)
@@ -251,8 +251,9 @@ def load_csv(
             f"{rejected} rows rejected: {_in_words(found['rejected'])}; they are in {aside.name}: "
             f"{'; '.join(found['examples'])} …"
         )
-    lost = found["rejected"] + repeats
-    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], str(csv_path))
+    found["warnings"] += _warn_of_many(
+        found["rejected"] + repeats, found["unread"], found["read"], str(csv_path)
+    )
     # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
     return found | {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
 
@@ -305,8 +306,7 @@ def _sort(block: list[_Row], layout: _Layout, put_aside: Callable, found: dict) 
 
     # rows of a wrong number of fields are shifted: their values say nothing
     fields = [row.fields for row in block if not row.wrong]
-    cells = pd.DataFrame(fields, columns=layout.header, dtype="str")
-    songs = _ours(cells, layout)
+    songs = _ours(pd.DataFrame(fields, columns=layout.header, dtype="str"), layout)
     reasons = _read_values(songs, layout, found["unread"])
     reason_of_next = iter(reasons)
     for row in block:
@@ -391,10 +391,11 @@ def _merge(cursor, table: str, songs: pd.DataFrame, truncate: bool) -> None:
     cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
     for start in range(0, len(songs), COPY_ROWS):
         _copy(cursor, "staging", songs[start : start + COPY_ROWS])
-    values = {}
-    for column in songs:
-        if column in kinds:  # a double does not become a boolean at once
-            values[column] = f"s.{column}::{kinds[column].replace('boolean', 'int::boolean')}"
+    values = {  # a double does not become a boolean at once
+        column: f"s.{column}::{kinds[column].replace('boolean', 'int::boolean')}"
+        for column in songs
+        if column in kinds
+    }
     into = ", ".join(values)
     new = ", ".join(values.values())
     old = ", ".join(f"t.{column}" for column in values)
@@ -512,8 +513,7 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     weight = 1 / np.arange(3, artists + 3) ** 0.8
     artist, guest = rng.choice(artists, (2, n), p=weight / weight.sum())
     has_main_genre = rng.random(n) < 0.85
-    main_genre = rng.choice(genres, artists)[artist]
-    genre = np.where(has_main_genre, main_genre, rng.choice(genres, n))
+    genre = np.where(has_main_genre, rng.choice(genres, artists)[artist], rng.choice(genres, n))
     *sound, fame, pace, length = (
         rng.normal(size=(genres, traits))[genre]
         + rng.normal(0, 0.8, (artists, traits))[artist]
@@ -606,8 +606,7 @@ def _candidates(header: list[str]) -> dict[str, list[int]]:
             known.setdefault(_plain(form).removesuffix("s") + "?", place)
     found = {}
     for name in COLUMNS:
-        places = dict.fromkeys(known[other] for other in _names_of(name) if other in known)
-        found[name] = list(places)
+        found[name] = [known[other] for other in _names_of(name) if other in known]
     return found
 
 
@@ -1035,8 +1034,8 @@ def _fetch(url: str) -> IO[bytes]:
             if answer.length:
                 raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
     except (OSError, http.client.HTTPException) as error:
-        said_no = getattr(error, "code", 500) < 500
-        kind = DataError if said_no else DatabaseUnavailable  # which may heal
+        # who said no says so again, all else may heal
+        kind = DataError if getattr(error, "code", 500) < 500 else DatabaseUnavailable
         raise kind(
             f"{redact(url)} could not be fetched ({error}); check the address given as --csv-path, "
             "or try again later"
@@ -1087,8 +1086,8 @@ def _read_values(cells: pd.DataFrame, layout: _Layout, unread: Counter[str]) -> 
             reject(outside, f"{column} is not a number between {low} and {high}")
         else:
             unread[column] += int(outside.sum())
-        values = values.mask(outside)
-        values = values.mask(values.abs() < 1e-30, 0)  # which the type real would refuse
+        # what is next to nothing the type real would refuse
+        values = values.mask(values.abs() < 1e-30, 0).mask(outside)
         cells[column] = values.round() if column in INTEGERS else values
     _make_ids(cells)
     return reasons
@@ -1254,9 +1253,11 @@ def check_csv(path: str | Path | None) -> list[Line]:
 
 
 def _looked_at(what: str, where: str | Path, wrong: Counter[str], warnings: list[str]) -> Line:
-    said = f"{where}: in its first {BLOCK_ROWS:,} rows cannot be loaded or read: "
-    sentence = "; ".join([said + (_in_words(wrong) or "none"), *warnings])
-    return what, "warning" if wrong or warnings else "ok", sentence
+    said = (
+        f"{where}: in its first {BLOCK_ROWS:,} rows cannot be loaded or read: "
+        f"{_in_words(wrong) or 'none'}"
+    )
+    return what, "warning" if wrong or warnings else "ok", "; ".join([said, *warnings])
 
 
 def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[Line]:
@@ -1280,8 +1281,7 @@ def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[Lin
     server, rows = check_table(url, table, for_csv=bool(csv_path))
     database = ("database", "ok", server)
     if csv_path:
-        may = f"{csv_path} may be loaded into {table} ({rows:,} rows)"
-        return [database, ("table", "ok", may)]
+        return [database, ("table", "ok", f"{csv_path} may be loaded into {table} ({rows:,} rows)")]
     enough = "ok" if rows >= MIN_SONGS else "problem"
     lines = [database, ("table", enough, f"{table} has {rows:,} rows; {MIN_SONGS} are needed")]
     try:
@@ -1439,7 +1439,7 @@ DEFAULTS = (
 )
 
 
-def database_url(demo: int | bool | None = False) -> str:
+def database_url(demo: bool = False) -> str:
     """Return DATABASE_URL of the environment or .env.
 
     Without one, and for the demo, it is the URI of the embedded server. Raises DataError
@@ -1569,10 +1569,9 @@ def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> E
     )
     database = parts.get("dbname") or os.environ.get("PGDATABASE") or parts.get("user", "")
     host = parts.get("host") or os.environ.get("PGHOST") or "localhost"
-    place = f"{host}:{parts.get('port') or 5432}/{database}"
-    message = f"PostgreSQL at {place}: {said}. {fix}.".replace("?.", "?")
+    message = f"PostgreSQL at {host}:{parts.get('port') or 5432}/{database}: {said}. {fix}."
     kind = DatabaseUnavailable if pattern in MAY_HEAL else DataError
-    return kind(redact(message, parts.get("password", "")))
+    return kind(redact(message.replace("?.", "?"), parts.get("password", "")))
 
 
 # ---- The embedded server -------------------------------------------------------------------------
@@ -1702,8 +1701,8 @@ def keep(folder: str, binaries: str, options: str) -> int:
         os.rename(fresh, data)
     if not _is_held(users):
         return 0
-    postgres = [f"{binaries}/postgres", "-D", data, "--listen_addresses=", "--port=5432"]
-    postgres += [f'--unix_socket_directories="{data}"', "--max_wal_size=4GB"]
+    postgres = [f"{binaries}/postgres", "-D", data, f'--unix_socket_directories="{data}"']
+    postgres += ["--port=5432", "--listen_addresses=", "--max_wal_size=4GB"]
     postgres += ["--wal_level=minimal", "--max_wal_senders=0"]
     server = subprocess.Popen(postgres, **user)
     try:
@@ -1726,7 +1725,7 @@ def _is_held(file: IO[str]) -> bool:
 # ---- Settings, secrets, files --------------------------------------------------------------------
 def command(script: str, *arguments: object) -> str:
     """Return a command line that does the same from any folder."""
-    return shlex.join([sys.executable, str(ROOT / script), *map(str, arguments)])
+    return shlex.join(map(str, [sys.executable, ROOT / script, *arguments]))
 
 
 def setting(name: str) -> str:
