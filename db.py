@@ -230,8 +230,8 @@ def load_csv(
     with open(rejected_path or os.devnull, "w", encoding="utf-8", newline="") as aside:
         songs, found = _convert(str(csv_path), aside)
     rejected = found["rejected"].total()
-    if rejected_path and not rejected:
-        os.unlink(rejected_path)
+    if not rejected and os.path.isfile(aside.name):  # os.devnull is none
+        os.unlink(aside.name)
     repeats: Counter[str] = Counter()
     songs = _last_of_each(songs, repeats)
     with connect(url) as cursor:  # not before: servers end connections that idle
