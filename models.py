@@ -169,11 +169,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
         "sizes": sizes,
         "labels": labels,
         "means": features.groupby(kmeans.labels_).mean().round(4).to_dict("records"),
-        "plot": {
-            "points": _plot_points(standardised, clusters),
-            "labels": labels,
-            "sizes": sizes,
-        },
+        "plot": {"points": _plot_points(standardised, clusters), "labels": labels, "sizes": sizes},
     }
 
 
@@ -207,7 +203,6 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
     songs = _usable(songs, "similar", 2)
     _progress("similar", ["fitting"])(0, 0)
     index = SimilarSongs().fit(songs)
-    sample = index.sample_
     if not index.recording_.any():
         raise DataError("similar needs at least 2 different recordings; the table has 1")
     if not index.settings_["company"]:
@@ -216,8 +211,9 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
             "it is sound alone that counts"
         )
     start = time.thread_time()  # of this thread alone: other models may be computing beside it
-    same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
-    query_ms = (time.thread_time() - start) / len(sample) * 1000
+    artist = index.artist_
+    same_artist = [artist[index.neighbours(row)[0]] == artist[row] for row in index.sample_]
+    query_ms = (time.thread_time() - start) / len(same_artist) * 1000
     same_genre = _neighbours_of_own_genre(index, genres(songs))
     at_10 = by_chance = None
     if len(same_genre):
@@ -512,9 +508,8 @@ def fewness(songs: int, none: int = LARGE_TABLE) -> float:
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1.
-PROGRESS_STEP = (
-    0.05  # of a part, at least between two shares that are told: they shall cost nothing
-)
+# Of a part, at least between two shares that are told: they shall cost nothing.
+PROGRESS_STEP = 0.05
 PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is seen
 
 Progress = Callable[[float], None]
@@ -683,7 +678,7 @@ class GenreClassifier:
             name: np.unique(np.nanquantile(songs[name].astype(np.float64), shares))
             for name in self.features_
         }
-        self.tokens_: dict[str, Levels] = {}
+        self.tokens_ = {}
         for name in self.TEXTS:
             if name in songs:
                 matrix, levels = incidence(songs[name].drop_duplicates(), tokens)
@@ -758,8 +753,7 @@ class GenreClassifier:
             drop = kept / np.float32(1 - self.DROPOUT)
             gradients = self._gradients(numbers[rows], text, used, y[rows], drop)
             pace = min(1, step / 20) * (1 + np.cos(np.pi * step / len(batches))) / 2
-            update.dense(gradients, step, rate * pace)
-            update.tokens(gradients["tokens"], used, token_rate * pace)
+            update.take_step(step, gradients, rate * pace, used, token_rate * pace)
             progress(step / len(batches))
 
     def _first_weights(self, inputs: int, tokens: int, rng: np.random.Generator) -> Weights:
@@ -833,17 +827,19 @@ class _Update:
         }
         self.squares = np.zeros((len(network["tokens"]), 1), np.float32)
 
-    def dense(self, gradients: Weights, step: int, rate: float) -> None:
+    def take_step(
+        self, step: int, gradients: Weights, rate: float, used: np.ndarray, token_rate: float
+    ) -> None:
+        """Take step number `step`; the tokens' gradient is that of the rows `used`."""
         for name, (first, second) in self.moments.items():
             first += 0.1 * (gradients[name] - first)
             second += 0.01 * (gradients[name] ** 2 - second)
             adam = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
             self.network[name] -= np.float32(rate) * adam
-
-    def tokens(self, gradient: np.ndarray, used: np.ndarray, rate: float) -> None:
+        gradient = gradients["tokens"]
         self.squares[used] += (gradient**2).mean(axis=1, keepdims=True)
-        step = np.float32(rate) * gradient / (np.sqrt(self.squares[used]) + 1e-8)
-        self.network["tokens"][used] -= step
+        adagrad = np.float32(token_rate) * gradient / (np.sqrt(self.squares[used]) + 1e-8)
+        self.network["tokens"][used] -= adagrad
 
 
 # ---- Energy and popularity -----------------------------------------------------------------------
@@ -992,13 +988,12 @@ class SongRegressor:
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
-        rate = self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_)
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
         self.weights_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
-                learning_rate=rate,
+                learning_rate=self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_),
                 categorical_features=[len(self.features_)],
                 random_state=SEED + fit,
                 **self.TREES,
@@ -1068,7 +1063,7 @@ class SongRegressor:
         song_fold = rng.integers(0, self.SONG_FOLDS, len(residual))
         artists = songs["artist_name"].factorize()[0]
         artist_fold = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
-        self.known_: dict[str, tuple[Levels, np.ndarray]] = {}
+        self.known_ = {}
         known = {}
         new = {}
         for key, (name, split) in KEYS.items():
@@ -1202,7 +1197,7 @@ class SimilarSongs:
         if points is None:
             points = self.tree_.data[rows]
         songs = len(self.track_ids_)
-        answers: dict[int, Neighbours] = {}
+        answers = {}
         waiting = list(range(len(rows)))
         candidates = 2 * k + 2
         while waiting:
@@ -1333,10 +1328,9 @@ def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[np.ndarray, np.ndarray
     which another copy is in `train`. The choice hangs on hashed names, not on row numbers: what is
     held out tonight is held out tomorrow, when the table has grown, and the figures compare.
     """
-    number = str(split or "")
-    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, "artist" + number)
+    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, f"artist{split or ''}")
     known = ~new
-    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, "song" + number)
+    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, f"song{split or ''}")
     train = ~new & ~known
     recording = recordings(songs)
     known &= ~np.isin(recording, recording[train])
@@ -1359,7 +1353,7 @@ def _fit_and_judge(
     songs: pd.DataFrame,
     answers: Callable,
     metric: Callable,
-) -> tuple[Any, pd.DataFrame, pd.DataFrame, Metrics]:
+) -> tuple:
     """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
     `name` is the model and the column it predicts; `make()` gives an estimator to judge;
@@ -1639,7 +1633,6 @@ def publish(
     call fails, this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
-    os.makedirs(Path(models_dir, "versions"), exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
     if current and current["table"] == report["table"]:  # of others, the figures do not compare
@@ -1649,6 +1642,7 @@ def publish(
     if report["error"]:
         report["status"] = "held_back"
     version = _version(report, models_dir)
+    os.makedirs(version.parent, exist_ok=True)
     try:
         _write_version(version, report, estimator)
         if report["status"] == "trained":
@@ -1828,8 +1822,8 @@ def append_history(models_dir: Folder, lines: list[dict]) -> None:
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with tolerant_of(path):
         os.makedirs(path.parent, exist_ok=True)
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        if torn:  # by a full disk: what it holds must not spoil the next line
+        # Torn by a full disk? What it holds must not spoil the next line.
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
             text = "\n" + text
         with open(path, "a") as file:
             file.write(text)
@@ -2133,8 +2127,7 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
     songs, data = _hold_songs(url, about["table"])
     start = time.monotonic()
     estimator, metrics = MODELS[name](songs, **about["settings"])
-    seconds = time.monotonic() - start
-    about = about | {"seconds": seconds, "rows": len(songs), "data": data}
+    about = about | {"seconds": time.monotonic() - start, "rows": len(songs), "data": data}
     try:
         return publish(name, estimator, metrics, about, models_dir, force)
     except OSError as error:
@@ -2600,7 +2593,7 @@ def _parser() -> ArgumentParser:
     add("--into", metavar="TABLE", help="put what is said of all songs into this table")
     add("--out", help="the CSV to write (default: it is printed)")
     add = command("rollback", roll_back, "put the previous version of a model back", False)
-    add("model", choices=list(MODELS))
+    add("model", choices=MODELS)
     return parser
 
 
