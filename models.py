@@ -485,7 +485,7 @@ def incidence(
     rows = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
     rows = rows[columns >= 0]
     columns = columns[columns >= 0]
-    ones = np.ones(len(rows), np.float32)
+    ones = np.ones_like(rows, np.float32)
     matrix = csr_array((ones, (rows, columns)), shape=(len(keys), len(levels)))
     matrix.data[:] = 1  # also of a key that stands twice in a name: their sum would be 2
     return matrix[codes], levels
@@ -1059,7 +1059,7 @@ class SongRegressor:
         Return the summary of each song's keys with a fold of songs hidden, and with a fold of
         artists hidden.
         """
-        moments = np.column_stack([np.ones(len(residual)), residual, residual**2])
+        moments = np.column_stack([np.ones_like(residual), residual, residual**2])
         song_fold = rng.integers(0, self.SONG_FOLDS, len(residual))
         artists = songs["artist_name"].factorize()[0]
         artist_fold = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
@@ -1092,7 +1092,6 @@ class SongRegressor:
         self.genre_means_ = (totals / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
         # Drawn for both: the folds drawn next are then those of earlier editions.
         some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
-        self.curve_ = None
         if self.settings.quadratic:
             quadratic = make_pipeline(
                 SimpleImputer(),
@@ -1104,10 +1103,11 @@ class SongRegressor:
             self.curve_ = quadratic.fit(self._plane(songs.iloc[some]), y[some])
 
     def _start(self, songs: pd.DataFrame) -> np.ndarray:
-        if self.curve_ is None:
+        if not self.settings.quadratic:
             return self._genre_mean(songs)
-        curve = self.curve_
-        starts = in_parts(songs, self.CURVE_ROWS, lambda part: curve.predict(self._plane(part)))
+        starts = in_parts(
+            songs, self.CURVE_ROWS, lambda part: self.curve_.predict(self._plane(part))
+        )
         return np.clip(starts, *self.range_)  # a quadratic runs away where songs are rare
 
     def _genre_mean(self, songs: pd.DataFrame) -> np.ndarray:
@@ -1212,7 +1212,7 @@ class SimilarSongs:
                     unanswered.append(at)
             waiting = unanswered
             candidates *= 3
-        return [answers[at] for at in range(len(rows))]
+        return [answers[at] for at in sorted(answers)]
 
     def _choose(self, row: int, others: np.ndarray, k: int, same_artist: bool) -> list[int]:
         """Return which of the others, the nearest first, are neighbours of the row: k at most."""
@@ -1699,8 +1699,8 @@ def clean_up(models_dir: Folder) -> None:
     names = "|".join(MODELS)
     version = rf"({names})-{MOMENT}\.(joblib|json)"
     ours = rf"{version}|({names}|run)\.(joblib|json)|report\.png"
-    for folder in (models_dir, models_dir / "metrics", models_dir / "versions"):
-        _remove(*_find(folder, rf"\.({ours})(\.\d+)?\.tmp"))
+    for folder in (".", "metrics", "versions"):
+        _remove(*_find(models_dir / folder, rf"\.({ours})(\.\d+)?\.tmp"))
     versions = _find(models_dir / "versions", version)
     halves = Counter(path.stem for path in versions)
     _remove(*[path for path in versions if halves[path.stem] == 1])
@@ -2226,7 +2226,7 @@ def _memory_mb(process: str) -> float:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
+    return sum(map(int, re.findall(r"^Pss:\s+(\d+)", rollup, re.M))) / 1000  # kilobytes
 
 
 def _answers(forks: list, progress: Any = None) -> list:
@@ -2610,7 +2610,7 @@ def main(arguments: list[str]) -> int:
     except (BrokenPipeError, SystemExit):  # rich's of it; whoever reads has enough, as head does
         return 0
     except (db.Expected, OSError) as error:
-        print(db.redact(str(error)), file=sys.stderr)
+        print(db.redact(error), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2
 
 
