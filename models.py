@@ -1433,8 +1433,8 @@ def _plot_genres(answers: pd.DataFrame) -> Metrics:
 def _plot_regression(answers: pd.DataFrame) -> Metrics:
     """Return a 2-D histogram: rows are bins of the actual value, columns of the predicted one."""
     actual = answers["actual"]
-    low = float(actual.min())
-    high = float(actual.max())
+    low = actual.min()
+    high = actual.max()
     edges = np.linspace(low, high, BINS + 1)
     density, _, _ = np.histogram2d(actual, answers["predicted"].clip(low, high), edges)
     return {"edges": [low, high, BINS], "density": density.astype(int).tolist()}
