@@ -61,6 +61,8 @@ from db import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy import ndarray
+    from numpy.random import Generator
     from scipy.sparse import csr_array
 
 log = logging.getLogger("models")
@@ -344,7 +346,7 @@ def _largest_first(kmeans: Any) -> list[int]:
     return sizes[order].tolist()
 
 
-def _in_two_words(center: np.ndarray) -> str:
+def _in_two_words(center: ndarray) -> str:
     """Return words for the two features in which a cluster's centre differs most from the mean."""
     said = []
     for feature in np.argsort(-np.abs(center))[:2]:
@@ -353,7 +355,7 @@ def _in_two_words(center: np.ndarray) -> str:
     return ", ".join(said)
 
 
-def _plot_points(points: np.ndarray, clusters: np.ndarray) -> list[list[float]]:
+def _plot_points(points: ndarray, clusters: ndarray) -> list[list[float]]:
     """Return the two principal components and the cluster of each song, for the picture."""
     from sklearn.decomposition import PCA
 
@@ -451,7 +453,7 @@ def present(songs: pd.DataFrame, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in songs and songs[name].notna().any()]
 
 
-def recordings(songs: pd.DataFrame) -> np.ndarray:
+def recordings(songs: pd.DataFrame) -> ndarray:
     """Return an integer per song, the same for two of one artist and title (case-folded)."""
     names = songs["artist_name"].astype(object) + "\0" + songs["track_name"].astype(object)
     return names.str.casefold().factorize()[0]
@@ -491,7 +493,7 @@ def incidence(
     return matrix[codes], levels
 
 
-def in_parts(songs: pd.DataFrame, rows: int, function: Callable) -> np.ndarray:
+def in_parts(songs: pd.DataFrame, rows: int, function: Callable) -> ndarray:
     """Return function(songs) put together from `rows` songs at a time: it needs much on the way."""
     starts = range(0, max(len(songs), 1), rows)
     return np.concatenate([function(songs.iloc[start : start + rows]) for start in starts])
@@ -618,18 +620,18 @@ class GenreClassifier:
         self._fit_network(numbers, texts, y, rng, progress)
         return self
 
-    def predict_proba(self, songs: pd.DataFrame) -> np.ndarray:
+    def predict_proba(self, songs: pd.DataFrame) -> ndarray:
         """Return P(genre), float32, songs x classes_; DataError where songs lack most of AUDIO."""
         from scipy.special import softmax
 
         db.demand_sound(songs)
 
-        def probabilities(part: pd.DataFrame) -> np.ndarray:
+        def probabilities(part: pd.DataFrame) -> ndarray:
             return softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part), axis=1)
 
         return in_parts(songs, self.CHUNK, probabilities)
 
-    def predict(self, songs: pd.DataFrame) -> np.ndarray:
+    def predict(self, songs: pd.DataFrame) -> ndarray:
         """Return the most probable genre of each song."""
         return self.classes_[self.predict_proba(songs).argmax(axis=1)]
 
@@ -637,21 +639,21 @@ class GenreClassifier:
         """Return the columns of songs on which a prediction hangs."""
         return [*self.features_, *self.tokens_]
 
-    def sound(self, songs: pd.DataFrame) -> np.ndarray:
+    def sound(self, songs: pd.DataFrame) -> ndarray:
         """Return log P(genre | sound, tokens) up to a constant per song, songs x genres."""
         numbers, texts = self._encode(songs)
         net = self.network_
         hidden = np.maximum(numbers @ net["in"] + net["in0"] + texts @ net["tokens"], 0)
         return hidden @ net["out"] + net["out0"]
 
-    def effect(self, songs: pd.DataFrame) -> np.ndarray:
+    def effect(self, songs: pd.DataFrame) -> ndarray:
         """Return log P(genre | artists) - log P(genre), songs x genres: 0 for unknown artists."""
         artist, credit = self._levels(songs)
         by_artist = _shrunk(artist @ self.counts_[0], self.prior_, self.ARTIST_SONGS)
         by_credit = _shrunk(credit @ self.counts_[1], by_artist, self.CREDIT_SONGS)
         return np.log(by_credit) - np.log(self.prior_)
 
-    def _fit_effect(self, songs: pd.DataFrame, y: np.ndarray) -> None:
+    def _fit_effect(self, songs: pd.DataFrame, y: ndarray) -> None:
         """Count the songs of each artist, and of each exact credit, by genre."""
         from scipy.sparse import eye_array
 
@@ -689,7 +691,7 @@ class GenreClassifier:
         # 0.1 more, because a bin that hardly varies must not shout.
         self.scale_ = np.nanstd(numbers, axis=0) + np.float32(0.1)
 
-    def _numbers(self, songs: pd.DataFrame) -> np.ndarray:
+    def _numbers(self, songs: pd.DataFrame) -> ndarray:
         """Return how far through each bin a number is (0 to 1), and if it is the lowest.
 
         Keys also stand one by one, as C is no less than H. float32, songs x bins.
@@ -710,7 +712,7 @@ class GenreClassifier:
             start = end
         return numbers
 
-    def _encode(self, songs: pd.DataFrame) -> tuple[np.ndarray, csr_array]:
+    def _encode(self, songs: pd.DataFrame) -> tuple[ndarray, csr_array]:
         """Return numbers (dense; missing is average) and tokens (length 1 per song and column)."""
         from scipy.sparse import diags_array, hstack
 
@@ -727,10 +729,10 @@ class GenreClassifier:
 
     def _fit_network(
         self,
-        numbers: np.ndarray,
+        numbers: ndarray,
         texts: csr_array,
-        y: np.ndarray,
-        rng: np.random.Generator,
+        y: ndarray,
+        rng: Generator,
         progress: Progress,
     ) -> None:
         """Learn by gradient steps over seeded batches; a cosine schedule after a warm-up."""
@@ -756,7 +758,7 @@ class GenreClassifier:
             update.take_step(step, gradients, rate * pace, used, token_rate * pace)
             progress(step / len(batches))
 
-    def _first_weights(self, inputs: int, tokens: int, rng: np.random.Generator) -> Weights:
+    def _first_weights(self, inputs: int, tokens: int, rng: Generator) -> Weights:
         classes = len(self.classes_)
         weights = {
             "in": rng.normal(0, inputs**-0.5, (inputs, self.HIDDEN)),
@@ -767,9 +769,7 @@ class GenreClassifier:
         }
         return {name: values.astype(np.float32) for name, values in weights.items()}
 
-    def _drop_tokens(
-        self, text: csr_array, rng: np.random.Generator
-    ) -> tuple[np.ndarray, csr_array]:
+    def _drop_tokens(self, text: csr_array, rng: Generator) -> tuple[ndarray, csr_array]:
         """Return a batch's tokens and the matrix songs x those tokens, half its entries dropped."""
         used, columns = np.unique(text.indices, return_inverse=True)
         kept = (rng.random(text.nnz) > self.TOKEN_DROPOUT) / np.float32(1 - self.TOKEN_DROPOUT)
@@ -778,11 +778,11 @@ class GenreClassifier:
 
     def _gradients(
         self,
-        numbers: np.ndarray,
+        numbers: ndarray,
         text: csr_array,
-        used: np.ndarray,
-        y: np.ndarray,
-        drop: np.ndarray,
+        used: ndarray,
+        y: ndarray,
+        drop: ndarray,
     ) -> Weights:
         """Return the gradient of the batch's mean cross-entropy by every weight.
 
@@ -807,7 +807,7 @@ class GenreClassifier:
         }
 
 
-def _shrunk(counts: csr_array, towards: np.ndarray, strength: float) -> np.ndarray:
+def _shrunk(counts: csr_array, towards: ndarray, strength: float) -> ndarray:
     seen = counts.toarray()
     return (seen + strength * towards) / (seen.sum(axis=1, keepdims=True) + strength)
 
@@ -828,7 +828,7 @@ class _Update:
         self.squares = np.zeros((len(network["tokens"]), 1), np.float32)
 
     def take_step(
-        self, step: int, gradients: Weights, rate: float, used: np.ndarray, token_rate: float
+        self, step: int, gradients: Weights, rate: float, used: ndarray, token_rate: float
     ) -> None:
         """Take step number `step`; the tokens' gradient is that of the rows `used`."""
         for name, (first, second) in self.moments.items():
@@ -856,7 +856,7 @@ KEYS = {
 TOKEN_KEYS = ("album words", "title words")
 
 
-def text_counts(songs: pd.DataFrame) -> np.ndarray:
+def text_counts(songs: pd.DataFrame) -> ndarray:
     """Return songs x 5, float32, of what the names look like.
 
     ";" in the artist, length of the title and of the album, if these are the same, if the title has
@@ -879,7 +879,7 @@ def text_counts(songs: pd.DataFrame) -> np.ndarray:
     return np.column_stack(counts).astype(np.float32)
 
 
-def summary(totals: np.ndarray) -> np.ndarray:
+def summary(totals: ndarray) -> ndarray:
     """Return count, mean and spread from count, sum and sum of squares, songs x 3, float32.
 
     Mean and spread are NaN where nothing is known, the spread also of a single song.
@@ -892,9 +892,7 @@ def summary(totals: np.ndarray) -> np.ndarray:
     return np.column_stack([count, mean, spread]).astype(np.float32)
 
 
-def summary_without_own_fold(
-    matrix: csr_array, moments: np.ndarray, fold: np.ndarray
-) -> np.ndarray:
+def summary_without_own_fold(matrix: csr_array, moments: ndarray, fold: ndarray) -> ndarray:
     """Return summary() of each song's keys over the other folds: no song describes itself."""
     total = matrix.T @ moments
     others = np.empty_like(moments)
@@ -1007,7 +1005,7 @@ class SongRegressor:
             self.weights_.append(self.fits * extra_weight)
         return self
 
-    def predict(self, songs: pd.DataFrame) -> np.ndarray:
+    def predict(self, songs: pd.DataFrame) -> ndarray:
         """Return the target of each song; what is absent or unknown is a missing value.
 
         Raises DataError where most of AUDIO is absent.
@@ -1031,8 +1029,8 @@ class SongRegressor:
         return [*self.features_, "genre", *dict.fromkeys(names)]
 
     def _training_rows(
-        self, songs: pd.DataFrame, residual: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, songs: pd.DataFrame, residual: ndarray, rng: Generator
+    ) -> tuple[ndarray, ndarray]:
         """Learn known_; return (X, rows): what the trees learn from, and the song of each row."""
         known, new = self._fit_known(songs, residual, rng)
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for
@@ -1052,7 +1050,7 @@ class SongRegressor:
         return np.hstack(table), rows
 
     def _fit_known(
-        self, songs: pd.DataFrame, residual: np.ndarray, rng: np.random.Generator
+        self, songs: pd.DataFrame, residual: ndarray, rng: Generator
     ) -> tuple[dict, dict]:
         """Learn known_: of each key count, sum and sum of squares of its songs' residuals.
 
@@ -1074,7 +1072,7 @@ class SongRegressor:
                 new[key] = summary_without_own_fold(matrix, moments, artist_fold)
         return known, new
 
-    def _fit_start(self, songs: pd.DataFrame, y: np.ndarray, rng: np.random.Generator) -> None:
+    def _fit_start(self, songs: pd.DataFrame, y: ndarray, rng: Generator) -> None:
         """Learn where the residuals start from.
 
         That is the genre's shrunken mean; or, of energy, a quadratic of that and of the audio.
@@ -1102,7 +1100,7 @@ class SongRegressor:
             )
             self.curve_ = quadratic.fit(self._plane(songs.iloc[some]), y[some])
 
-    def _start(self, songs: pd.DataFrame) -> np.ndarray:
+    def _start(self, songs: pd.DataFrame) -> ndarray:
         if not self.settings.quadratic:
             return self._genre_mean(songs)
         starts = in_parts(
@@ -1110,16 +1108,16 @@ class SongRegressor:
         )
         return np.clip(starts, *self.range_)  # a quadratic runs away where songs are rare
 
-    def _genre_mean(self, songs: pd.DataFrame) -> np.ndarray:
+    def _genre_mean(self, songs: pd.DataFrame) -> ndarray:
         means = column(songs, "genre").map(self.genre_means_).astype(float)
         return means.fillna(self.mean_).to_numpy()
 
-    def _plane(self, songs: pd.DataFrame) -> np.ndarray:
+    def _plane(self, songs: pd.DataFrame) -> ndarray:
         """Return songs x (features_, the genre's mean)."""
         audio = [column(songs, name).astype(float) for name in self.features_]
         return np.column_stack([*audio, self._genre_mean(songs)])
 
-    def _audio(self, songs: pd.DataFrame) -> np.ndarray:
+    def _audio(self, songs: pd.DataFrame) -> ndarray:
         """Return songs x (features_, genre's number, the start, perhaps text_counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
@@ -1183,10 +1181,10 @@ class SimilarSongs:
 
     def neighbours_of(
         self,
-        rows: np.ndarray,
+        rows: ndarray,
         k: int = 10,
         same_artist: bool = False,
-        points: np.ndarray | None = None,
+        points: ndarray | None = None,
         workers: int = 1,
     ) -> list[Neighbours]:
         """Return what neighbours() says of each row, found by that many threads.
@@ -1214,7 +1212,7 @@ class SimilarSongs:
             candidates *= 3
         return [answers[at] for at in sorted(answers)]
 
-    def _choose(self, row: int, others: np.ndarray, k: int, same_artist: bool) -> list[int]:
+    def _choose(self, row: int, others: ndarray, k: int, same_artist: bool) -> list[int]:
         """Return which of the others, the nearest first, are neighbours of the row: k at most."""
         allowed = k if same_artist else max(1, 3 * k // 10)
         own_artist = (self.artist_[others] == self.artist_[row]).tolist()
@@ -1265,7 +1263,7 @@ class SimilarSongs:
         alike = sorted(titles, key=unlike)[:300]  # difflib is slow
         return [titles[match] for match in difflib.get_close_matches(text, alike, n=5, cutoff=0.5)]
 
-    def _sound(self, songs: pd.DataFrame, dimensions: int) -> np.ndarray:
+    def _sound(self, songs: pd.DataFrame, dimensions: int) -> ndarray:
         """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
 
@@ -1277,7 +1275,7 @@ class SimilarSongs:
         sound = normal @ components[:, ::-1][:, :dimensions]
         return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
 
-    def _company(self, songs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    def _company(self, songs: pd.DataFrame) -> tuple[ndarray, ndarray]:
         """Return points of all songs, and of the sample with their own genres hidden.
 
         Without genres they have no columns.
@@ -1296,7 +1294,7 @@ class SimilarSongs:
             size = (len(levels), self.COMPANY_DIMENSIONS)
             places = normalize(np.random.default_rng(SEED).normal(size=size))
 
-        def points(mixture) -> np.ndarray:
+        def points(mixture) -> ndarray:
             return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
 
         others = artist @ normalize(counts, "l1")
@@ -1321,7 +1319,7 @@ CONFUSIONS = 25  # pairs of genres kept with the metrics
 BINS = 40  # of the actual values, and of the predicted ones
 
 
-def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[ndarray, ndarray, ndarray]:
     """Split songs into three boolean masks (train, known, new); `split` numbers other splits.
 
     `new` is every song of 10 % of the artists; `known` is 12 % of the other songs, less those of
@@ -1337,7 +1335,7 @@ def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[np.ndarray, np.ndarray
     return train, known, new
 
 
-def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
+def _first_by_hash(values: pd.Series, share: float, key: str) -> ndarray:
     """Return True for rows whose value is in that share of the distinct values, by their hashes."""
     import pandas as pd
 
