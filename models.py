@@ -61,6 +61,8 @@ from db import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy import ndarray
+    from numpy.random import Generator
     from scipy.sparse import csr_array
 
 log = logging.getLogger("models")
@@ -116,9 +118,8 @@ def train_genre(songs: pd.DataFrame) -> tuple[GenreClassifier, Metrics]:
             f"genre needs at least 2 genres with {MIN_GENRE_SONGS} songs each; "
             f"the table has {learnable}"
         )
-    make = partial(GenreClassifier, len(songs))
     final, known, new, leans = _fit_and_judge(
-        "genre", GenreClassifier(), make, songs, _genre_answers, accuracy_score
+        "genre", GenreClassifier(), GenreClassifier, songs, _genre_answers, accuracy_score
     )
     return final, {
         "accuracy": _figure(accuracy_score, known),
@@ -162,7 +163,6 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
     standardised = pipeline[0].transform(features.iloc[sample])
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
     clusters = kmeans.labels_[sample]
-    points = _plot_points(standardised, clusters)
     silhouette = None
     with suppress(ValueError):  # of a single cluster, or of as many clusters as songs
         silhouette = float(silhouette_score(standardised, clusters))
@@ -171,7 +171,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
         "sizes": sizes,
         "labels": labels,
         "means": features.groupby(kmeans.labels_).mean().round(4).to_dict("records"),
-        "plot": {"points": points, "labels": labels, "sizes": sizes},
+        "plot": {"points": _plot_points(standardised, clusters), "labels": labels, "sizes": sizes},
     }
 
 
@@ -204,8 +204,7 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
     """
     songs = _usable(songs, "similar", 2)
     _progress("similar", ["fitting"])(0, 0)
-    sample = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
-    index = SimilarSongs().fit(songs, sample)
+    index = SimilarSongs().fit(songs)
     if not index.recording_.any():
         raise DataError("similar needs at least 2 different recordings; the table has 1")
     if not index.settings_["company"]:
@@ -214,9 +213,10 @@ def train_similar(songs: pd.DataFrame) -> tuple[SimilarSongs, Metrics]:
             "it is sound alone that counts"
         )
     start = time.thread_time()  # of this thread alone: other models may be computing beside it
-    same_artist = [index.artist_[index.neighbours(row)[0]] == index.artist_[row] for row in sample]
-    query_ms = (time.thread_time() - start) / len(sample) * 1000
-    same_genre = _neighbours_of_own_genre(index, genres(songs), sample)
+    artist = index.artist_
+    same_artist = [artist[index.neighbours(row)[0]] == artist[row] for row in index.sample_]
+    query_ms = (time.thread_time() - start) / len(same_artist) * 1000
+    same_genre = _neighbours_of_own_genre(index, genres(songs))
     at_10 = by_chance = None
     if len(same_genre):
         at_10 = float(same_genre.stack().mean())
@@ -277,27 +277,20 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
     return songs
 
 
-def _genre_answers(
-    judged: GenreClassifier, learnt: pd.DataFrame, held_out: pd.DataFrame
-) -> pd.DataFrame:
-    import pandas as pd
-
+def _genre_answers(judged: GenreClassifier, learnt: pd.DataFrame, held_out: pd.DataFrame) -> dict:
     actual = held_out["genre"].to_numpy(object).astype(str)
     likely = judged.classes_[np.argsort(-judged.predict_proba(held_out), axis=1)[:, :3]]
     among_3 = (likely == actual[:, None]).any(axis=1)
-    return pd.DataFrame(
-        {
-            "actual": actual,
-            "predicted": likely[:, 0],
-            "best_of_3": np.where(among_3, actual, likely[:, 0]),
-            "baseline": learnt["genre"].mode()[0],
-        }
-    )
+    return {
+        "actual": actual,
+        "predicted": likely[:, 0],
+        "best_of_3": np.where(among_3, actual, likely[:, 0]),
+        "baseline": learnt["genre"].mode()[0],
+    }
 
 
 def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, Metrics]:
     """Return (SongRegressor, metrics) for the target column."""
-    import pandas as pd
     from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
     songs = _usable(songs, target, MIN_SONGS)
@@ -307,22 +300,16 @@ def _train_regressor(target: str, songs: pd.DataFrame) -> tuple[SongRegressor, M
             f"there is nothing to learn until the column varies"
         )
 
-    def answers(judged, learnt, held_out) -> pd.DataFrame:
-        actual = held_out[target].to_numpy(np.float64)
-        predicted = judged.predict(held_out)
-        baseline = learnt[target].mean()
-        return pd.DataFrame({"actual": actual, "predicted": predicted, "baseline": baseline})
+    def answers(judged, learnt, held_out) -> dict:
+        return {
+            "actual": held_out[target].to_numpy(np.float64),
+            "predicted": judged.predict(held_out),
+            "baseline": learnt[target].mean(),
+        }
 
-    make = partial(SongRegressor, target, table_songs=len(songs))
-    fits = AVERAGED if len(songs) < FEW_SONGS else 1
-    final, known, new, leans = _fit_and_judge(
-        target,
-        SongRegressor(target, fits),
-        make,
-        songs,
-        answers,
-        r2_score,
-    )
+    make = partial(SongRegressor, target)
+    final = make(AVERAGED if len(songs) < FEW_SONGS else 1)
+    final, known, new, leans = _fit_and_judge(target, final, make, songs, answers, r2_score)
     return final, {
         "r2": _figure(r2_score, known),
         "r2_new_artists": _figure(r2_score, new),
@@ -359,7 +346,7 @@ def _largest_first(kmeans: Any) -> list[int]:
     return sizes[order].tolist()
 
 
-def _in_two_words(center: np.ndarray) -> str:
+def _in_two_words(center: ndarray) -> str:
     """Return words for the two features in which a cluster's centre differs most from the mean."""
     said = []
     for feature in np.argsort(-np.abs(center))[:2]:
@@ -368,7 +355,7 @@ def _in_two_words(center: np.ndarray) -> str:
     return ", ".join(said)
 
 
-def _plot_points(points: np.ndarray, clusters: np.ndarray) -> list[list[float]]:
+def _plot_points(points: ndarray, clusters: ndarray) -> list[list[float]]:
     """Return the two principal components and the cluster of each song, for the picture."""
     from sklearn.decomposition import PCA
 
@@ -379,9 +366,7 @@ def _plot_points(points: np.ndarray, clusters: np.ndarray) -> list[list[float]]:
 QUERY_SAMPLE = 1000  # songs whose neighbours are looked at for the metrics of `similar`
 
 
-def _neighbours_of_own_genre(
-    index: SimilarSongs, genre: pd.Series, sample: np.ndarray
-) -> pd.DataFrame:
+def _neighbours_of_own_genre(index: SimilarSongs, genre: pd.Series) -> pd.DataFrame:
     """Return songs of the sample x ten neighbours: 1 where the neighbour has the song's genre.
 
     Songs without a genre are left out. Where fewer than ten neighbours were found, NaN.
@@ -390,7 +375,8 @@ def _neighbours_of_own_genre(
 
     names = genre.fillna("").to_numpy(object)
     same = []
-    for row, (neighbours, _) in zip(sample, index.neighbours_of(sample, points=index.asked_)):
+    answers = index.neighbours_of(index.sample_, points=index.asked_)
+    for row, (neighbours, _) in zip(index.sample_, answers):
         if names[row]:
             same.append(names[neighbours] == names[row])
     return pd.DataFrame(same, dtype=float)
@@ -453,7 +439,7 @@ def column(songs: pd.DataFrame, name: str) -> pd.Series:
 
     if name in songs:
         return songs[name]
-    return pd.Series(np.nan, index=songs.index, dtype=object)
+    return pd.Series(np.nan, songs.index, object)
 
 
 def genres(songs: pd.DataFrame) -> pd.Series:
@@ -467,15 +453,18 @@ def present(songs: pd.DataFrame, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in songs and songs[name].notna().any()]
 
 
-def recordings(songs: pd.DataFrame) -> np.ndarray:
+def recordings(songs: pd.DataFrame) -> ndarray:
     """Return an integer per song, the same for two of one artist and title (case-folded)."""
-    import pandas as pd
-
     names = songs["artist_name"].astype(object) + "\0" + songs["track_name"].astype(object)
-    return pd.factorize(names.str.casefold())[0]
+    return names.str.casefold().factorize()[0]
 
 
 Levels = dict[str, int]
+
+
+def numbered(keys: Iterable[str]) -> Levels:
+    """Return {key: its place} of keys that differ."""
+    return {key: place for place, key in enumerate(keys)}
 
 
 def incidence(
@@ -487,25 +476,24 @@ def incidence(
     to its column, and is made from the names where it is not given. Keys without a level are left
     out.
     """
-    import pandas as pd
     from scipy.sparse import csr_array
 
-    codes, uniques = pd.factorize(names)
-    keys = [split(name) for name in np.asarray(uniques, dtype=object)]
+    codes, uniques = names.factorize()
+    keys = [split(name) for name in uniques.to_numpy(object)]
     keys.append([])  # the last row, where code -1 (no name) leads
     if levels is None:
-        levels = {key: at for at, key in enumerate(dict.fromkeys(chain.from_iterable(keys)))}
+        levels = numbered(dict.fromkeys(chain.from_iterable(keys)))
     columns = np.fromiter(map(levels.get, chain.from_iterable(keys), repeat(-1)), np.int32)
     rows = np.repeat(np.arange(len(keys)), [len(some) for some in keys])
     rows = rows[columns >= 0]
     columns = columns[columns >= 0]
-    ones = np.ones(len(rows), np.float32)
+    ones = np.ones_like(rows, np.float32)
     matrix = csr_array((ones, (rows, columns)), shape=(len(keys), len(levels)))
     matrix.data[:] = 1  # also of a key that stands twice in a name: their sum would be 2
     return matrix[codes], levels
 
 
-def in_parts(songs: pd.DataFrame, rows: int, function: Callable) -> np.ndarray:
+def in_parts(songs: pd.DataFrame, rows: int, function: Callable) -> ndarray:
     """Return function(songs) put together from `rows` songs at a time: it needs much on the way."""
     starts = range(0, max(len(songs), 1), rows)
     return np.concatenate([function(songs.iloc[start : start + rows]) for start in starts])
@@ -522,9 +510,8 @@ def fewness(songs: int, none: int = LARGE_TABLE) -> float:
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1.
-PROGRESS_STEP = (
-    0.05  # of a part, at least between two shares that are told: they shall cost nothing
-)
+# Of a part, at least between two shares that are told: they shall cost nothing.
+PROGRESS_STEP = 0.05
 PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is seen
 
 Progress = Callable[[float], None]
@@ -559,9 +546,9 @@ def _progress(name: str, phases: Sequence[str]) -> Callable:
     began = time.monotonic()
 
     def progress(part, share) -> None:
-        quarter = int(4 * sum(shares) / len(shares))
+        quarter = int(4 * np.mean(shares))
         shares[part] = share
-        done = sum(shares) / len(shares)
+        done = np.mean(shares)
         takes_long = time.monotonic() - began > PROGRESS_SECONDS
         another_quarter = takes_long and quarter < int(4 * done) < 4
         line = f"{name}: {phases[part]}, {100 * done:.0f} %"
@@ -576,11 +563,7 @@ def _progress(name: str, phases: Sequence[str]) -> Callable:
 
 # ---- Genre ---------------------------------------------------------------------------------------
 
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Return probabilities, songs x classes, from the logarithms of their proportions."""
-    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return scores / scores.sum(axis=1, keepdims=True)
+Weights = dict[str, np.ndarray]  # of the network, or as much for each: gradients
 
 
 class GenreClassifier:
@@ -593,7 +576,7 @@ class GenreClassifier:
     shrunk towards these (Dirichlet smoothing; MacKay and Peto, 1995).
     """
 
-    TEXTS = {"track_name": tokens, "artist_name": tokens, "album_name": tokens}
+    TEXTS = ("track_name", "artist_name", "album_name")
     # How many songs the level above counts for.
     ARTIST_SONGS = 0.5
     CREDIT_SONGS = 1.0
@@ -610,21 +593,21 @@ class GenreClassifier:
     TOKEN_DROPOUT = 0.5
     CHUNK = 20_000  # songs predicted at a time
 
-    classes_: np.ndarray
-    fitted_on_: int
-
-    def __init__(self, table_songs: int = 0) -> None:
-        """`table_songs` is the number of songs of the table, where fit() is given a part of it."""
-        self.table_songs = table_songs
-
     def fit(
-        self, songs: pd.DataFrame, genre: pd.Series, progress: Progress = _say_nothing
+        self,
+        songs: pd.DataFrame,
+        genre: pd.Series,
+        progress: Progress = _say_nothing,
+        table_songs: int = 0,
     ) -> GenreClassifier:
-        """Learn from `songs`, one row per song, and their genres as text; `progress(share)`."""
+        """Learn from `songs`, one row per song, and their genres as text; `progress(share)`.
+
+        `table_songs` is the number of songs of the table, where `songs` are a part of it.
+        """
         rng = np.random.default_rng(SEED)
-        names = np.asarray(genre, dtype=object).astype(str)
-        self.classes_, y = np.unique(names, return_inverse=True)
-        del names  # 80 MB of a million
+        self.size_ = table_songs or len(songs)
+        # The texts have no name: of a million they would hold 80 MB.
+        self.classes_, y = np.unique(genre.to_numpy(object).astype(str), return_inverse=True)
         self.prior_ = ((np.bincount(y) + 1) / (len(y) + len(self.classes_))).astype(np.float32)
         self._fit_effect(songs, y)
         if len(y) > self.MAX_SONGS:
@@ -637,16 +620,18 @@ class GenreClassifier:
         self._fit_network(numbers, texts, y, rng, progress)
         return self
 
-    def predict_proba(self, songs: pd.DataFrame) -> np.ndarray:
+    def predict_proba(self, songs: pd.DataFrame) -> ndarray:
         """Return P(genre), float32, songs x classes_; DataError where songs lack most of AUDIO."""
+        from scipy.special import softmax
+
         db.demand_sound(songs)
 
-        def probabilities(part: pd.DataFrame) -> np.ndarray:
-            return softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part))
+        def probabilities(part: pd.DataFrame) -> ndarray:
+            return softmax(self.sound(part) + self.EFFECT_WEIGHT * self.effect(part), axis=1)
 
         return in_parts(songs, self.CHUNK, probabilities)
 
-    def predict(self, songs: pd.DataFrame) -> np.ndarray:
+    def predict(self, songs: pd.DataFrame) -> ndarray:
         """Return the most probable genre of each song."""
         return self.classes_[self.predict_proba(songs).argmax(axis=1)]
 
@@ -654,33 +639,28 @@ class GenreClassifier:
         """Return the columns of songs on which a prediction hangs."""
         return [*self.features_, *self.tokens_]
 
-    def sound(self, songs: pd.DataFrame) -> np.ndarray:
+    def sound(self, songs: pd.DataFrame) -> ndarray:
         """Return log P(genre | sound, tokens) up to a constant per song, songs x genres."""
         numbers, texts = self._encode(songs)
         net = self.network_
         hidden = np.maximum(numbers @ net["in"] + net["in0"] + texts @ net["tokens"], 0)
         return hidden @ net["out"] + net["out0"]
 
-    def effect(self, songs: pd.DataFrame) -> np.ndarray:
+    def effect(self, songs: pd.DataFrame) -> ndarray:
         """Return log P(genre | artists) - log P(genre), songs x genres: 0 for unknown artists."""
         artist, credit = self._levels(songs)
-        p = self.prior_[None, :]
-        p = self._shrunk(artist @ self.counts_[0], p, self.ARTIST_SONGS)
-        p = self._shrunk(credit @ self.counts_[1], p, self.CREDIT_SONGS)
-        return np.log(p) - np.log(self.prior_)
+        by_artist = _shrunk(artist @ self.counts_[0], self.prior_, self.ARTIST_SONGS)
+        by_credit = _shrunk(credit @ self.counts_[1], by_artist, self.CREDIT_SONGS)
+        return np.log(by_credit) - np.log(self.prior_)
 
-    def _shrunk(self, counts: Any, towards: np.ndarray, strength: float) -> np.ndarray:
-        seen = counts.toarray()
-        return (seen + strength * towards) / (seen.sum(axis=1, keepdims=True) + strength)
-
-    def _fit_effect(self, songs: pd.DataFrame, y: np.ndarray) -> None:
+    def _fit_effect(self, songs: pd.DataFrame, y: ndarray) -> None:
         """Count the songs of each artist, and of each exact credit, by genre."""
         from scipy.sparse import eye_array
 
         one_hot = eye_array(len(self.classes_), dtype=np.float32, format="csr")[y]
         credited = incidence(songs["artist_name"], credits)[1]
         others = incidence(songs["track_name"], featured)[1]
-        self.artists_ = {name: at for at, name in enumerate(credited | others)}
+        self.artists_ = numbered(credited | others)
         self.exact_ = incidence(songs["artist_name"], whole)[1]
         self.counts_ = [(matrix.T @ one_hot).tocsr() for matrix in self._levels(songs)]
 
@@ -695,61 +675,64 @@ class GenreClassifier:
     def _fit_encoding(self, songs: pd.DataFrame) -> None:
         """Learn the quantile bins of the numbers, their scales, and which tokens there are."""
         self.features_ = present(songs, NUMBERS)
-        self.edges_ = {}
-        for name in self.features_:
-            shares = np.linspace(0, 1, self.BINS + 1)
-            self.edges_[name] = np.unique(np.nanquantile(songs[name].astype(np.float64), shares))
-        self.tokens_: dict[str, Levels] = {}
-        for name, split in self.TEXTS.items():
+        shares = np.linspace(0, 1, self.BINS + 1)
+        self.edges_ = {
+            name: np.unique(np.nanquantile(songs[name].astype(np.float64), shares))
+            for name in self.features_
+        }
+        self.tokens_ = {}
+        for name in self.TEXTS:
             if name in songs:
-                matrix, levels = incidence(songs[name].drop_duplicates(), split)
+                matrix, levels = incidence(songs[name].drop_duplicates(), tokens)
                 common = np.array([*levels], object)[matrix.sum(axis=0) >= self.MIN_NAMES]
-                self.tokens_[name] = {token: at for at, token in enumerate(common)}
+                self.tokens_[name] = numbered(common)
         numbers = self._numbers(songs.iloc[:: 1 + len(songs) // 50_000])
         self.mean_ = np.nanmean(numbers, axis=0)
         # 0.1 more, because a bin that hardly varies must not shout.
         self.scale_ = np.nanstd(numbers, axis=0) + np.float32(0.1)
 
-    def _numbers(self, songs: pd.DataFrame) -> np.ndarray:
+    def _numbers(self, songs: pd.DataFrame) -> ndarray:
         """Return how far through each bin a number is (0 to 1), and if it is the lowest.
 
         Keys also stand one by one, as C is no less than H. float32, songs x bins.
         """
-        widths = [len(edges) for edges in self.edges_.values()]
+        width = sum(map(len, self.edges_.values()))
         if "key" in self.edges_:
-            widths[list(self.edges_).index("key")] += 12
-        numbers = np.empty((len(songs), sum(widths)), np.float32)  # the largest array of a run
-        end = 0
-        for (name, edges), width in zip(self.edges_.items(), widths):
-            value = column(songs, name).to_numpy(np.float64, na_value=np.nan)[:, None]
+            width += 12
+        numbers = np.empty((len(songs), width), np.float32)  # the largest array of a run
+        start = 0
+        for name, edges in self.edges_.items():
+            value = column(songs, name).to_numpy(np.float64)[:, None]
             steps = [np.clip((value - edges[:-1]) / np.diff(edges), 0, 1), value <= edges[0]]
             if name == "key":
                 steps.append(value == np.arange(12))
-            end += width
-            numbers[:, end - width : end] = np.where(np.isnan(value), np.nan, np.hstack(steps))
+            bins = np.hstack(steps)
+            end = start + bins.shape[1]
+            numbers[:, start:end] = np.where(np.isnan(value), np.nan, bins)
+            start = end
         return numbers
 
-    def _encode(self, songs: pd.DataFrame) -> tuple[np.ndarray, csr_array]:
+    def _encode(self, songs: pd.DataFrame) -> tuple[ndarray, csr_array]:
         """Return numbers (dense; missing is average) and tokens (length 1 per song and column)."""
         from scipy.sparse import diags_array, hstack
 
         texts = []
         for name, levels in self.tokens_.items():
-            matrix, _ = incidence(column(songs, name), self.TEXTS[name], levels)
+            matrix, _ = incidence(column(songs, name), tokens, levels)
             length = np.sqrt(np.maximum(matrix.sum(axis=1), 1))
-            texts.append(diags_array(1 / length, dtype=np.float32) @ matrix)
+            texts.append(diags_array(1 / length) @ matrix)
         numbers = self._numbers(songs)
         numbers -= self.mean_
         numbers /= self.scale_
         np.copyto(numbers, 0, where=np.isnan(numbers))  # nan_to_num holds three masks at once
-        return numbers, hstack(texts, format="csr", dtype=np.float32)
+        return numbers, hstack(texts, format="csr")
 
     def _fit_network(
         self,
-        numbers: np.ndarray,
+        numbers: ndarray,
         texts: csr_array,
-        y: np.ndarray,
-        rng: np.random.Generator,
+        y: ndarray,
+        rng: Generator,
         progress: Progress,
     ) -> None:
         """Learn by gradient steps over seeded batches; a cosine schedule after a warm-up."""
@@ -759,29 +742,23 @@ class GenreClassifier:
         self.network_ = self._first_weights(numbers.shape[1], texts.shape[1], rng)
         # Few songs are learnt better with smaller steps of the dense weights and larger ones of the
         # tokens, each of which comes up but seldom.
-        few = fewness(self.table_songs or n)
+        few = fewness(self.size_)
         rate = self.RATE * 0.5**few
         token_rate = self.TOKEN_RATE * 2**few
         update = _Update(self.network_)
-        orders = [rng.permutation(n) for _ in range(epochs)]
-        steps = epochs * len(range(0, n, batch))
-        step = 0
-        for order in orders:
-            for start in range(0, n, batch):
-                step += 1
-                rows = order[start : start + batch]
-                used, text = self._drop_tokens(texts[rows], rng)
-                kept = rng.random((len(rows), self.HIDDEN), dtype=np.float32) > self.DROPOUT
-                drop = kept / np.float32(1 - self.DROPOUT)
-                gradients = self._gradients(numbers[rows], text, used, y[rows], drop)
-                pace = min(1, step / 20) * (1 + np.cos(np.pi * step / steps)) / 2
-                update.dense(gradients, step, rate * pace)
-                update.tokens(gradients["tokens"], used, token_rate * pace)
-                progress(step / steps)
+        batches = []
+        for _ in range(epochs):
+            batches += np.split(rng.permutation(n), range(batch, n, batch))
+        for step, rows in enumerate(batches, 1):
+            used, text = self._drop_tokens(texts[rows], rng)
+            kept = rng.random((len(rows), self.HIDDEN), dtype=np.float32) > self.DROPOUT
+            drop = kept / np.float32(1 - self.DROPOUT)
+            gradients = self._gradients(numbers[rows], text, used, y[rows], drop)
+            pace = min(1, step / 20) * (1 + np.cos(np.pi * step / len(batches))) / 2
+            update.take_step(step, gradients, rate * pace, used, token_rate * pace)
+            progress(step / len(batches))
 
-    def _first_weights(
-        self, inputs: int, tokens: int, rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def _first_weights(self, inputs: int, tokens: int, rng: Generator) -> Weights:
         classes = len(self.classes_)
         weights = {
             "in": rng.normal(0, inputs**-0.5, (inputs, self.HIDDEN)),
@@ -792,9 +769,7 @@ class GenreClassifier:
         }
         return {name: values.astype(np.float32) for name, values in weights.items()}
 
-    def _drop_tokens(
-        self, text: csr_array, rng: np.random.Generator
-    ) -> tuple[np.ndarray, csr_array]:
+    def _drop_tokens(self, text: csr_array, rng: Generator) -> tuple[ndarray, csr_array]:
         """Return a batch's tokens and the matrix songs x those tokens, half its entries dropped."""
         used, columns = np.unique(text.indices, return_inverse=True)
         kept = (rng.random(text.nnz) > self.TOKEN_DROPOUT) / np.float32(1 - self.TOKEN_DROPOUT)
@@ -803,21 +778,23 @@ class GenreClassifier:
 
     def _gradients(
         self,
-        numbers: np.ndarray,
+        numbers: ndarray,
         text: csr_array,
-        used: np.ndarray,
-        y: np.ndarray,
-        drop: np.ndarray,
-    ) -> dict[str, np.ndarray]:
+        used: ndarray,
+        y: ndarray,
+        drop: ndarray,
+    ) -> Weights:
         """Return the gradient of the batch's mean cross-entropy by every weight.
 
         Of the tokens, only the rows `used`. `drop` scales the hidden units, songs x HIDDEN.
         """
+        from scipy.special import softmax
+
         net = self.network_
         hidden = numbers @ net["in"] + net["in0"] + text @ net["tokens"][used]
         gate = (hidden > 0) * drop
         hidden *= gate
-        error = softmax(hidden @ net["out"] + net["out0"])
+        error = softmax(hidden @ net["out"] + net["out0"], axis=1)
         error[np.arange(len(y)), y] -= 1
         error /= len(y)
         back = (error @ net["out"].T) * gate
@@ -830,31 +807,39 @@ class GenreClassifier:
         }
 
 
+def _shrunk(counts: csr_array, towards: ndarray, strength: float) -> ndarray:
+    seen = counts.toarray()
+    return (seen + strength * towards) / (seen.sum(axis=1, keepdims=True) + strength)
+
+
 class _Update:
     """Change a network's weights in place: the dense ones by Adam, tokens by row-wise Adagrad.
 
     Adam: Kingma and Ba, 2015; Adagrad: Duchi, Hazan and Singer, 2011.
     """
 
-    def __init__(self, network: dict[str, np.ndarray]) -> None:
+    def __init__(self, network: Weights) -> None:
         self.network = network
-        self.moments = {}
-        for name, weights in network.items():
-            if name != "tokens":
-                self.moments[name] = np.zeros((2, *weights.shape), np.float32)
+        self.moments = {
+            name: np.zeros((2, *weights.shape), np.float32)
+            for name, weights in network.items()
+            if name != "tokens"
+        }
         self.squares = np.zeros((len(network["tokens"]), 1), np.float32)
 
-    def dense(self, gradients: dict[str, np.ndarray], step: int, rate: float) -> None:
+    def take_step(
+        self, step: int, gradients: Weights, rate: float, used: ndarray, token_rate: float
+    ) -> None:
+        """Take step number `step`; the tokens' gradient is that of the rows `used`."""
         for name, (first, second) in self.moments.items():
             first += 0.1 * (gradients[name] - first)
             second += 0.01 * (gradients[name] ** 2 - second)
             adam = first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
             self.network[name] -= np.float32(rate) * adam
-
-    def tokens(self, gradient: np.ndarray, used: np.ndarray, rate: float) -> None:
+        gradient = gradients["tokens"]
         self.squares[used] += (gradient**2).mean(axis=1, keepdims=True)
-        step = np.float32(rate) * gradient / (np.sqrt(self.squares[used]) + 1e-8)
-        self.network["tokens"][used] -= step
+        adagrad = np.float32(token_rate) * gradient / (np.sqrt(self.squares[used]) + 1e-8)
+        self.network["tokens"][used] -= adagrad
 
 
 # ---- Energy and popularity -----------------------------------------------------------------------
@@ -862,7 +847,7 @@ class _Update:
 # What a song shares with other songs: the column, and what splits its text into keys. The album's
 # title alone, without the artist: on a compilation, the company a song keeps says more than its
 # artist does.
-KEYS: dict[str, tuple[str, Callable[[str], list[str]]]] = {
+KEYS = {
     "artist": ("artist_name", credits),
     "album": ("album_name", whole),
     "album words": ("album_name", tokens),
@@ -871,15 +856,19 @@ KEYS: dict[str, tuple[str, Callable[[str], list[str]]]] = {
 TOKEN_KEYS = ("album words", "title words")
 
 
-def text_counts(songs: pd.DataFrame) -> np.ndarray:
+def text_counts(songs: pd.DataFrame) -> ndarray:
     """Return songs x 5, float32, of what the names look like.
 
     ";" in the artist, length of the title and of the album, if these are the same, if the title has
     a bracket or a dash.
     """
-    artist = column(songs, "artist_name").astype("str").str.casefold()
-    title = column(songs, "track_name").astype("str").str.casefold()
-    album = column(songs, "album_name").astype("str").str.casefold()
+
+    def text(name) -> pd.Series:
+        return column(songs, name).astype("str").str.casefold()
+
+    artist = text("artist_name")
+    title = text("track_name")
+    album = text("album_name")
     counts = [
         artist.str.count(";"),
         title.str.len(),
@@ -890,12 +879,12 @@ def text_counts(songs: pd.DataFrame) -> np.ndarray:
     return np.column_stack(counts).astype(np.float32)
 
 
-def summary(totals: np.ndarray) -> np.ndarray:
+def summary(totals: ndarray) -> ndarray:
     """Return count, mean and spread from count, sum and sum of squares, songs x 3, float32.
 
     Mean and spread are NaN where nothing is known, the spread also of a single song.
     """
-    count, total, squares = np.asarray(totals, dtype=float).T
+    count, total, squares = totals.T
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = total / count
         spread = np.sqrt(np.maximum(squares / count - mean**2, 0))
@@ -903,9 +892,7 @@ def summary(totals: np.ndarray) -> np.ndarray:
     return np.column_stack([count, mean, spread]).astype(np.float32)
 
 
-def summary_without_own_fold(
-    matrix: csr_array, moments: np.ndarray, fold: np.ndarray
-) -> np.ndarray:
+def summary_without_own_fold(matrix: csr_array, moments: ndarray, fold: ndarray) -> ndarray:
     """Return summary() of each song's keys over the other folds: no song describes itself."""
     total = matrix.T @ moments
     others = np.empty_like(moments)
@@ -964,49 +951,47 @@ class SongRegressor:
     EXTRA_NONE = 10_000  # songs: to tables of so many they add nothing
     EXTRA_TREES = {"n_estimators": 40, "min_samples_leaf": 5, "max_leaf_nodes": 400}
 
-    fitted_on_: int
     weights_: list[float] | None = None  # of trees_; None where they count alike
 
-    def __init__(self, target: str, fits: int = 1, table_songs: int = 0) -> None:
-        """`target` is a column of numbers; `fits` that differ in their seeds are averaged.
-
-        `table_songs` is the number of songs of the table, where fit() is given a part of it.
-        """
+    def __init__(self, target: str, fits: int = 1) -> None:
+        """`target` is a column of numbers; `fits` that differ in their seeds are averaged."""
         self.target = target
         self.fits = fits
-        self.table_songs = table_songs
         self.settings = SETTINGS.get(target, Settings())
-        self.uses_tokens = self.settings.tokens
 
     def fit(
-        self, songs: pd.DataFrame, y: pd.Series, progress: Progress = _say_nothing
+        self,
+        songs: pd.DataFrame,
+        y: pd.Series,
+        progress: Progress = _say_nothing,
+        table_songs: int = 0,
     ) -> SongRegressor:
         """Learn from `songs`, one row per song, and their target, finite; `progress(share)`.
 
-        The target's own column is not looked at.
+        The target's own column is not looked at. `table_songs` is the number of songs of the
+        table, where `songs` are a part of it.
         """
         from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
 
-        self.size_ = self.table_songs or len(songs)
-        actual = np.asarray(y, dtype=float)
+        self.size_ = table_songs or len(songs)
+        actual = y.to_numpy(float)
         rng = np.random.default_rng(SEED)
         audio = present(songs, AUDIO + MORE_AUDIO)
         self.features_ = [name for name in audio if name != self.target]
         common = genres(songs).value_counts().index[: self.MAX_GENRES]
-        self.genres_ = {genre: code for code, genre in enumerate(common)}
+        self.genres_ = numbered(common)
         self._fit_start(songs, actual, rng)
         residual = actual - self._start(songs)
         X, rows = self._training_rows(songs, residual, rng)
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
-        rate = self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_)
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
         self.weights_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
-                learning_rate=rate,
+                learning_rate=self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_),
                 categorical_features=[len(self.features_)],
                 random_state=SEED + fit,
                 **self.TREES,
@@ -1020,7 +1005,7 @@ class SongRegressor:
             self.weights_.append(self.fits * extra_weight)
         return self
 
-    def predict(self, songs: pd.DataFrame) -> np.ndarray:
+    def predict(self, songs: pd.DataFrame) -> ndarray:
         """Return the target of each song; what is absent or unknown is a missing value.
 
         Raises DataError where most of AUDIO is absent.
@@ -1044,8 +1029,8 @@ class SongRegressor:
         return [*self.features_, "genre", *dict.fromkeys(names)]
 
     def _training_rows(
-        self, songs: pd.DataFrame, residual: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, songs: pd.DataFrame, residual: ndarray, rng: Generator
+    ) -> tuple[ndarray, ndarray]:
         """Learn known_; return (X, rows): what the trees learn from, and the song of each row."""
         known, new = self._fit_known(songs, residual, rng)
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for
@@ -1065,36 +1050,38 @@ class SongRegressor:
         return np.hstack(table), rows
 
     def _fit_known(
-        self, songs: pd.DataFrame, residual: np.ndarray, rng: np.random.Generator
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        self, songs: pd.DataFrame, residual: ndarray, rng: Generator
+    ) -> tuple[dict, dict]:
         """Learn known_: of each key count, sum and sum of squares of its songs' residuals.
 
         Return the summary of each song's keys with a fold of songs hidden, and with a fold of
         artists hidden.
         """
-        import pandas as pd
-
-        moments = np.column_stack([np.ones(len(residual)), residual, residual**2])
+        moments = np.column_stack([np.ones_like(residual), residual, residual**2])
         song_fold = rng.integers(0, self.SONG_FOLDS, len(residual))
-        artists = pd.factorize(songs["artist_name"])[0]
+        artists = songs["artist_name"].factorize()[0]
         artist_fold = rng.integers(0, self.ARTIST_FOLDS, artists.max() + 1)[artists]
-        self.known_: dict[str, tuple[Levels, np.ndarray]] = {}
+        self.known_ = {}
         known = {}
         new = {}
         for key, (name, split) in KEYS.items():
-            if name in songs and (self.uses_tokens or key not in TOKEN_KEYS):
+            if name in songs and (self.settings.tokens or key not in TOKEN_KEYS):
                 matrix, levels = incidence(songs[name], split)
                 self.known_[key] = levels, matrix.T @ moments
                 known[key] = summary_without_own_fold(matrix, moments, song_fold)
                 new[key] = summary_without_own_fold(matrix, moments, artist_fold)
         return known, new
 
-    def _fit_start(self, songs: pd.DataFrame, y: np.ndarray, rng: np.random.Generator) -> None:
+    def _fit_start(self, songs: pd.DataFrame, y: ndarray, rng: Generator) -> None:
         """Learn where the residuals start from.
 
         That is the genre's shrunken mean; or, of energy, a quadratic of that and of the audio.
         """
         import pandas as pd
+        from sklearn.impute import SimpleImputer
+        from sklearn.linear_model import Ridge
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
         by_genre = pd.Series(y).groupby(genres(songs).to_numpy()).agg(["sum", "size"])
         self.mean_ = y.mean()
@@ -1103,47 +1090,40 @@ class SongRegressor:
         self.genre_means_ = (totals / (by_genre["size"] + self.PRIOR_SONGS)).to_dict()
         # Drawn for both: the folds drawn next are then those of earlier editions.
         some = np.sort(rng.permutation(len(y))[: self.CURVE_ROWS])
-        self.curve_ = None
         if self.settings.quadratic:
-            self.curve_ = self._quadratic().fit(self._plane(songs.iloc[some]), y[some])
+            quadratic = make_pipeline(
+                SimpleImputer(),
+                StandardScaler(),
+                PolynomialFeatures(2, include_bias=False),
+                StandardScaler(),
+                Ridge(10.0 * self.RIDGE_OF_FEW ** fewness(self.size_)),
+            )
+            self.curve_ = quadratic.fit(self._plane(songs.iloc[some]), y[some])
 
-    def _quadratic(self) -> Any:
-        from sklearn.impute import SimpleImputer
-        from sklearn.linear_model import Ridge
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-
-        return make_pipeline(
-            SimpleImputer(),
-            StandardScaler(),
-            PolynomialFeatures(2, include_bias=False),
-            StandardScaler(),
-            Ridge(10.0 * self.RIDGE_OF_FEW ** fewness(self.size_)),
-        )
-
-    def _start(self, songs: pd.DataFrame) -> np.ndarray:
-        if self.curve_ is None:
+    def _start(self, songs: pd.DataFrame) -> ndarray:
+        if not self.settings.quadratic:
             return self._genre_mean(songs)
-        curve = self.curve_
-        starts = in_parts(songs, self.CURVE_ROWS, lambda part: curve.predict(self._plane(part)))
+        starts = in_parts(
+            songs, self.CURVE_ROWS, lambda part: self.curve_.predict(self._plane(part))
+        )
         return np.clip(starts, *self.range_)  # a quadratic runs away where songs are rare
 
-    def _genre_mean(self, songs: pd.DataFrame) -> np.ndarray:
+    def _genre_mean(self, songs: pd.DataFrame) -> ndarray:
         means = column(songs, "genre").map(self.genre_means_).astype(float)
         return means.fillna(self.mean_).to_numpy()
 
-    def _plane(self, songs: pd.DataFrame) -> np.ndarray:
+    def _plane(self, songs: pd.DataFrame) -> ndarray:
         """Return songs x (features_, the genre's mean)."""
         audio = [column(songs, name).astype(float) for name in self.features_]
         return np.column_stack([*audio, self._genre_mean(songs)])
 
-    def _audio(self, songs: pd.DataFrame) -> np.ndarray:
+    def _audio(self, songs: pd.DataFrame) -> ndarray:
         """Return songs x (features_, genre's number, the start, perhaps text_counts), float32."""
         table = [column(songs, name).astype(np.float32) for name in self.features_]
         table.append(column(songs, "genre").map(self.genres_).astype(np.float32))
         # Where on its scale a song starts says how far it strays.
         table.append(self._start(songs).astype(np.float32))
-        if self.uses_tokens:
+        if self.settings.tokens:
             table.append(text_counts(songs))
         return np.column_stack(table)
 
@@ -1170,10 +1150,11 @@ class SimilarSongs:
     OWN_GENRE = 0.4  # its share of the company
     COMPANY_WEIGHT = 1.25  # against sound, whose total variance is 1
 
-    def fit(self, songs: pd.DataFrame, sample: Sequence[int] | np.ndarray = ()) -> SimilarSongs:
+    def fit(self, songs: pd.DataFrame) -> SimilarSongs:
         """Index `songs`, one row per song.
 
-        asked_ are the points of the songs in the rows `sample` as if their genres were not known.
+        sample_ are the rows of a seeded sample, asked_ the points of its songs as if their genres
+        were not known.
         """
         from scipy.spatial import KDTree
 
@@ -1182,10 +1163,11 @@ class SimilarSongs:
         self.titles_ = songs["track_name"].to_numpy(object)
         self.artists_ = songs["artist_name"].to_numpy(object)
         self.recording_ = recordings(songs).astype(np.int32)
-        company, asked = self._company(songs, sample)
+        self.sample_ = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
+        company, asked = self._company(songs)
         sound = self._sound(songs, self.DIMENSIONS - company.shape[1])
         self.tree_ = KDTree(np.hstack([sound, company]), leafsize=20)
-        self.asked_ = np.hstack([sound[sample], asked])
+        self.asked_ = np.hstack([sound[self.sample_], asked])
         return self
 
     def neighbours(self, row: int, k: int = 10, same_artist: bool = False) -> Neighbours:
@@ -1199,10 +1181,10 @@ class SimilarSongs:
 
     def neighbours_of(
         self,
-        rows: np.ndarray,
+        rows: ndarray,
         k: int = 10,
         same_artist: bool = False,
-        points: np.ndarray | None = None,
+        points: ndarray | None = None,
         workers: int = 1,
     ) -> list[Neighbours]:
         """Return what neighbours() says of each row, found by that many threads.
@@ -1213,13 +1195,12 @@ class SimilarSongs:
         if points is None:
             points = self.tree_.data[rows]
         songs = len(self.track_ids_)
-        answers: dict[int, Neighbours] = {}
+        answers = {}
         waiting = list(range(len(rows)))
         candidates = 2 * k + 2
         while waiting:
             candidates = min(candidates, songs)
-            nearest = np.arange(1, candidates + 1)
-            distances, found = self.tree_.query(points[waiting], nearest, workers=workers)
+            distances, found = self.tree_.query(points[waiting], candidates, workers=workers)
             unanswered = []
             for at, distance, others in zip(waiting, distances, found):
                 chosen = self._choose(rows[at], others, k, same_artist)
@@ -1229,13 +1210,13 @@ class SimilarSongs:
                     unanswered.append(at)
             waiting = unanswered
             candidates *= 3
-        return [answers[at] for at in range(len(rows))]
+        return [answers[at] for at in sorted(answers)]
 
-    def _choose(self, row: int, others: np.ndarray, k: int, same_artist: bool) -> list[int]:
+    def _choose(self, row: int, others: ndarray, k: int, same_artist: bool) -> list[int]:
         """Return which of the others, the nearest first, are neighbours of the row: k at most."""
         allowed = k if same_artist else max(1, 3 * k // 10)
         own_artist = (self.artist_[others] == self.artist_[row]).tolist()
-        seen = {int(self.recording_[row])}
+        seen = {self.recording_[row]}
         own = 0
         chosen = []
         for at, recording in enumerate(self.recording_[others].tolist()):
@@ -1257,9 +1238,9 @@ class SimilarSongs:
         The song of that track_id; or those of that title; or else of titles "Text - …" and
         "Text (…)"; or that begin with the text; or that contain it. All case-folded.
         """
-        same_id = np.flatnonzero(self.track_ids_ == text)
-        if len(same_id):
-            return [int(same_id[0])]
+        same_id = np.flatnonzero(self.track_ids_ == text).tolist()
+        if same_id:
+            return same_id
         text = text.casefold()
         artist = (artist or "").casefold()
         ranks: list[dict[int, int]] = [{}, {}, {}, {}]  # of each the first row of a recording
@@ -1282,7 +1263,7 @@ class SimilarSongs:
         alike = sorted(titles, key=unlike)[:300]  # difflib is slow
         return [titles[match] for match in difflib.get_close_matches(text, alike, n=5, cutoff=0.5)]
 
-    def _sound(self, songs: pd.DataFrame, dimensions: int) -> np.ndarray:
+    def _sound(self, songs: pd.DataFrame, dimensions: int) -> ndarray:
         """Return songs x dimensions at most; a missing feature counts as the median."""
         from scipy.special import ndtri
 
@@ -1294,9 +1275,7 @@ class SimilarSongs:
         sound = normal @ components[:, ::-1][:, :dimensions]
         return sound / np.sqrt(sound.var(axis=0).sum()).clip(1e-12)
 
-    def _company(
-        self, songs: pd.DataFrame, sample: Sequence[int] | np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _company(self, songs: pd.DataFrame) -> tuple[ndarray, ndarray]:
         """Return points of all songs, and of the sample with their own genres hidden.
 
         Without genres they have no columns.
@@ -1308,20 +1287,20 @@ class SimilarSongs:
         self.artist_ = artist.indices
         self.settings_ = {"company": len(levels) > 1}
         if not levels:  # normalize() refuses a matrix of no columns
-            return np.zeros((len(songs), 0)), np.zeros((len(sample), 0))
+            return np.zeros((len(songs), 0)), np.zeros((len(self.sample_), 0))
         counts = artist.T @ own
         places = np.eye(len(levels))  # a point of length 1 for each genre, far from the others
         if len(levels) > self.COMPANY_DIMENSIONS:  # at random: in more than two that is far apart
             size = (len(levels), self.COMPANY_DIMENSIONS)
             places = normalize(np.random.default_rng(SEED).normal(size=size))
 
-        def points(mixture) -> np.ndarray:
+        def points(mixture) -> ndarray:
             return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
 
         others = artist @ normalize(counts, "l1")
         everything = points(self.OWN_GENRE * own + (1 - self.OWN_GENRE) * others)
-        hidden = points(normalize(artist[sample] @ counts - own[sample], "l1"))
-        return everything, hidden
+        others = artist[self.sample_] @ counts - own[self.sample_]
+        return everything, points(normalize(others, "l1"))
 
 
 def _rank_of_title(title: str, text: str) -> int:
@@ -1340,24 +1319,23 @@ CONFUSIONS = 25  # pairs of genres kept with the metrics
 BINS = 40  # of the actual values, and of the predicted ones
 
 
-def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def holdout(songs: pd.DataFrame, split: int = 0) -> tuple[ndarray, ndarray, ndarray]:
     """Split songs into three boolean masks (train, known, new); `split` numbers other splits.
 
     `new` is every song of 10 % of the artists; `known` is 12 % of the other songs, less those of
     which another copy is in `train`. The choice hangs on hashed names, not on row numbers: what is
     held out tonight is held out tomorrow, when the table has grown, and the figures compare.
     """
-    number = str(split or "")
-    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, "artist" + number)
+    new = _first_by_hash(songs["artist_name"], NEW_ARTISTS, f"artist{split or ''}")
     known = ~new
-    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, "song" + number)
+    known[known] = _first_by_hash(songs["track_id"][~new], KNOWN_SONGS, f"song{split or ''}")
     train = ~new & ~known
     recording = recordings(songs)
     known &= ~np.isin(recording, recording[train])
     return train, known, new
 
 
-def _first_by_hash(values: pd.Series, share: float, key: str) -> np.ndarray:
+def _first_by_hash(values: pd.Series, share: float, key: str) -> ndarray:
     """Return True for rows whose value is in that share of the distinct values, by their hashes."""
     import pandas as pd
 
@@ -1373,13 +1351,13 @@ def _fit_and_judge(
     songs: pd.DataFrame,
     answers: Callable,
     metric: Callable,
-) -> tuple[Any, pd.DataFrame, pd.DataFrame, Metrics]:
+) -> tuple:
     """Fit the estimator that is saved; judge others, each on the songs a split hides from it.
 
     `name` is the model and the column it predicts; `make()` gives an estimator to judge;
-    `answers(estimator, learnt, held_out)` is what is judged. Return the fitted estimator, the
-    answers of known artists' songs and of new artists', those of all splits end to end, and what
-    the first split's estimator leans on, by the metric.
+    `answers(estimator, learnt, held_out)` is what is judged, as columns. Return the fitted
+    estimator, the answers of known artists' songs and of new artists', those of all splits end to
+    end, and what the first split's estimator leans on, by the metric.
     """
     import pandas as pd
 
@@ -1389,17 +1367,15 @@ def _fit_and_judge(
     def judge(split, progress) -> tuple:
         train, known, new = holdout(songs, split)
         learnt = without_ids[train]
-        judged = make().fit(learnt, learnt[name], progress)
-        said = [answers(judged, learnt, songs[some]) for some in (known, new)]
+        judged = make().fit(learnt, learnt[name], progress, len(songs))
+        said = [pd.DataFrame(answers(judged, learnt, songs[some])) for some in (known, new)]
         leans = leans_on(judged, songs[known], name, metric) if split == 0 else {}
         return *said, leans
 
-    parts: list[tuple[str, Callable]] = [
-        ("fitting", partial(final.fit, without_ids, songs[name]))
-    ]  # the longest
+    works = [partial(final.fit, without_ids, songs[name])]  # the longest
     splits = SPLITS if len(songs) < FEW_SONGS else 1
-    parts += [("evaluating", partial(judge, split)) for split in range(splits)]
-    final, *judged = _take_parts(name, parts, len(songs) >= FORK_SONGS)
+    works += [partial(judge, split) for split in range(splits)]
+    final, *judged = _take_parts(name, works, len(songs) >= FORK_SONGS)
     if final.fitted_on_ < len(songs):
         log.info(
             "%s: fitted on a sample of %s songs; artists are counted over all",
@@ -1458,8 +1434,8 @@ def _plot_genres(answers: pd.DataFrame) -> Metrics:
 def _plot_regression(answers: pd.DataFrame) -> Metrics:
     """Return a 2-D histogram: rows are bins of the actual value, columns of the predicted one."""
     actual = answers["actual"]
-    low = float(actual.min())
-    high = float(actual.max())
+    low = actual.min()
+    high = actual.max()
     edges = np.linspace(low, high, BINS + 1)
     density, _, _ = np.histogram2d(actual, answers["predicted"].clip(low, high), edges)
     return {"edges": [low, high, BINS], "density": density.astype(int).tolist()}
@@ -1658,20 +1634,19 @@ def publish(
     call fails, this leaves either the old model or the new one, whole.
     Raises OSError where the disk is full or not writable; the current model is then untouched.
     """
-    for folder in ("metrics", "versions"):
-        os.makedirs(Path(models_dir, folder), exist_ok=True)
     report = _report(name, estimator, metrics, about)
     current = read_report(name, models_dir)
-    if current and current["table"] != report["table"]:  # figures of other songs
-        current = None
-    reason = _worse(report, current) if current and not force else None
-    report["status"] = "held_back" if reason else "trained"
-    report["error"] = reason
-    report["previous"] = current["metrics"].get(next(iter(metrics))) if current else None
+    if current and current["table"] == report["table"]:  # of others, the figures do not compare
+        report["previous"] = current["metrics"].get(next(iter(metrics)))
+        if current["settings"] == report["settings"] and not force:
+            report["error"] = _worse(report)
+    if report["error"]:
+        report["status"] = "held_back"
     version = _version(report, models_dir)
+    os.makedirs(version.parent, exist_ok=True)
     try:
         _write_version(version, report, estimator)
-        if not reason:
+        if report["status"] == "trained":
             _put_in_place(version, report, models_dir)
     except BaseException:
         in_place = _sha256(_paths(name, models_dir)[0])
@@ -1711,8 +1686,9 @@ def rollback(name: str, models_dir: Folder) -> Report:
             write_json(taken_back, {**current, "status": "rolled_back"})
         _put_in_place(version, report, models_dir)
         return report
-    folder = Path(models_dir) / "versions"
-    raise ModelError(f"there is no earlier version of {name} in {folder} to go back to")
+    raise ModelError(
+        f"there is no earlier version of {name} in {models_dir}/versions to go back to"
+    )
 
 
 def clean_up(models_dir: Folder) -> None:
@@ -1721,11 +1697,11 @@ def clean_up(models_dir: Folder) -> None:
     These are known by their exact names: a folder may hold other things as well.
     """
     models_dir = Path(models_dir)
-    names = "|".join(map(re.escape, MODELS))
+    names = "|".join(MODELS)
     version = rf"({names})-{MOMENT}\.(joblib|json)"
     ours = rf"{version}|({names}|run)\.(joblib|json)|report\.png"
-    for folder in (models_dir, models_dir / "metrics", models_dir / "versions"):
-        _remove(*_find(folder, rf"\.({ours})(\.\d+)?\.tmp"))
+    for folder in (".", "metrics", "versions"):
+        _remove(*_find(models_dir / folder, rf"\.({ours})(\.\d+)?\.tmp"))
     versions = _find(models_dir / "versions", version)
     halves = Counter(path.stem for path in versions)
     _remove(*[path for path in versions if halves[path.stem] == 1])
@@ -1749,14 +1725,17 @@ def _report(name: str, estimator: Any, metrics: Metrics, about: Report) -> Repor
         "guessing": value is not None and value <= baseline,
         "settings": about["settings"] | getattr(estimator, "settings_", {}),
         "plot": metrics.get("plot", {}),
+        "status": "trained",
+        "error": None,
+        "previous": None,
     }
 
 
-def _worse(report: Report, current: Report) -> str | None:
+def _worse(report: Report) -> str | None:
     """Return why the gate holds a model back, None where it passes."""
-    metric, value = next(iter(report["metrics"].items()))
-    before = current["metrics"].get(metric)
-    if report["settings"] != current["settings"] or before is None:
+    value = next(iter(report["metrics"].values()))
+    before = report["previous"]
+    if before is None:
         return None
     if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
@@ -1823,8 +1802,7 @@ def _version(report: Report, models_dir: Folder) -> Path:
 def _versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (path of the model, its report) of everything in versions/, the newest first."""
     versions = []
-    names = rf"{re.escape(name)}-{MOMENT}\.json"
-    for path in reversed(_find(Path(models_dir) / "versions", names)):
+    for path in reversed(_find(Path(models_dir) / "versions", rf"{name}-{MOMENT}\.json")):
         for report in read_objects(path, REPORT):
             versions.append((path.with_suffix(".joblib"), report))
     return versions
@@ -1845,8 +1823,8 @@ def append_history(models_dir: Folder, lines: list[dict]) -> None:
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
     with tolerant_of(path):
         os.makedirs(path.parent, exist_ok=True)
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        if torn:  # by a full disk: what it holds must not spoil the next line
+        # Torn by a full disk? What it holds must not spoil the next line.
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
             text = "\n" + text
         with open(path, "a") as file:
             file.write(text)
@@ -1863,12 +1841,11 @@ def owed(models_dir: Folder) -> list[str]:
     missing = []
     for name in MODELS:
         report = read_report(name, models_dir)
-        if report and name in last:
-            # Published by that very run, killed before it could write it down, is done as well.
-            by_that_run = report["run"] == last[name]["run"]
-            if last[name]["status"] == "trained" or by_that_run:
-                continue
-        missing.append(name)
+        line = last.get(name)
+        # Published by that very run, killed before it could write it down, is done as well.
+        done = report and line and (line["status"] == "trained" or line["run"] == report["run"])
+        if not done:
+            missing.append(name)
     return missing
 
 
@@ -2151,8 +2128,7 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
     songs, data = _hold_songs(url, about["table"])
     start = time.monotonic()
     estimator, metrics = MODELS[name](songs, **about["settings"])
-    seconds = time.monotonic() - start
-    about = about | {"seconds": seconds, "rows": len(songs), "data": data}
+    about = about | {"seconds": time.monotonic() - start, "rows": len(songs), "data": data}
     try:
         return publish(name, estimator, metrics, about, models_dir, force)
     except OSError as error:
@@ -2197,10 +2173,9 @@ class ForkServerProcess:
     def _start(self) -> None:
         self.asking, asked = multiprocessing.Pipe()
         # faulthandler: what crashes a step leaves its traceback in the log
-        words = [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())]
         with asked, signals_held():
             self.process = subprocess.Popen(
-                words,
+                [sys.executable, "-X", "faulthandler", __file__, "forkserver", str(os.getpid())],
                 stdin=asked.fileno(),
                 pass_fds=self.inherited,
                 start_new_session=True,  # Ctrl-C is for the process that started this one
@@ -2252,7 +2227,7 @@ def _memory_mb(process: str) -> float:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss:\s+(\d+)", rollup, re.M)) / 1000
+    return sum(map(int, re.findall(r"^Pss:\s+(\d+)", rollup, re.M))) / 1000  # kilobytes
 
 
 def _answers(forks: list, progress: Any = None) -> list:
@@ -2331,15 +2306,14 @@ def _answer(asker: Connection, step: Callable, arguments: tuple) -> None:
         asker.send(answer)
 
 
-def _take_parts(name: str, parts: list[tuple[str, Callable]], in_forks: bool) -> list:
+def _take_parts(name: str, works: Sequence[Callable], in_forks: bool) -> list:
     """Return what the parts of a model's training return, of which none needs another.
 
-    A part is what it does, "fitting" or "evaluating", and the function(progress) that does it.
+    A part is a function(progress): the first fits the model, the others evaluate it.
     In a fork, where there are cores, each is a fork of it, if `in_forks`; elsewhere, as in a
     notebook, they are taken one after the other. Raises what a part raises, or Killed.
     """
-    phases, works = zip(*parts)
-    progress = _progress(name, phases)
+    progress = _progress(name, ["fitting", *repeat("evaluating", len(works) - 1)])
     if _cores < 2 or not in_forks:
         return [_take_part(work, partial(progress, part)) for part, work in enumerate(works)]
     forks = {}
@@ -2564,11 +2538,12 @@ def predict_songs(options: Namespace) -> int:
         rows, songs = db.read_csv(options.csv)
         loaded = load_models(options.models_dir, filter(adds, MODELS))
         complete = rows.assign(**_added(songs, loaded))
+        as_csv = partial(complete.to_csv, index=False)
         if not options.out:
             as_json = partial(complete.to_json, orient="records", lines=True, force_ascii=False)
-            print(as_json() if options.json else complete.to_csv(index=False), end="")
+            print(as_json() if options.json else as_csv(), end="")
             return 0
-        write_atomically(out, partial(complete.to_csv, index=False))
+        write_atomically(out, as_csv)
         done = {"rows": len(rows), "into": str(out), "seconds": time.monotonic() - start}
     print(json.dumps(done) if options.json else notify.in_words(done))
     return 0
@@ -2619,7 +2594,7 @@ def _parser() -> ArgumentParser:
     add("--into", metavar="TABLE", help="put what is said of all songs into this table")
     add("--out", help="the CSV to write (default: it is printed)")
     add = command("rollback", roll_back, "put the previous version of a model back", False)
-    add("model", choices=list(MODELS))
+    add("model", choices=MODELS)
     return parser
 
 
@@ -2636,7 +2611,7 @@ def main(arguments: list[str]) -> int:
     except (BrokenPipeError, SystemExit):  # rich's of it; whoever reads has enough, as head does
         return 0
     except (db.Expected, OSError) as error:
-        print(db.redact(str(error)), file=sys.stderr)
+        print(db.redact(error), file=sys.stderr)
         return 75 if isinstance(error, Locked) else 2
 
 

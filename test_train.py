@@ -60,6 +60,7 @@ import psycopg2
 import pytest
 from matplotlib.image import imread
 from rich.cells import cell_len
+from scipy.special import softmax
 from sklearn import metrics as oracle
 
 import db
@@ -3230,7 +3231,7 @@ def test_the_genre_network_gradient_is_that_of_its_loss(songs):
     def loss(step):
         genre.network_ = {name: weights + step * direction[name] for name, weights in start.items()}
         return oracle.log_loss(
-            y, models.softmax(genre.sound(few)), labels=range(len(genre.classes_))
+            y, softmax(genre.sound(few), axis=1), labels=range(len(genre.classes_))
         )
 
     slope = sum((gradients[name] * direction[name]).sum() for name in start)
@@ -3817,8 +3818,9 @@ def test_a_small_table_is_predicted_by_the_weighted_mean_of_boosting_and_extra_t
 
     def predicted(weight, at_once=2):
         monkeypatch.setattr(models.SongRegressor, "EXTRA_WEIGHT", weight)
-        estimator = models.SongRegressor("energy", at_once, table_songs=2_000)
-        return estimator.fit(songs.head(400), songs.energy.head(400)).predict(songs.tail(400))
+        estimator = models.SongRegressor("energy", at_once)
+        estimator.fit(songs.head(400), songs.energy.head(400), table_songs=2_000)
+        return estimator.predict(songs.tail(400))
 
     boosting, extra_trees = predicted(0.0), predicted(2.0, 1)
     low, high = songs.energy.head(400).agg(["min", "max"])
@@ -3837,7 +3839,7 @@ def test_what_hangs_on_the_size_of_a_table_has_no_jump_and_is_gone_of_a_large_on
     assert np.abs(np.diff(shares)).max() < 0.001
     assert (shares[0], shares[-1], models.fewness(20_000)) == (1, 0, 0)
     few = songs.head(200)
-    large = models.SongRegressor("energy", 3, table_songs=20_000).fit(few, few.energy)
+    large = models.SongRegressor("energy", 3).fit(few, few.energy, table_songs=20_000)
     assert [trees.learning_rate for trees in large.trees_] == [0.1] * 3, "boosting alone"
     assert large.weights_ == [1, 1, 1]
 
