@@ -957,7 +957,11 @@ class SongRegressor:
         """`target` is a column of numbers; `fits` that differ in their seeds are averaged."""
         self.target = target
         self.fits = fits
-        self.settings = SETTINGS.get(target, Settings())
+
+    @property
+    def settings(self) -> Settings:
+        """How the target is learnt: looked up, as files of other editions hold none."""
+        return SETTINGS.get(self.target, Settings())
 
     def fit(
         self,
