@@ -686,31 +686,23 @@ class GenreClassifier:
                 matrix, levels = incidence(songs[name].drop_duplicates(), tokens)
                 common = np.array([*levels], object)[matrix.sum(axis=0) >= self.MIN_NAMES]
                 self.tokens_[name] = numbered(common)
-        numbers = self._numbers(songs.iloc[:: 1 + len(songs) // 50_000])
+        sample = songs.iloc[:: 1 + len(songs) // 50_000]
+        numbers = np.hstack([*self._bins(sample)])
         self.mean_ = np.nanmean(numbers, axis=0)
         # 0.1 more, because a bin that hardly varies must not shout.
         self.scale_ = np.nanstd(numbers, axis=0) + np.float32(0.1)
 
-    def _numbers(self, songs: pd.DataFrame) -> ndarray:
-        """Return how far through each bin a number is (0 to 1), and if it is the lowest.
+    def _bins(self, songs: pd.DataFrame) -> Iterator[ndarray]:
+        """Yield of each feature how far through each bin it is (0 to 1), and if it is the lowest.
 
         Keys also stand one by one, as C is no less than H. float32, songs x bins.
         """
-        width = sum(map(len, self.edges_.values()))
-        if "key" in self.edges_:
-            width += 12
-        numbers = np.empty((len(songs), width), np.float32)  # the largest array of a run
-        start = 0
         for name, edges in self.edges_.items():
             value = column(songs, name).to_numpy(np.float64)[:, None]
             steps = [np.clip((value - edges[:-1]) / np.diff(edges), 0, 1), value <= edges[0]]
             if name == "key":
                 steps.append(value == np.arange(12))
-            bins = np.hstack(steps)
-            end = start + bins.shape[1]
-            numbers[:, start:end] = np.where(np.isnan(value), np.nan, bins)
-            start = end
-        return numbers
+            yield np.where(np.isnan(value), np.nan, np.hstack(steps)).astype(np.float32)
 
     def _encode(self, songs: pd.DataFrame) -> tuple[ndarray, csr_array]:
         """Return numbers (dense; missing is average) and tokens (length 1 per song and column)."""
@@ -721,10 +713,12 @@ class GenreClassifier:
             matrix, _ = incidence(column(songs, name), tokens, levels)
             length = np.sqrt(np.maximum(matrix.sum(axis=1), 1))
             texts.append(diags_array(1 / length) @ matrix)
-        numbers = self._numbers(songs)
-        numbers -= self.mean_
-        numbers /= self.scale_
-        np.copyto(numbers, 0, where=np.isnan(numbers))  # nan_to_num holds three masks at once
+        numbers = np.empty((len(songs), len(self.mean_)), np.float32)  # the largest array of a run
+        start = 0
+        for bins in self._bins(songs):
+            its = slice(start, start + bins.shape[1])
+            numbers[:, its] = np.nan_to_num((bins - self.mean_[its]) / self.scale_[its])
+            start = its.stop
         return numbers, hstack(texts, format="csr")
 
     def _fit_network(

@@ -55,8 +55,6 @@ for name, value in {
     # A model has one thread: OpenMP's threads wait for each other at every step, so two were four
     # to thirteen times slower than one on small tables, and beside other work.
     "OMP_NUM_THREADS": "1",
-    # bytes, for malloc: arrays of more go back to the system, or a fork would keep 100 MB of them
-    "MALLOC_MMAP_THRESHOLD_": "1000000",
 }.items():
     os.environ.setdefault(name, value)
 
