@@ -21,7 +21,6 @@ import sys
 import textwrap
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,7 +54,7 @@ TERMINATED = 128 + signal.SIGTERM
 class Outcome:
     """What became of one model of a run."""
 
-    status: str  # "trained", "held_back" or "failed"
+    status: str  # "trained", "held_back" or "failed"; in the history "started" as well
     error: str | None = None  # why it was held back or failed
     metrics: dict = field(default_factory=dict)  # as in its metrics file, the primary metric first
     plot: dict = field(default_factory=dict)  # what its panel of the picture is drawn from
@@ -83,7 +82,7 @@ class Run:
     command: str  # the command line that does the same
     started_at: str  # ISO 8601, UTC
     host: str
-    models: dict[str, Outcome] = field(default_factory=dict)  # of those that are done
+    models: dict[str, Outcome] = field(default_factory=dict)  # those that are done, in that order
     warnings: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # killed steps, and what was done about them
     csv: dict | None = None  # what load_csv returned
@@ -109,11 +108,6 @@ class Run:
     def demo(self) -> int | None:
         """The number of made-up songs; None where they are real."""
         return self.parameters["demo"]
-
-    @property
-    def enable_notifications(self) -> bool:
-        """Whether Discord and the heartbeat's service are told."""
-        return self.parameters["enable_notifications"]
 
 
 def outcome_of(report: dict, folder: str) -> Outcome:
@@ -195,7 +189,7 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
     )
     decide(run, cause)
     attempt(write_run, run)
-    if run.enable_notifications:
+    if options.enable_notifications:
         attempt(heartbeat, "fail")
         if url:
             post_discord(run, url)
@@ -205,7 +199,7 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
 
 def with_status(run: Run, status: str) -> list[str]:
     """Return the names of the models with that status, in their usual order."""
-    return [name for name in run.asked if name in run.models and run.models[name].status == status]
+    return [name for name, outcome in run.models.items() if outcome.status == status]
 
 
 def message_of(run: Run) -> str:
@@ -259,15 +253,14 @@ def seconds_since_start(run: Run) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
 
 
-def history_line(run: Run, name: str, status: str, error: str | None = None) -> dict:
-    """Return the line of history.jsonl on a model of a run."""
-    outcome = run.models.get(name, Outcome(status))
+def history_line(run: Run, name: str, outcome: Outcome) -> dict:
+    """Return the line of history.jsonl on a model of a run; of one that begins, "started"."""
     metric, value = next(iter(outcome.metrics.items()), (None, None))
     return {
         "run": run.started_at,
         "model": name,
         "table": run.table,
-        "status": status,
+        "status": outcome.status,
         "metric": metric,
         "value": value,
         "seconds": outcome.seconds,
@@ -275,7 +268,7 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
         "read_seconds": run.read_seconds,
         "run_seconds": round(seconds_since_start(run), 2),
         "peak_mb": run.peak_mb and round(run.peak_mb),
-        "error": error or outcome.error,
+        "error": outcome.error,
     }
 
 
@@ -385,13 +378,12 @@ def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
 def figures(metrics: dict) -> list[str]:
     """Return the metrics that are known as people say them, the primary one first: "R² 0.826"."""
     primary = next(iter(metrics))
-    name = METRICS.get(primary, plain(primary).replace("_", " "))
-    told = [
+    words = {primary: plain(primary).replace("_", " "), **METRICS}
+    return [
         f"{said} {number(metrics[key])}"
-        for key, said in METRICS.items()
-        if key != primary and metrics.get(key) is not None
+        for key, said in words.items()
+        if key == primary or metrics.get(key) is not None
     ]
-    return [f"{name} {number(metrics[primary])}", *told]
 
 
 def leans_on(metrics: dict) -> str:
@@ -517,11 +509,12 @@ def model_page(name: str, run: Run, history: list[dict]) -> str:
         lines = [*figures(outcome.metrics), leans_on(outcome.metrics)]
     lines = [f"{escape(line)}  " for line in lines]  # two blanks end a line
     lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
-    runs = []
-    for line in history_of(run, history)[::-1]:
-        if line["model"] == name and line["status"] != "started":
-            runs.append(line)
-    for line in runs[:RUNS_SHOWN]:
+    runs = [
+        line
+        for line in history_of(run, history)
+        if line["model"] == name and line["status"] != "started"
+    ]
+    for line in reversed(runs[-RUNS_SHOWN:]):
         status = escape(line.get("error") or line["status"])
         lines.append(f"|{line['run'][:16]}|{status}|{number(line.get('value'))}|")
     return "\n".join(lines)
@@ -540,11 +533,8 @@ class Stopped(Expected):
     """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
 
     def __init__(self, code: int):
-        super().__init__(code)
+        super().__init__(f"the run was stopped by {STOPPED_BY[code]}")
         self.code = code
-
-    def __str__(self) -> str:
-        return f"the run was stopped by {STOPPED_BY[self.code]}"
 
 
 def explain(error: BaseException) -> str:
@@ -610,10 +600,9 @@ def _without_secrets(record: logging.LogRecord) -> bool:
     """
     record.msg = redact(record.getMessage())
     record.args = ()
-    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
-        record.exc_info = None
-    if record.exc_info:
+    if record.exc_info and not isinstance(record.exc_info[1], SAY_IT_ALL):
         record.exc_text = logging.Formatter().formatException(record.exc_info)
+    record.exc_info = None
     if record.exc_text:
         record.exc_text = redact(record.exc_text)
     return True
@@ -1281,25 +1270,22 @@ def heartbeat_address(url: str, kind: str) -> str | None:
     good end.
     """
     parts = urlsplit(url)
-    states = None
     if "/api/push/" in parts.path:
         states = UPTIME_KUMA
     elif parts.hostname == "cronitor.link" or "state=" in parts.query:
         states = CRONITOR
-    if states is None:
+    else:
         path = f"{parts.path.rstrip('/')}/{kind}" if kind else parts.path
         return urlunsplit(parts._replace(path=path))
     if kind not in states:
         return None
-    query = dict(parse_qsl(parts.query, keep_blank_values=True)) | states[kind]
+    query = dict(parse_qsl(f"{parts.query}&{states[kind]}", keep_blank_values=True))
     return urlunsplit(parts._replace(query=urlencode(query)))
 
 
-UPTIME_KUMA = {
-    "": {"status": "up", "msg": "OK"},
-    "fail": {"status": "down", "msg": "not every model was trained"},
-}
-CRONITOR = {"start": {"state": "run"}, "": {"state": "complete"}, "fail": {"state": "fail"}}
+# Queries, by the kind of heartbeat
+UPTIME_KUMA = {"": "status=up&msg=OK", "fail": "status=down&msg=not every model was trained"}
+CRONITOR = {"start": "state=run", "": "state=complete", "fail": "state=fail"}
 
 
 def check_heartbeat(enabled: bool) -> list[tuple[str, str, str]]:

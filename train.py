@@ -291,7 +291,7 @@ def note(run: Run, name: str, report: dict | None, error: Any) -> None:
     outcome = notify.outcome_of(report, run.models_dir) if report else notify.failed(error)
     done = run.models | {name: outcome}
     run.models = {other: done[other] for other in run.asked if other in done}
-    write_history(run, [name], outcome.status)
+    write_history(run, [name], outcome)
     good = outcome.status == "trained"
     log.log(
         logging.INFO if good else logging.WARNING,
@@ -305,7 +305,7 @@ def note_crash(run: Run, name: str, error: Exception) -> None:
     """Write down that a training needs to be alone: in the run, the history and the log."""
     reason = notify.explain(error)
     run.crashes.append(f"{name}: {reason}; it was trained again, alone")
-    write_history(run, [name], "failed", reason)
+    write_history(run, [name], notify.failed(error))
     sentence = "%s: %s; it is trained again, alone, when the others are done"
     log.warning(sentence, name, reason, extra={"model": name, "phase": "retrying"})
 
@@ -491,9 +491,9 @@ def begun(run: Run, failed: bool = False) -> Iterator[None]:
         if not run.asked:
             yield
             return
-        write_history(run, run.asked, "started")
+        write_history(run, run.asked, notify.Outcome("started"))
         run.begun = True
-        if run.enable_notifications:
+        if run.parameters["enable_notifications"]:
             beat = threading.Thread(target=notify.heartbeat, args=["start"], daemon=True)
             beat.start()  # nobody waits for it
         with models.fork_server(lock), watched_memory(run):
@@ -516,9 +516,9 @@ def watched_memory(run: Run) -> Iterator[None]:
         ended.set()
 
 
-def write_history(run: Run, names: list[str], status: str, error: str | None = None) -> None:
+def write_history(run: Run, names: list[str], outcome: notify.Outcome) -> None:
     """Append a line per model: at the start, so that a killed run owes them, and at the end."""
-    lines = [notify.history_line(run, name, status, error) for name in names]
+    lines = [notify.history_line(run, name, outcome) for name in names]
     models.append_history(run.models_dir, lines)
 
 
@@ -544,7 +544,7 @@ def tell(run: Run) -> None:
         if run.exit_status == TRAINED:
             run.exit_status = PARTIAL
             run.status = "partial"
-    if not run.enable_notifications:
+    if not run.parameters["enable_notifications"]:
         return
     notify.heartbeat("" if run.exit_status == TRAINED else "fail")
     url = db.setting("DISCORD_WEBHOOK_URL")
