@@ -102,12 +102,7 @@ class Run:
     def table(self) -> str:
         """The table or view of songs; made-up ones have a table of their own."""
         name = self.parameters["table_name"]
-        return name if self.demo is None else f"demo_{name}"
-
-    @property
-    def demo(self) -> int | None:
-        """The number of made-up songs; None where they are real."""
-        return self.parameters["demo"]
+        return name if self.parameters["demo"] is None else f"demo_{name}"
 
 
 def outcome_of(report: dict, folder: str) -> Outcome:
@@ -393,7 +388,7 @@ def leans_on(metrics: dict) -> str:
     """
     falls = [
         f"{plain(column, 20).removesuffix('_ms').replace('_', ' ')} {fall:.2f}"
-        for column, fall in (metrics.get("leans_on") or {}).items()
+        for column, fall in metrics.get("leans_on", {}).items()
         if fall >= LEAST_FALL
     ]
     return f"leans on {', '.join(falls[:LEANS_ON])}" if falls else ""
@@ -456,15 +451,8 @@ def warnings_of(run: Run) -> list[str]:
 
 
 def notes(run: Run) -> list[str]:
-    """Return what there is to say below the models.
-
-    The error if the message has it not, warnings, the rows of the CSV.
-    """
-    said = []
-    error = plain(run.error or "")
-    if error not in plain(run.message):
-        said.append(error)
-    said += [f"warning: {plain(warning)}" for warning in warnings_of(run)]
+    """Return what there is to say below the models: warnings, the CSV's rows, the predictions."""
+    said = [f"warning: {plain(warning)}" for warning in warnings_of(run)]
     if run.csv:
         said.append(_rows_of_csv(run.csv))
     if run.predicted:
@@ -474,7 +462,9 @@ def notes(run: Run) -> list[str]:
 
 def what_next(run: Run) -> list[str]:
     """Return commands that use the models: after a demo, and where there were none before."""
-    if not run.demo and any(outcome.previous is not None for outcome in run.models.values()):
+    if not run.parameters["demo"] and any(
+        outcome.previous is not None for outcome in run.models.values()
+    ):
         return []
     uses = [["show"]]
     if "similar" in with_status(run, "trained"):
@@ -681,8 +671,8 @@ def print_summary(run: Run) -> None:
         colour = LOOKS[outcome.status].colour
         rows.append([(model, "bold"), (status, colour), *others])
         if reason(outcome):
-            trained = outcome.status == "trained"
-            lines.append((f"{name} {reason(outcome)}", WARNING.colour if trained else colour))
+            why = f"{name} {reason(outcome)}"
+            lines.append((why, WARNING.colour if outcome.guessing else colour))
     for note in notes(run):
         lines.append((note, WARNING.colour if note.startswith("warning") else ""))
     lines.append(", ".join(facts(run)))
@@ -712,8 +702,7 @@ def print_table(
     on_terminal = sys.stdout.isatty()
     if hasattr(sys.stdout, "reconfigure"):  # where a terminal or a log knows only ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
-    width = None if on_terminal else PLAIN_WIDTH
-    console = Console(width=width, force_terminal=on_terminal)
+    console = Console(width=None if on_terminal else PLAIN_WIDTH, force_terminal=on_terminal)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(
@@ -753,62 +742,63 @@ def live_status(models: Iterable[str]) -> Iterator[None]:
     if not handler:
         yield
         return
-    lines = _LiveLines(handler.console, models)
-    handler.addFilter(lines.show)
+    progress = _live_lines(handler.console)
+    lines = {}
+    for model in models:
+        lines[model] = progress.add_task(f"· {model:{NAME_WIDTH}}waiting", bar="")
+    show = partial(_show, progress, lines)
+    handler.addFilter(show)
     try:
-        with lines.progress:
+        with progress:
             yield
     finally:
-        handler.removeFilter(lines.show)
+        handler.removeFilter(show)
 
 
-class _LiveLines:
-    """Lines on a rich console, by model: a clock, what is said, a bar where the share is known."""
+def _live_lines(console: Any) -> Any:
+    """Return what shows lines on a rich console: a clock, what is said, a bar if there is one."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    def __init__(self, console: Any, models: Iterable[str]):
-        from rich.progress import Progress, TextColumn, TimeElapsedColumn
-        from rich.table import Column
+    # A line that is too long would narrow all columns alike, clock and percent as well.
+    room = max(20, console.width - len("0:00:00   100%") - BAR_WIDTH)
+    return Progress(
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=room)),
+        TextColumn("{task.fields[bar]}"),
+        console=console,
+        transient=True,
+    )
 
-        # A line that is too long would narrow all columns alike, clock and percent as well.
-        room = console.width - len("0:00:00 ") - len(" 100%") - 1 - BAR_WIDTH
-        said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, room))
-        self.progress = Progress(
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", table_column=said),
-            TextColumn("{task.fields[bar]}"),
-            console=console,
-            transient=True,
-        )
-        self.lines: dict[str, Any] = {}
-        for model in models:
-            self._write(model, "·", "waiting")
 
-    def show(self, record: logging.LogRecord) -> bool:
-        """A logging filter: show what is about a model; return whether the log gets it as well."""
-        told = vars(record)
-        model = told.get("model")
-        is_warning = record.levelno >= logging.WARNING
-        if model is None:
+def _show(progress: Any, lines: dict[str, Any], record: logging.LogRecord) -> bool:
+    """A logging filter: show what is about a model; return whether the log gets it as well.
+
+    `lines`: the lines of `progress` by model.
+    """
+    from rich.markup import escape
+
+    about = vars(record)
+    model = about.get("model")
+    is_warning = record.levelno >= logging.WARNING
+    if model is None:
+        return True
+    if model not in lines:
+        if is_warning:
             return True
-        if is_warning and model not in self.lines:
-            return True
-        said = plain(record.getMessage()).removeprefix(f"{model}: ")
-        self._write(model, SIGNS.get(told["phase"], "▶"), said, told.get("share"))
-        if told["phase"] in ENDED:
-            self.progress.stop_task(self.lines[model])
-        return is_warning
-
-    def _write(self, model: str, sign: str, said: str, share: float | None = None) -> None:
-        from rich.markup import escape
-
-        if model not in self.lines:
-            self.lines[model] = self.progress.add_task("", total=None, bar="")
-        bar = ""
-        if share is not None:
-            done = "".ljust(round(BAR_WIDTH * share), "━")
-            bar = f"{done:{BAR_WIDTH}} {share:4.0%}"
-        text = f"{sign} {escape(model):{NAME_WIDTH}}{escape(said)}"
-        self.progress.update(self.lines[model], description=text, bar=bar)
+        lines[model] = progress.add_task("", bar="")
+    bar = ""
+    share = about.get("share")
+    if share is not None:
+        done = "━" * round(BAR_WIDTH * share)
+        bar = f"{done:{BAR_WIDTH}} {share:4.0%}"
+    phase = about["phase"]
+    said = plain(record.getMessage()).removeprefix(f"{model}: ")
+    text = f"{SIGNS.get(phase, '▶')} {escape(model):{NAME_WIDTH}}{escape(said)}"
+    progress.update(lines[model], description=text, bar=bar)
+    if phase in ENDED:
+        progress.stop_task(lines[model])
+    return is_warning
 
 
 def _log_handler() -> Any:
@@ -938,11 +928,10 @@ def _draw_confusions(axes: "Axes", plot: dict) -> None:
     """
     enough = [pair for pair in plot["confusions"] if round(pair[2] / pair[3]) >= ENOUGH_SONGS]
     by_share = sorted(enough or plot["confusions"], key=lambda pair: pair[3], reverse=True)
-    place = axes.get_yaxis_transform()
     for at, (actual, predicted, count, share) in enumerate(by_share[:CONFUSIONS_SHOWN]):
         axes.barh(at, share, color="#A9CCE3")
         said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
-        axes.text(0.01, at, _drawable(said), va="center", transform=place)
+        axes.text(0.01, at, _drawable(said), va="center", transform=axes.get_yaxis_transform())
     axes.set(yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
     axes.invert_yaxis()
     axes.set_frame_on(False)
@@ -1025,7 +1014,7 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
     table = DataFrame(history, columns=["run", "model", "status", "value"])
     table = table.drop_duplicates(["run", "model"], keep="last")
     runs = sorted(table["run"].unique())[-RUNS_SHOWN:]
-    for at, (name, colour, marker) in enumerate(zip(names, PALETTE, MARKERS)):
+    for at, name in enumerate(names):
         lines = table.query("model == @name and run in @runs")
         if lines.empty:
             continue
@@ -1037,14 +1026,14 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
         axes.plot(
             places,
             values,
-            color=colour,
+            color=PALETTE[at],
             linewidth=4.8 - 0.55 * at,
-            marker=marker,
+            marker=MARKERS[at],
             markersize=9.5 - 0.8 * at,
-            label=_drawable(name, 14),
+            label=name,
         )
         # Above the lines
-        axes.plot(places, crosses, "x", color=colour, ms=10, mew=2.5, zorder=3)
+        axes.plot(places, crosses, "x", color=PALETTE[at], ms=10, mew=2.5, zorder=3)
     shown = f"last {len(runs)} runs" if len(runs) > 1 else "first run"
     axes.set_title(f"{shown} (× failed or held back)")
     if runs:
@@ -1150,7 +1139,7 @@ def discord_payload(run: Run) -> dict:
     fields = [
         {
             "name": fit(f"{LOOKS[outcome.status].sign} {escape(name)}", NAME),
-            "value": fit(f"{escape(said_of(outcome))}\n{duration(outcome.seconds)}", room),
+            "value": fit(f"{escape(said_of(outcome))}\n{duration(outcome.seconds)}".strip(), room),
             "inline": outcome.status == "trained",
         }
         for name, outcome in models

@@ -231,9 +231,11 @@ def train_and_publish(run: Run) -> None:
 def read_songs(run: Run) -> str:
     """Load the CSV or the demo songs, if asked for; read the table; return the database's URL."""
     given = run.parameters
-    url = db.database_url(demo=run.demo is not None)
-    if run.demo:
-        database_task("load_demo_task", "load demo songs")(db.load_demo, run.demo, url, run.table)
+    url = db.database_url(demo=given["demo"] is not None)
+    if given["demo"]:
+        database_task("load_demo_task", "load demo songs")(
+            db.load_demo, given["demo"], url, run.table
+        )
     elif given["csv_path"]:
         rejected = str(Path(run.models_dir, "rejected_rows.csv"))
         run.csv = database_task("load_csv_task", "load CSV")(
