@@ -143,7 +143,7 @@ def decide(run: Run, error: BaseException | None = None) -> None:
         run.exit_status = error.code
     run.message = message_of(run)
     owed = [name for name in run.asked if name not in run.models or run.models[name].heals]
-    if run.begun and owed and (error is None or heals(error)):
+    if run.begun and owed and heals(error):
         run.finish_command = finish_command(run)
     run.seconds = seconds_since_start(run)
 
@@ -546,8 +546,8 @@ def explain(error: BaseException) -> str:
     return redact(said)
 
 
-def heals(error: BaseException) -> bool:
-    """Return True unless the same input would fail in the same way."""
+def heals(error: BaseException | None) -> bool:
+    """Return True unless the same input would fail in the same way; without an error, too."""
     return not isinstance(error, (ValueError, TypeError, KeyError))
 
 
@@ -613,7 +613,8 @@ def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
 def never_break_off() -> None:
     """Let stdout and stderr be closed, on a full disk, or a pipe that nobody reads any more.
 
-    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe.
+    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe. To be
+    called before anybody keeps one of them, as Prefect's handlers do.
     """
     for number in range(3):
         try:
@@ -622,10 +623,6 @@ def never_break_off() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _Forgiving(sys.stdout)
     sys.stderr = _Forgiving(sys.stderr)
-    for name in ["", *logging.root.manager.loggerDict]:
-        for handler in logging.getLogger(name).handlers:
-            if hasattr(handler, "console"):  # Prefect's, which has the old one
-                handler.console.file = sys.stderr
 
 
 class _Forgiving:
@@ -664,7 +661,7 @@ Cell = Any  # text, a number, or (text, rich style)
 
 def print_summary(run: Run) -> None:
     """Print the table of a run and what there is to say below it."""
-    rows: list[list[Cell]] = []
+    rows = []
     lines: list[Cell] = [(run.message, f"bold {LOOKS[run.status].colour}")]
     for name, outcome in run.models.items():
         model, status, *others = table_row(name, outcome).values()
@@ -681,28 +678,25 @@ def print_summary(run: Run) -> None:
         lines += [f"to go on: {line}" for line in what_next(run)]
     if run.finish_command:
         lines.append((f"to finish the job: {run.finish_command}", "bold"))
-    columns = ("model", "status", "metric", "change>", "time>", "size>")
-    print_table(columns, rows, below=lines)
+    print_table(("model", "status", "metric", "change>", "time>", "size>"), rows)
+    print_lines(lines)
 
 
-def print_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Cell]],
-    above: Iterable[Cell] = (),
-    below: Iterable[Cell] = (),
-) -> None:
-    """Print lines, a table, lines: in colour on a terminal, plain text anywhere else.
+def print_lines(lines: Iterable[Cell]) -> None:
+    """Print lines as `print_table` prints cells."""
+    console = _console()
+    for line in lines:
+        console.print(_styled(line), soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+    """Print a table: in colour on a terminal, plain text anywhere else; nothing without rows.
 
     `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles,
-    artists and tables may be folded. Cells and lines are text or (text, rich style).
+    artists and tables may be folded. Cells are text, numbers or (text, rich style).
     """
-    from rich.console import Console
     from rich.table import Table
 
-    on_terminal = sys.stdout.isatty()
-    if hasattr(sys.stdout, "reconfigure"):  # where a terminal or a log knows only ASCII
-        sys.stdout.reconfigure(errors="backslashreplace")
-    console = Console(width=None if on_terminal else PLAIN_WIDTH, force_terminal=on_terminal)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(
@@ -713,12 +707,18 @@ def print_table(
         )
     for row in rows:
         table.add_row(*map(_styled, row))
-    for line in above:
-        console.print(_styled(line), soft_wrap=True)
     if table.rows:
-        console.print(table)
-    for line in below:
-        console.print(_styled(line), soft_wrap=True)
+        _console().print(table)
+
+
+def _console() -> Any:
+    """Return rich's console on stdout."""
+    from rich.console import Console
+
+    on_terminal = sys.stdout.isatty()
+    if hasattr(sys.stdout, "reconfigure"):  # where a terminal or a log knows only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(width=None if on_terminal else PLAIN_WIDTH, force_terminal=on_terminal)
 
 
 def _styled(cell: Cell) -> Any:
@@ -1013,7 +1013,7 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
 
     table = DataFrame(history, columns=["run", "model", "status", "value"])
     table = table.drop_duplicates(["run", "model"], keep="last")
-    runs = sorted(table["run"].unique())[-RUNS_SHOWN:]
+    runs = sorted(set(table["run"]))[-RUNS_SHOWN:]
     for at, name in enumerate(names):
         lines = table.query("model == @name and run in @runs")
         if lines.empty:

@@ -79,6 +79,9 @@ from notify import (
     Stopped,
 )
 
+if __name__ == "__main__":
+    notify.never_break_off()  # before Prefect keeps a stream
+
 try:
     from prefect import Flow, runtime, task
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -992,7 +995,6 @@ async def serve_until_stopped(options: argparse.Namespace) -> int:
 
 def main() -> NoReturn:
     """Do what the command line asks for; exit with its status."""
-    notify.never_break_off()
     if sys.argv[1:2] == ["prefect-server"]:
         be_prefect_server(*sys.argv[2:])
     options = parse_options()
