@@ -2158,7 +2158,7 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
 
 def draw(run: Any, path: Path) -> None:
     """Draw the picture of a run; see notify.draw_report."""
-    notify.draw_report(run, read_history(run.models_dir), list(MODELS), path)
+    notify.draw_report(run, read_history(run.models_dir), path)
 
 
 @contextmanager

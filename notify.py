@@ -22,7 +22,7 @@ import textwrap
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -113,7 +113,7 @@ def outcome_of(report: dict, folder: str) -> Outcome:
     known = {name: report[name] for name in Outcome.__annotations__ if name in report}
     outcome = Outcome(**known)
     if outcome.status == "trained":
-        outcome.path = str(Path(folder) / f"{report['model']}.joblib")
+        outcome.path = f"{folder}/{report['model']}.joblib"
     return outcome
 
 
@@ -133,7 +133,7 @@ def decide(run: Run, error: BaseException | None = None) -> None:
     if not trained:
         run.status = "failed"
         run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
-    elif error or len(trained) < len(run.asked):
+    elif error or trained != run.asked:
         run.status = "partial"
         run.exit_status = PARTIAL
     else:
@@ -668,8 +668,9 @@ def print_summary(run: Run) -> None:
         colour = LOOKS[outcome.status].colour
         rows.append([(model, "bold"), (status, colour), *others])
         if reason(outcome):
-            why = f"{name} {reason(outcome)}"
-            lines.append((why, WARNING.colour if outcome.guessing else colour))
+            lines.append(
+                (f"{name} {reason(outcome)}", WARNING.colour if outcome.guessing else colour)
+            )
     for note in notes(run):
         lines.append((note, WARNING.colour if note.startswith("warning") else ""))
     lines.append(", ".join(facts(run)))
@@ -689,7 +690,7 @@ def print_lines(lines: Iterable[Cell]) -> None:
         console.print(_styled(line), soft_wrap=True)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[Cell]]) -> None:
     """Print a table: in colour on a terminal, plain text anywhere else; nothing without rows.
 
     `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles,
@@ -841,22 +842,21 @@ ENOUGH_SONGS = 20  # of a genre: with fewer, a share moves by 5 % with every son
 CLUSTERS_NAMED = 8
 
 
-def draw_report(run: Run, history: list[dict], names: Sequence[str], path: Path) -> "Figure":
+def draw_report(run: Run, history: list[dict], path: Path) -> "Figure":
     """Write the picture of a run, a PNG 1600 pixels wide; the old one stays until it is whole.
 
-    `history`: the lines of history.jsonl as dicts, oldest first. `names`: of all models there are,
-    in their usual order: a model's place gives its colour. Raises OSError when `path` cannot be
-    written.
+    `history`: the lines of history.jsonl as dicts, oldest first. Raises OSError when `path` cannot
+    be written.
     """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = report_figure(run, history, names)
+        figure = report_figure(run, history)
         write_atomically(path, partial(figure.savefig, format="png"))
     return figure
 
 
-def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figure":
+def report_figure(run: Run, history: list[dict]) -> "Figure":
     """Return the figure behind draw_report: a headline, a panel per model, the history."""
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -870,7 +870,7 @@ def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figur
     panel = partial(figure.add_subplot, rows, PANELS_ABREAST)
     for at, (name, outcome) in enumerate(run.models.items(), 1):
         _draw_model(panel(at), name, outcome)
-    _draw_history(panel((panels, rows * PANELS_ABREAST)), history_of(run, history), names)
+    _draw_history(panel((panels, rows * PANELS_ABREAST)), history_of(run, history))
     _write_headline(figure, run)
     return figure
 
@@ -940,6 +940,7 @@ def _draw_confusions(axes: "Axes", plot: dict) -> None:
 def _draw_clusters(axes: "Axes", plot: dict) -> None:
     """Draw the songs on their first two principal components, coloured by cluster."""
     for cluster, (label, songs) in enumerate(zip(plot["labels"], plot["sizes"])):
+        look = cluster % len(PALETTE)
         points = [point for point in plot["points"] if point[2] == cluster]
         name = f"{_drawable(f'{cluster} {label}', 20)} {songs / sum(plot['sizes']):.0%}"
         axes.scatter(
@@ -948,8 +949,8 @@ def _draw_clusters(axes: "Axes", plot: dict) -> None:
             s=9,
             alpha=0.6,
             linewidths=0,
-            color=PALETTE[cluster % len(PALETTE)],
-            marker=MARKERS[cluster % len(MARKERS)],
+            color=PALETTE[look],
+            marker=MARKERS[look],
             label=name if cluster < CLUSTERS_NAMED else None,
         )
     axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
@@ -994,7 +995,7 @@ def _draw_similar(axes: "Axes", plot: dict) -> None:
 
 
 # What is drawn of a model, by the key of its `plot`.
-DRAWINGS: dict[str, Callable] = {
+DRAWINGS = {
     "confusions": _draw_confusions,
     "points": _draw_clusters,
     "density": _draw_density,
@@ -1002,8 +1003,8 @@ DRAWINGS: dict[str, Callable] = {
 }
 
 
-def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> None:
-    """Draw the primary metric of every model over the last runs.
+def _draw_history(axes: "Axes", history: list[dict]) -> None:
+    """Draw the primary metric of every model over the last runs; its place gives its colour.
 
     A line breaks where a run failed or was held back: a cross stands at the value that was held
     back, or else at the last good one. Where lines lie on each other the later ones are narrower,
@@ -1011,10 +1012,12 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
     """
     from pandas import DataFrame, to_numeric
 
+    from models import MODELS  # which imports this module
+
     table = DataFrame(history, columns=["run", "model", "status", "value"])
     table = table.drop_duplicates(["run", "model"], keep="last")
     runs = sorted(set(table["run"]))[-RUNS_SHOWN:]
-    for at, name in enumerate(names):
+    for at, name in enumerate(MODELS):
         lines = table.query("model == @name and run in @runs")
         if lines.empty:
             continue
@@ -1169,8 +1172,7 @@ def fit(text: str, limit: int) -> str:
 
 def escape(text: object) -> str:
     """Return `text` as Discord shows it literally: no markdown, no link."""
-    literal = re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text))
-    literal = literal.replace("://", ":\u200b//")
+    literal = re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text)).replace("://", ":\u200b//")
     return re.sub(r"^([#>+-]|\d+(?=\.))", "\u200b\\1", literal)
 
 
@@ -1188,7 +1190,7 @@ def _post(url: str, run: Run, picture: Path | None, deadline: float) -> None:
         log.warning("Discord refused the picture (%d), trying without", reply.status)
     body = json.dumps(discord_payload(run)).encode()
     message = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    return _succeed(_send(message, deadline), DISCORD_SAYS)
+    _succeed(_send(message, deadline), DISCORD_SAYS)
 
 
 def _with_picture(url: str, payload: dict, image: bytes) -> urllib.request.Request:
@@ -1372,7 +1374,8 @@ def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> b
 
     The step is given up after `seconds`: looking up a name knows no timeout of its own.
     """
-    ended: list[Exception | None] = []  # what became of the step
+    # What became of the step, at last
+    ended: list[Exception | None] = [TimeoutError(f"no answer within {seconds:.0f} s")]
 
     def take_step() -> None:
         ended.append(attempt(step, *arguments)[1])
@@ -1383,7 +1386,7 @@ def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> b
         thread.join(seconds)
     except RuntimeError:  # no more threads can be started
         take_step()
-    error = ended[0] if ended else TimeoutError(f"no answer within {seconds:.0f} s")
+    error = ended[-1]
     if error:
         log.warning("%s: %s", failure, plain(explain(error), 600))
     return error is None
