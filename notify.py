@@ -373,6 +373,7 @@ def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
 def figures(metrics: dict) -> list[str]:
     """Return the metrics that are known as people say them, the primary one first: "R² 0.826"."""
     primary = next(iter(metrics))
+    # The primary metric keeps the first place, also where METRICS has its words.
     words = {primary: plain(primary).replace("_", " "), **METRICS}
     return [
         f"{said} {number(metrics[key])}"
