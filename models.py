@@ -2135,7 +2135,7 @@ def train(name: str, url: str | None, about: dict, models_dir: str, force: bool)
 
 def draw(run: Any, path: Path) -> None:
     """Draw the picture of a run; see notify.draw_report."""
-    notify.draw_report(run, read_history(run.models_dir), list(MODELS), path)
+    notify.draw_report(run, read_history(run.models_dir), path)
 
 
 @contextmanager
@@ -2439,11 +2439,9 @@ def show(options: Namespace) -> int:
     if options.json:
         print(json.dumps(reports, indent=1))
     else:
-        notify.print_table(
-            ("model", "metric", "change>", "songs>", "table", "trained", "size>", "older>"),
-            rows,
-            above=[(f"Models in {options.models_dir}", "bold")],
-        )
+        notify.print_lines([(f"Models in {options.models_dir}", "bold")])
+        columns = ("model", "metric", "change>", "songs>", "table", "trained", "size>", "older>")
+        notify.print_table(columns, rows)
     return 0 if reports else 2
 
 
@@ -2464,11 +2462,8 @@ def similar(options: Namespace) -> int:
         for answer in answers:
             track_id, title, artist, alike = answer.values()
             lines.append((f"{alike:.3f}", title, artist, track_id))
-        notify.print_table(
-            ("alike>", "title", "artist", "track_id"),
-            lines,
-            above=[(f"Like {song['track_name']} by {song['artist_name']}", "bold")],
-        )
+        notify.print_lines([(f"Like {song['track_name']} by {song['artist_name']}", "bold")])
+        notify.print_table(("alike>", "title", "artist", "track_id"), lines)
     if len(answers) < options.k:
         why = (
             "the other songs are by the same artist, of whom three in ten are shown; "
@@ -2485,7 +2480,7 @@ def titles(options: Namespace) -> int:
     index = load_model("similar", options.models_dir)["estimator"]
     text = options.text.casefold()
     rows = [row for row, title in enumerate(index.titles_) if text in title.casefold()]
-    notify.print_table((), (), above=_listed(index, rows), below=[f"songs: {len(rows):,}"])
+    notify.print_lines([*_listed(index, rows), f"songs: {len(rows):,}"])
     return 0
 
 

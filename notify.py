@@ -21,9 +21,8 @@ import sys
 import textwrap
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -55,7 +54,7 @@ TERMINATED = 128 + signal.SIGTERM
 class Outcome:
     """What became of one model of a run."""
 
-    status: str  # "trained", "held_back" or "failed"
+    status: str  # "trained", "held_back" or "failed"; in the history "started" as well
     error: str | None = None  # why it was held back or failed
     metrics: dict = field(default_factory=dict)  # as in its metrics file, the primary metric first
     plot: dict = field(default_factory=dict)  # what its panel of the picture is drawn from
@@ -83,7 +82,7 @@ class Run:
     command: str  # the command line that does the same
     started_at: str  # ISO 8601, UTC
     host: str
-    models: dict[str, Outcome] = field(default_factory=dict)  # of those that are done
+    models: dict[str, Outcome] = field(default_factory=dict)  # those that are done, in that order
     warnings: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # killed steps, and what was done about them
     csv: dict | None = None  # what load_csv returned
@@ -103,17 +102,7 @@ class Run:
     def table(self) -> str:
         """The table or view of songs; made-up ones have a table of their own."""
         name = self.parameters["table_name"]
-        return name if self.demo is None else f"demo_{name}"
-
-    @property
-    def demo(self) -> int | None:
-        """The number of made-up songs; None where they are real."""
-        return self.parameters["demo"]
-
-    @property
-    def enable_notifications(self) -> bool:
-        """Whether Discord and the heartbeat's service are told."""
-        return self.parameters["enable_notifications"]
+        return name if self.parameters["demo"] is None else f"demo_{name}"
 
 
 def outcome_of(report: dict, folder: str) -> Outcome:
@@ -124,7 +113,7 @@ def outcome_of(report: dict, folder: str) -> Outcome:
     known = {name: report[name] for name in Outcome.__annotations__ if name in report}
     outcome = Outcome(**known)
     if outcome.status == "trained":
-        outcome.path = str(Path(folder) / f"{report['model']}.joblib")
+        outcome.path = f"{folder}/{report['model']}.joblib"
     return outcome
 
 
@@ -144,7 +133,7 @@ def decide(run: Run, error: BaseException | None = None) -> None:
     if not trained:
         run.status = "failed"
         run.exit_status = WRONG_INPUT if isinstance(error, DataError) else NOTHING_TRAINED
-    elif error or len(trained) < len(run.asked):
+    elif error or trained != run.asked:
         run.status = "partial"
         run.exit_status = PARTIAL
     else:
@@ -154,7 +143,7 @@ def decide(run: Run, error: BaseException | None = None) -> None:
         run.exit_status = error.code
     run.message = message_of(run)
     owed = [name for name in run.asked if name not in run.models or run.models[name].heals]
-    if run.begun and owed and (error is None or heals(error)):
+    if run.begun and owed and heals(error):
         run.finish_command = finish_command(run)
     run.seconds = seconds_since_start(run)
 
@@ -195,7 +184,7 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
     )
     decide(run, cause)
     attempt(write_run, run)
-    if run.enable_notifications:
+    if options.enable_notifications:
         attempt(heartbeat, "fail")
         if url:
             post_discord(run, url)
@@ -205,7 +194,7 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
 
 def with_status(run: Run, status: str) -> list[str]:
     """Return the names of the models with that status, in their usual order."""
-    return [name for name in run.asked if name in run.models and run.models[name].status == status]
+    return [name for name, outcome in run.models.items() if outcome.status == status]
 
 
 def message_of(run: Run) -> str:
@@ -259,15 +248,14 @@ def seconds_since_start(run: Run) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(run.started_at)).total_seconds()
 
 
-def history_line(run: Run, name: str, status: str, error: str | None = None) -> dict:
-    """Return the line of history.jsonl on a model of a run."""
-    outcome = run.models.get(name, Outcome(status))
+def history_line(run: Run, name: str, outcome: Outcome) -> dict:
+    """Return the line of history.jsonl on a model of a run; of one that begins, "started"."""
     metric, value = next(iter(outcome.metrics.items()), (None, None))
     return {
         "run": run.started_at,
         "model": name,
         "table": run.table,
-        "status": status,
+        "status": outcome.status,
         "metric": metric,
         "value": value,
         "seconds": outcome.seconds,
@@ -275,7 +263,7 @@ def history_line(run: Run, name: str, status: str, error: str | None = None) -> 
         "read_seconds": run.read_seconds,
         "run_seconds": round(seconds_since_start(run), 2),
         "peak_mb": run.peak_mb and round(run.peak_mb),
-        "error": error or outcome.error,
+        "error": outcome.error,
     }
 
 
@@ -385,13 +373,13 @@ def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
 def figures(metrics: dict) -> list[str]:
     """Return the metrics that are known as people say them, the primary one first: "R² 0.826"."""
     primary = next(iter(metrics))
-    name = METRICS.get(primary, plain(primary).replace("_", " "))
-    told = [
+    # The primary metric keeps the first place, also where METRICS has its words.
+    words = {primary: plain(primary).replace("_", " "), **METRICS}
+    return [
         f"{said} {number(metrics[key])}"
-        for key, said in METRICS.items()
-        if key != primary and metrics.get(key) is not None
+        for key, said in words.items()
+        if key == primary or metrics.get(key) is not None
     ]
-    return [f"{name} {number(metrics[primary])}", *told]
 
 
 def leans_on(metrics: dict) -> str:
@@ -401,7 +389,7 @@ def leans_on(metrics: dict) -> str:
     """
     falls = [
         f"{plain(column, 20).removesuffix('_ms').replace('_', ' ')} {fall:.2f}"
-        for column, fall in (metrics.get("leans_on") or {}).items()
+        for column, fall in metrics.get("leans_on", {}).items()
         if fall >= LEAST_FALL
     ]
     return f"leans on {', '.join(falls[:LEANS_ON])}" if falls else ""
@@ -464,15 +452,8 @@ def warnings_of(run: Run) -> list[str]:
 
 
 def notes(run: Run) -> list[str]:
-    """Return what there is to say below the models.
-
-    The error if the message has it not, warnings, the rows of the CSV.
-    """
-    said = []
-    error = plain(run.error or "")
-    if error not in plain(run.message):
-        said.append(error)
-    said += [f"warning: {plain(warning)}" for warning in warnings_of(run)]
+    """Return what there is to say below the models: warnings, the CSV's rows, the predictions."""
+    said = [f"warning: {plain(warning)}" for warning in warnings_of(run)]
     if run.csv:
         said.append(_rows_of_csv(run.csv))
     if run.predicted:
@@ -482,7 +463,9 @@ def notes(run: Run) -> list[str]:
 
 def what_next(run: Run) -> list[str]:
     """Return commands that use the models: after a demo, and where there were none before."""
-    if not run.demo and any(outcome.previous is not None for outcome in run.models.values()):
+    if not run.parameters["demo"] and any(
+        outcome.previous is not None for outcome in run.models.values()
+    ):
         return []
     uses = [["show"]]
     if "similar" in with_status(run, "trained"):
@@ -517,11 +500,12 @@ def model_page(name: str, run: Run, history: list[dict]) -> str:
         lines = [*figures(outcome.metrics), leans_on(outcome.metrics)]
     lines = [f"{escape(line)}  " for line in lines]  # two blanks end a line
     lines += ["", "|last runs (UTC)|status|metric|", "|---|---|---|"]
-    runs = []
-    for line in history_of(run, history)[::-1]:
-        if line["model"] == name and line["status"] != "started":
-            runs.append(line)
-    for line in runs[:RUNS_SHOWN]:
+    runs = [
+        line
+        for line in history_of(run, history)
+        if line["model"] == name and line["status"] != "started"
+    ]
+    for line in reversed(runs[-RUNS_SHOWN:]):
         status = escape(line.get("error") or line["status"])
         lines.append(f"|{line['run'][:16]}|{status}|{number(line.get('value'))}|")
     return "\n".join(lines)
@@ -540,11 +524,8 @@ class Stopped(Expected):
     """The run was ended by SIGTERM or Ctrl-C. `code`: the exit status, a key of STOPPED_BY."""
 
     def __init__(self, code: int):
-        super().__init__(code)
+        super().__init__(f"the run was stopped by {STOPPED_BY[code]}")
         self.code = code
-
-    def __str__(self) -> str:
-        return f"the run was stopped by {STOPPED_BY[self.code]}"
 
 
 def explain(error: BaseException) -> str:
@@ -566,8 +547,8 @@ def explain(error: BaseException) -> str:
     return redact(said)
 
 
-def heals(error: BaseException) -> bool:
-    """Return True unless the same input would fail in the same way."""
+def heals(error: BaseException | None) -> bool:
+    """Return True unless the same input would fail in the same way; without an error, too."""
     return not isinstance(error, (ValueError, TypeError, KeyError))
 
 
@@ -610,10 +591,9 @@ def _without_secrets(record: logging.LogRecord) -> bool:
     """
     record.msg = redact(record.getMessage())
     record.args = ()
-    if record.exc_info and isinstance(record.exc_info[1], SAY_IT_ALL):
-        record.exc_info = None
-    if record.exc_info:
+    if record.exc_info and not isinstance(record.exc_info[1], SAY_IT_ALL):
         record.exc_text = logging.Formatter().formatException(record.exc_info)
+    record.exc_info = None
     if record.exc_text:
         record.exc_text = redact(record.exc_text)
     return True
@@ -634,7 +614,8 @@ def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
 def never_break_off() -> None:
     """Let stdout and stderr be closed, on a full disk, or a pipe that nobody reads any more.
 
-    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe.
+    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe. To be
+    called before anybody keeps one of them, as Prefect's handlers do.
     """
     for number in range(3):
         try:
@@ -643,10 +624,6 @@ def never_break_off() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _Forgiving(sys.stdout)
     sys.stderr = _Forgiving(sys.stderr)
-    for name in ["", *logging.root.manager.loggerDict]:
-        for handler in logging.getLogger(name).handlers:
-            if hasattr(handler, "console"):  # Prefect's, which has the old one
-                handler.console.file = sys.stderr
 
 
 class _Forgiving:
@@ -685,15 +662,16 @@ Cell = Any  # text, a number, or (text, rich style)
 
 def print_summary(run: Run) -> None:
     """Print the table of a run and what there is to say below it."""
-    rows: list[list[Cell]] = []
+    rows = []
     lines: list[Cell] = [(run.message, f"bold {LOOKS[run.status].colour}")]
     for name, outcome in run.models.items():
         model, status, *others = table_row(name, outcome).values()
         colour = LOOKS[outcome.status].colour
         rows.append([(model, "bold"), (status, colour), *others])
         if reason(outcome):
-            trained = outcome.status == "trained"
-            lines.append((f"{name} {reason(outcome)}", WARNING.colour if trained else colour))
+            lines.append(
+                (f"{name} {reason(outcome)}", WARNING.colour if outcome.guessing else colour)
+            )
     for note in notes(run):
         lines.append((note, WARNING.colour if note.startswith("warning") else ""))
     lines.append(", ".join(facts(run)))
@@ -702,29 +680,25 @@ def print_summary(run: Run) -> None:
         lines += [f"to go on: {line}" for line in what_next(run)]
     if run.finish_command:
         lines.append((f"to finish the job: {run.finish_command}", "bold"))
-    columns = ("model", "status", "metric", "change>", "time>", "size>")
-    print_table(columns, rows, below=lines)
+    print_table(("model", "status", "metric", "change>", "time>", "size>"), rows)
+    print_lines(lines)
 
 
-def print_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Cell]],
-    above: Iterable[Cell] = (),
-    below: Iterable[Cell] = (),
-) -> None:
-    """Print lines, a table, lines: in colour on a terminal, plain text anywhere else.
+def print_lines(lines: Iterable[Cell]) -> None:
+    """Print lines as `print_table` prints cells."""
+    console = _console()
+    for line in lines:
+        console.print(_styled(line), soft_wrap=True)
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[Cell]]) -> None:
+    """Print a table: in colour on a terminal, plain text anywhere else; nothing without rows.
 
     `columns`: the headings, with a ">" at the end of those whose cells stand on the right; titles,
-    artists and tables may be folded. Cells and lines are text or (text, rich style).
+    artists and tables may be folded. Cells are text, numbers or (text, rich style).
     """
-    from rich.console import Console
     from rich.table import Table
 
-    on_terminal = sys.stdout.isatty()
-    if hasattr(sys.stdout, "reconfigure"):  # where a terminal or a log knows only ASCII
-        sys.stdout.reconfigure(errors="backslashreplace")
-    width = None if on_terminal else PLAIN_WIDTH
-    console = Console(width=width, force_terminal=on_terminal)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(
@@ -735,12 +709,18 @@ def print_table(
         )
     for row in rows:
         table.add_row(*map(_styled, row))
-    for line in above:
-        console.print(_styled(line), soft_wrap=True)
     if table.rows:
-        console.print(table)
-    for line in below:
-        console.print(_styled(line), soft_wrap=True)
+        _console().print(table)
+
+
+def _console() -> Any:
+    """Return rich's console on stdout."""
+    from rich.console import Console
+
+    on_terminal = sys.stdout.isatty()
+    if hasattr(sys.stdout, "reconfigure"):  # where a terminal or a log knows only ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(width=None if on_terminal else PLAIN_WIDTH, force_terminal=on_terminal)
 
 
 def _styled(cell: Cell) -> Any:
@@ -764,62 +744,63 @@ def live_status(models: Iterable[str]) -> Iterator[None]:
     if not handler:
         yield
         return
-    lines = _LiveLines(handler.console, models)
-    handler.addFilter(lines.show)
+    progress = _live_lines(handler.console)
+    lines = {}
+    for model in models:
+        lines[model] = progress.add_task(f"· {model:{NAME_WIDTH}}waiting", bar="")
+    show = partial(_show, progress, lines)
+    handler.addFilter(show)
     try:
-        with lines.progress:
+        with progress:
             yield
     finally:
-        handler.removeFilter(lines.show)
+        handler.removeFilter(show)
 
 
-class _LiveLines:
-    """Lines on a rich console, by model: a clock, what is said, a bar where the share is known."""
+def _live_lines(console: Any) -> Any:
+    """Return what shows lines on a rich console: a clock, what is said, a bar if there is one."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
 
-    def __init__(self, console: Any, models: Iterable[str]):
-        from rich.progress import Progress, TextColumn, TimeElapsedColumn
-        from rich.table import Column
+    # A line that is too long would narrow all columns alike, clock and percent as well.
+    room = max(20, console.width - len("0:00:00   100%") - BAR_WIDTH)
+    return Progress(
+        TimeElapsedColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, max_width=room)),
+        TextColumn("{task.fields[bar]}"),
+        console=console,
+        transient=True,
+    )
 
-        # A line that is too long would narrow all columns alike, clock and percent as well.
-        room = console.width - len("0:00:00 ") - len(" 100%") - 1 - BAR_WIDTH
-        said = Column(no_wrap=True, overflow="ellipsis", max_width=max(20, room))
-        self.progress = Progress(
-            TimeElapsedColumn(),
-            TextColumn("{task.description}", table_column=said),
-            TextColumn("{task.fields[bar]}"),
-            console=console,
-            transient=True,
-        )
-        self.lines: dict[str, Any] = {}
-        for model in models:
-            self._write(model, "·", "waiting")
 
-    def show(self, record: logging.LogRecord) -> bool:
-        """A logging filter: show what is about a model; return whether the log gets it as well."""
-        told = vars(record)
-        model = told.get("model")
-        is_warning = record.levelno >= logging.WARNING
-        if model is None:
+def _show(progress: Any, lines: dict[str, Any], record: logging.LogRecord) -> bool:
+    """A logging filter: show what is about a model; return whether the log gets it as well.
+
+    `lines`: the lines of `progress` by model.
+    """
+    from rich.markup import escape
+
+    about = vars(record)
+    model = about.get("model")
+    is_warning = record.levelno >= logging.WARNING
+    if model is None:
+        return True
+    if model not in lines:
+        if is_warning:
             return True
-        if is_warning and model not in self.lines:
-            return True
-        said = plain(record.getMessage()).removeprefix(f"{model}: ")
-        self._write(model, SIGNS.get(told["phase"], "▶"), said, told.get("share"))
-        if told["phase"] in ENDED:
-            self.progress.stop_task(self.lines[model])
-        return is_warning
-
-    def _write(self, model: str, sign: str, said: str, share: float | None = None) -> None:
-        from rich.markup import escape
-
-        if model not in self.lines:
-            self.lines[model] = self.progress.add_task("", total=None, bar="")
-        bar = ""
-        if share is not None:
-            done = "".ljust(round(BAR_WIDTH * share), "━")
-            bar = f"{done:{BAR_WIDTH}} {share:4.0%}"
-        text = f"{sign} {escape(model):{NAME_WIDTH}}{escape(said)}"
-        self.progress.update(self.lines[model], description=text, bar=bar)
+        lines[model] = progress.add_task("", bar="")
+    bar = ""
+    share = about.get("share")
+    if share is not None:
+        done = "━" * round(BAR_WIDTH * share)
+        bar = f"{done:{BAR_WIDTH}} {share:4.0%}"
+    phase = about["phase"]
+    said = plain(record.getMessage()).removeprefix(f"{model}: ")
+    text = f"{SIGNS.get(phase, '▶')} {escape(model):{NAME_WIDTH}}{escape(said)}"
+    progress.update(lines[model], description=text, bar=bar)
+    if phase in ENDED:
+        progress.stop_task(lines[model])
+    return is_warning
 
 
 def _log_handler() -> Any:
@@ -862,22 +843,21 @@ ENOUGH_SONGS = 20  # of a genre: with fewer, a share moves by 5 % with every son
 CLUSTERS_NAMED = 8
 
 
-def draw_report(run: Run, history: list[dict], names: Sequence[str], path: Path) -> "Figure":
+def draw_report(run: Run, history: list[dict], path: Path) -> "Figure":
     """Write the picture of a run, a PNG 1600 pixels wide; the old one stays until it is whole.
 
-    `history`: the lines of history.jsonl as dicts, oldest first. `names`: of all models there are,
-    in their usual order: a model's place gives its colour. Raises OSError when `path` cannot be
-    written.
+    `history`: the lines of history.jsonl as dicts, oldest first. Raises OSError when `path` cannot
+    be written.
     """
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure = report_figure(run, history, names)
+        figure = report_figure(run, history)
         write_atomically(path, partial(figure.savefig, format="png"))
     return figure
 
 
-def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figure":
+def report_figure(run: Run, history: list[dict]) -> "Figure":
     """Return the figure behind draw_report: a headline, a panel per model, the history."""
     from matplotlib.figure import Figure  # without pyplot: no global state, so any thread may draw
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -891,7 +871,7 @@ def report_figure(run: Run, history: list[dict], names: Sequence[str]) -> "Figur
     panel = partial(figure.add_subplot, rows, PANELS_ABREAST)
     for at, (name, outcome) in enumerate(run.models.items(), 1):
         _draw_model(panel(at), name, outcome)
-    _draw_history(panel((panels, rows * PANELS_ABREAST)), history_of(run, history), names)
+    _draw_history(panel((panels, rows * PANELS_ABREAST)), history_of(run, history))
     _write_headline(figure, run)
     return figure
 
@@ -949,11 +929,10 @@ def _draw_confusions(axes: "Axes", plot: dict) -> None:
     """
     enough = [pair for pair in plot["confusions"] if round(pair[2] / pair[3]) >= ENOUGH_SONGS]
     by_share = sorted(enough or plot["confusions"], key=lambda pair: pair[3], reverse=True)
-    place = axes.get_yaxis_transform()
     for at, (actual, predicted, count, share) in enumerate(by_share[:CONFUSIONS_SHOWN]):
         axes.barh(at, share, color="#A9CCE3")
         said = f"{plain(actual, 14)} → {plain(predicted, 14)}: {share:.0%} ({count:,})"
-        axes.text(0.01, at, _drawable(said), va="center", transform=place)
+        axes.text(0.01, at, _drawable(said), va="center", transform=axes.get_yaxis_transform())
     axes.set(yticks=[], xticks=[], xlabel="actual → predicted: share of the actual (songs)")
     axes.invert_yaxis()
     axes.set_frame_on(False)
@@ -962,6 +941,7 @@ def _draw_confusions(axes: "Axes", plot: dict) -> None:
 def _draw_clusters(axes: "Axes", plot: dict) -> None:
     """Draw the songs on their first two principal components, coloured by cluster."""
     for cluster, (label, songs) in enumerate(zip(plot["labels"], plot["sizes"])):
+        look = cluster % len(PALETTE)
         points = [point for point in plot["points"] if point[2] == cluster]
         name = f"{_drawable(f'{cluster} {label}', 20)} {songs / sum(plot['sizes']):.0%}"
         axes.scatter(
@@ -970,8 +950,8 @@ def _draw_clusters(axes: "Axes", plot: dict) -> None:
             s=9,
             alpha=0.6,
             linewidths=0,
-            color=PALETTE[cluster % len(PALETTE)],
-            marker=MARKERS[cluster % len(MARKERS)],
+            color=PALETTE[look],
+            marker=MARKERS[look],
             label=name if cluster < CLUSTERS_NAMED else None,
         )
     axes.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second")
@@ -1016,7 +996,7 @@ def _draw_similar(axes: "Axes", plot: dict) -> None:
 
 
 # What is drawn of a model, by the key of its `plot`.
-DRAWINGS: dict[str, Callable] = {
+DRAWINGS = {
     "confusions": _draw_confusions,
     "points": _draw_clusters,
     "density": _draw_density,
@@ -1024,8 +1004,8 @@ DRAWINGS: dict[str, Callable] = {
 }
 
 
-def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> None:
-    """Draw the primary metric of every model over the last runs.
+def _draw_history(axes: "Axes", history: list[dict]) -> None:
+    """Draw the primary metric of every model over the last runs; its place gives its colour.
 
     A line breaks where a run failed or was held back: a cross stands at the value that was held
     back, or else at the last good one. Where lines lie on each other the later ones are narrower,
@@ -1033,10 +1013,12 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
     """
     from pandas import DataFrame, to_numeric
 
+    from models import MODELS  # which imports this module
+
     table = DataFrame(history, columns=["run", "model", "status", "value"])
     table = table.drop_duplicates(["run", "model"], keep="last")
-    runs = sorted(table["run"].unique())[-RUNS_SHOWN:]
-    for at, (name, colour, marker) in enumerate(zip(names, PALETTE, MARKERS)):
+    runs = sorted(set(table["run"]))[-RUNS_SHOWN:]
+    for at, name in enumerate(MODELS):
         lines = table.query("model == @name and run in @runs")
         if lines.empty:
             continue
@@ -1048,14 +1030,14 @@ def _draw_history(axes: "Axes", history: list[dict], names: Sequence[str]) -> No
         axes.plot(
             places,
             values,
-            color=colour,
+            color=PALETTE[at],
             linewidth=4.8 - 0.55 * at,
-            marker=marker,
+            marker=MARKERS[at],
             markersize=9.5 - 0.8 * at,
-            label=_drawable(name, 14),
+            label=name,
         )
         # Above the lines
-        axes.plot(places, crosses, "x", color=colour, ms=10, mew=2.5, zorder=3)
+        axes.plot(places, crosses, "x", color=PALETTE[at], ms=10, mew=2.5, zorder=3)
     shown = f"last {len(runs)} runs" if len(runs) > 1 else "first run"
     axes.set_title(f"{shown} (× failed or held back)")
     if runs:
@@ -1161,7 +1143,7 @@ def discord_payload(run: Run) -> dict:
     fields = [
         {
             "name": fit(f"{LOOKS[outcome.status].sign} {escape(name)}", NAME),
-            "value": fit(f"{escape(said_of(outcome))}\n{duration(outcome.seconds)}", room),
+            "value": fit(f"{escape(said_of(outcome))}\n{duration(outcome.seconds)}".strip(), room),
             "inline": outcome.status == "trained",
         }
         for name, outcome in models
@@ -1191,8 +1173,7 @@ def fit(text: str, limit: int) -> str:
 
 def escape(text: object) -> str:
     """Return `text` as Discord shows it literally: no markdown, no link."""
-    literal = re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text))
-    literal = literal.replace("://", ":\u200b//")
+    literal = re.sub(r"([\\*_~`|\[\]<])", r"\\\1", plain(text)).replace("://", ":\u200b//")
     return re.sub(r"^([#>+-]|\d+(?=\.))", "\u200b\\1", literal)
 
 
@@ -1210,7 +1191,7 @@ def _post(url: str, run: Run, picture: Path | None, deadline: float) -> None:
         log.warning("Discord refused the picture (%d), trying without", reply.status)
     body = json.dumps(discord_payload(run)).encode()
     message = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    return _succeed(_send(message, deadline), DISCORD_SAYS)
+    _succeed(_send(message, deadline), DISCORD_SAYS)
 
 
 def _with_picture(url: str, payload: dict, image: bytes) -> urllib.request.Request:
@@ -1281,25 +1262,22 @@ def heartbeat_address(url: str, kind: str) -> str | None:
     good end.
     """
     parts = urlsplit(url)
-    states = None
     if "/api/push/" in parts.path:
         states = UPTIME_KUMA
     elif parts.hostname == "cronitor.link" or "state=" in parts.query:
         states = CRONITOR
-    if states is None:
+    else:
         path = f"{parts.path.rstrip('/')}/{kind}" if kind else parts.path
         return urlunsplit(parts._replace(path=path))
     if kind not in states:
         return None
-    query = dict(parse_qsl(parts.query, keep_blank_values=True)) | states[kind]
+    query = dict(parse_qsl(f"{parts.query}&{states[kind]}", keep_blank_values=True))
     return urlunsplit(parts._replace(query=urlencode(query)))
 
 
-UPTIME_KUMA = {
-    "": {"status": "up", "msg": "OK"},
-    "fail": {"status": "down", "msg": "not every model was trained"},
-}
-CRONITOR = {"start": {"state": "run"}, "": {"state": "complete"}, "fail": {"state": "fail"}}
+# Queries, by the kind of heartbeat
+UPTIME_KUMA = {"": "status=up&msg=OK", "fail": "status=down&msg=not every model was trained"}
+CRONITOR = {"start": "state=run", "": "state=complete", "fail": "state=fail"}
 
 
 def check_heartbeat(enabled: bool) -> list[tuple[str, str, str]]:
@@ -1397,7 +1375,8 @@ def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> b
 
     The step is given up after `seconds`: looking up a name knows no timeout of its own.
     """
-    ended: list[Exception | None] = []  # what became of the step
+    # What became of the step, at last
+    ended: list[Exception | None] = [TimeoutError(f"no answer within {seconds:.0f} s")]
 
     def take_step() -> None:
         ended.append(attempt(step, *arguments)[1])
@@ -1408,7 +1387,7 @@ def _in_time(seconds: float, failure: str, step: Callable, *arguments: Any) -> b
         thread.join(seconds)
     except RuntimeError:  # no more threads can be started
         take_step()
-    error = ended[0] if ended else TimeoutError(f"no answer within {seconds:.0f} s")
+    error = ended[-1]
     if error:
         log.warning("%s: %s", failure, plain(explain(error), 600))
     return error is None

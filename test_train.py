@@ -3741,7 +3741,7 @@ def test_a_damaged_history_is_named_once_and_costs_nothing_else(tmp_path, caplog
     assert ("energy" in models.owed(tmp_path)) != kept
     assert history[:1] == (good if kept else [])
     run = notify.Run({"table_name": "t", "demo": None}, [], "", "", "2026-12-01T00:00:00Z", "here")
-    assert notify.report_figure(run, history, list(models.MODELS))
+    assert notify.report_figure(run, history)
     assert named_once(caplog, path)
 
 
@@ -4336,7 +4336,7 @@ def in_summary(run):
 
 
 def figure_of(run, history=()):
-    return notify.report_figure(run, list(history), list(models.MODELS))
+    return notify.report_figure(run, list(history))
 
 
 def words_of(figure):
@@ -4463,7 +4463,7 @@ def kind(request, told, tmp_path_factory):
     picture = tmp_path_factory.mktemp("picture") / "report.png"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = notify.draw_report(run, nights(case.nights), list(models.MODELS), picture)
+        figure = notify.draw_report(run, nights(case.nights), picture)
     return SimpleNamespace(
         run=run,
         embed=in_discord(run),

@@ -77,6 +77,9 @@ from notify import (
     Stopped,
 )
 
+if __name__ == "__main__":
+    notify.never_break_off()  # before Prefect keeps a stream
+
 try:
     from prefect import Flow, runtime, task
     from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -229,9 +232,11 @@ def train_and_publish(run: Run) -> None:
 def read_songs(run: Run) -> str:
     """Load the CSV or the demo songs, if asked for; read the table; return the database's URL."""
     given = run.parameters
-    url = db.database_url(demo=run.demo is not None)
-    if run.demo:
-        database_task("load_demo_task", "load demo songs")(db.load_demo, run.demo, url, run.table)
+    url = db.database_url(demo=given["demo"] is not None)
+    if given["demo"]:
+        database_task("load_demo_task", "load demo songs")(
+            db.load_demo, given["demo"], url, run.table
+        )
     elif given["csv_path"]:
         rejected = str(Path(run.models_dir, "rejected_rows.csv"))
         run.csv = database_task("load_csv_task", "load CSV")(
@@ -289,7 +294,7 @@ def note(run: Run, name: str, report: dict | None, error: Any) -> None:
     outcome = notify.outcome_of(report, run.models_dir) if report else notify.failed(error)
     done = run.models | {name: outcome}
     run.models = {other: done[other] for other in run.asked if other in done}
-    write_history(run, [name], outcome.status)
+    write_history(run, [name], outcome)
     good = outcome.status == "trained"
     log.log(
         logging.INFO if good else logging.WARNING,
@@ -303,7 +308,7 @@ def note_crash(run: Run, name: str, error: Exception) -> None:
     """Write down that a training needs to be alone: in the run, the history and the log."""
     reason = notify.explain(error)
     run.crashes.append(f"{name}: {reason}; it was trained again, alone")
-    write_history(run, [name], "failed", reason)
+    write_history(run, [name], notify.failed(error))
     sentence = "%s: %s; it is trained again, alone, when the others are done"
     log.warning(sentence, name, reason, extra={"model": name, "phase": "retrying"})
 
@@ -489,9 +494,9 @@ def begun(run: Run, failed: bool = False) -> Iterator[None]:
         if not run.asked:
             yield
             return
-        write_history(run, run.asked, "started")
+        write_history(run, run.asked, notify.Outcome("started"))
         run.begun = True
-        if run.enable_notifications:
+        if run.parameters["enable_notifications"]:
             beat = threading.Thread(target=notify.heartbeat, args=["start"], daemon=True)
             beat.start()  # nobody waits for it
         with models.fork_server(lock), watched_memory(run):
@@ -514,9 +519,9 @@ def watched_memory(run: Run) -> Iterator[None]:
         ended.set()
 
 
-def write_history(run: Run, names: list[str], status: str, error: str | None = None) -> None:
+def write_history(run: Run, names: list[str], outcome: notify.Outcome) -> None:
     """Append a line per model: at the start, so that a killed run owes them, and at the end."""
-    lines = [notify.history_line(run, name, status, error) for name in names]
+    lines = [notify.history_line(run, name, outcome) for name in names]
     models.append_history(run.models_dir, lines)
 
 
@@ -542,7 +547,7 @@ def tell(run: Run) -> None:
         if run.exit_status == TRAINED:
             run.exit_status = PARTIAL
             run.status = "partial"
-    if not run.enable_notifications:
+    if not run.parameters["enable_notifications"]:
         return
     notify.heartbeat("" if run.exit_status == TRAINED else "fail")
     url = db.setting("DISCORD_WEBHOOK_URL")
@@ -988,7 +993,6 @@ async def serve_until_stopped(options: argparse.Namespace) -> int:
 
 def main() -> NoReturn:
     """Do what the command line asks for; exit with its status."""
-    notify.never_break_off()
     if sys.argv[1:2] == ["prefect-server"]:
         be_prefect_server(*sys.argv[2:])
     options = parse_options()
