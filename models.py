@@ -1498,14 +1498,16 @@ def one_run_at_a_time(folder: Path) -> Iterator[IO[str]]:
         yield file
 
 
-def check_folder(folder: Path) -> list[tuple[str, str, str]]:
+def check_folder(
+    folder: Path, fix: str = "choose another: --models-dir DIR"
+) -> list[tuple[str, str, str]]:
     """Return (what, "ok"|"warning"|"problem", sentence) of the models directory and its disk.
 
-    Raises DataError where it is not writable.
+    Raises DataError, with the fix, where it is not writable.
     """
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise DataError(f"cannot write to {there}; choose another: --models-dir DIR")
+        raise DataError(f"cannot write to {there}; {fix}")
     writable = f"{folder} is writable"
     if there != folder:
         writable += "; it will be made"

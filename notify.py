@@ -80,8 +80,9 @@ class Run:
     asked: list[str]  # names of the models that were asked for, in their usual order
     models_dir: str
     command: str  # the command line that does the same
-    started_at: str  # ISO 8601, UTC
-    host: str
+    # ISO 8601, UTC
+    started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
+    host: str = field(default_factory=socket.gethostname)
     models: dict[str, Outcome] = field(default_factory=dict)  # those that are done, in that order
     warnings: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # killed steps, and what was done about them
@@ -179,8 +180,6 @@ def tell_without_prefect(error: Exception, arguments: list[str]) -> NoReturn:
         asked=[],
         models_dir=str(folder_for(options.models_dir, options.demo)),
         command=command("train.py", *arguments),
-        started_at=datetime.now(UTC).isoformat(),
-        host=socket.gethostname(),
     )
     decide(run, cause)
     attempt(write_run, run)
@@ -463,9 +462,8 @@ def notes(run: Run) -> list[str]:
 
 def what_next(run: Run) -> list[str]:
     """Return commands that use the models: after a demo, and where there were none before."""
-    if not run.parameters["demo"] and any(
-        outcome.previous is not None for outcome in run.models.values()
-    ):
+    compared = any(outcome.previous is not None for outcome in run.models.values())
+    if compared and not run.parameters["demo"]:
         return []
     uses = [["show"]]
     if "similar" in with_status(run, "trained"):
@@ -614,8 +612,7 @@ def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
 def never_break_off() -> None:
     """Let stdout and stderr be closed, on a full disk, or a pipe that nobody reads any more.
 
-    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe. To be
-    called before anybody keeps one of them, as Prefect's handlers do.
+    Whoever writes to them goes on: rich, for one, ends a thread that meets a broken pipe.
     """
     for number in range(3):
         try:
@@ -624,6 +621,10 @@ def never_break_off() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _Forgiving(sys.stdout)
     sys.stderr = _Forgiving(sys.stderr)
+    for name in ["", *logging.root.manager.loggerDict]:
+        for handler in logging.getLogger(name).handlers:
+            if hasattr(handler, "console"):  # Prefect's, which has the old one
+                handler.console.file = sys.stderr
 
 
 class _Forgiving:
@@ -1018,7 +1019,7 @@ def _draw_history(axes: "Axes", history: list[dict]) -> None:
     table = DataFrame(history, columns=["run", "model", "status", "value"])
     table = table.drop_duplicates(["run", "model"], keep="last")
     runs = sorted(set(table["run"]))[-RUNS_SHOWN:]
-    for at, name in enumerate(MODELS):
+    for at, (name, colour, marker) in enumerate(zip(MODELS, PALETTE, MARKERS)):
         lines = table.query("model == @name and run in @runs")
         if lines.empty:
             continue
@@ -1030,14 +1031,14 @@ def _draw_history(axes: "Axes", history: list[dict]) -> None:
         axes.plot(
             places,
             values,
-            color=PALETTE[at],
+            color=colour,
             linewidth=4.8 - 0.55 * at,
-            marker=MARKERS[at],
+            marker=marker,
             markersize=9.5 - 0.8 * at,
             label=name,
         )
         # Above the lines
-        axes.plot(places, crosses, "x", color=PALETTE[at], ms=10, mew=2.5, zorder=3)
+        axes.plot(places, crosses, "x", color=colour, ms=10, mew=2.5, zorder=3)
     shown = f"last {len(runs)} runs" if len(runs) > 1 else "first run"
     axes.set_title(f"{shown} (× failed or held back)")
     if runs:

@@ -885,6 +885,9 @@ def test_check_names_each_problem_with_its_fix(tmp_path, webhook):
         f"directory problem cannot write to {tmp_path}/file; choose another: --models-dir DIR",
         "Prefect problem http://127.0.0.1:9/api does not answer as a Prefect API",
     )
+    Run(
+        f"--check --demo --models-dir {tmp_path}", PREFECT_API_URL="", PREFECT_HOME="/dev/null/x"
+    ).end(2, "Prefect problem cannot write to /dev/null; set PREFECT_HOME to another")
 
 
 def test_check_does_not_wait_for_what_never_answers(tmp_path):
@@ -913,6 +916,7 @@ def test_check_imports_nothing_heavy_and_makes_no_database(tmp_path):
         "there is no embedded database yet; try:",
         "train.py --csv-path songs.csv",
         "DISCORD_WEBHOOK_URL is not set: nothing is posted",
+        "Prefect ok a temporary server per run, its database in",
     )
     assert not HEAVY.search(text)
     assert len(list(tmp_path.iterdir())) == 5

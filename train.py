@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
@@ -76,9 +76,6 @@ from notify import (
     Run,
     Stopped,
 )
-
-if __name__ == "__main__":
-    notify.never_break_off()  # before Prefect keeps a stream
 
 try:
     from prefect import Flow, runtime, task
@@ -475,8 +472,6 @@ def new_run(parameters: dict) -> Run:
         asked=models.chosen(parameters["only"]),
         models_dir=str(folder),
         command=notify.command_of(parameters, str(folder)),
-        started_at=datetime.now(UTC).isoformat(),
-        host=socket.gethostname(),
     )
 
 
@@ -921,16 +916,22 @@ def check(options: argparse.Namespace) -> NoReturn:
 
 
 def check_prefect() -> list[tuple[str, str, str]]:
-    """Return the line of --check on Prefect. Raises DataError where its API does not answer."""
+    """Return the line of --check on Prefect.
+
+    Raises DataError where its API does not answer, or a temporary server would have no place.
+    """
     address = find_prefect()
+    said = f"{address} answers"
     if not address:
-        return [("Prefect", "ok", "a temporary server per run")]
-    if not answers(address):
+        home = get_current_settings().home
+        models.check_folder(home, "set PREFECT_HOME to another")
+        said = f"a temporary server per run, its database in {home}"
+    elif not answers(address):
         raise DataError(
             f"{address} does not answer as a Prefect API; correct PREFECT_API_URL or start it: "
             "prefect server start"
         )
-    return [("Prefect", "ok", f"{address} answers")]
+    return [("Prefect", "ok", said)]
 
 
 # ---- --serve -------------------------------------------------------------------------------------
@@ -993,6 +994,7 @@ async def serve_until_stopped(options: argparse.Namespace) -> int:
 
 def main() -> NoReturn:
     """Do what the command line asks for; exit with its status."""
+    notify.never_break_off()
     if sys.argv[1:2] == ["prefect-server"]:
         be_prefect_server(*sys.argv[2:])
     options = parse_options()
