@@ -8,6 +8,7 @@ python -m pytest -q -m slow      # the long fault runs
 
 import configparser
 import contextlib
+import copy
 import csv
 import dataclasses
 import email
@@ -4198,17 +4199,27 @@ MOST = f"{COUNT - 1} of {COUNT} models trained"
 A_TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nOSError: at '
 
 
-def run_of(folder):
-    """The run that is described in the models directory."""
-    content = json.loads((folder / "metrics" / "run.json").read_text())
-    known = {field.name for field in dataclasses.fields(notify.Run)}
-    run = notify.Run(**{name: content[name] for name in known})
-    run.models = {name: notify.Outcome(**outcome) for name, outcome in run.models.items()}
+@pytest.fixture(scope="module")
+def good_run(trained, tmp_path_factory):
+    """The run of a night on which every model was trained."""
+    folder = tmp_path_factory.mktemp("a night")
+    parameters = {"table_name": "my songs", "demo": None, "csv_path": None, "force": False}
+    parameters |= {"enable_notifications": True, "dask": None, "predict_into": None}
+    run = notify.Run(parameters, [*models.MODELS], str(folder), "train.py", rows=500)
+    for name, (estimator, metrics) in trained.items():
+        about = {"run": run.started_at, "settings": {}, "rows": 500, "table": "my songs"}
+        about |= {"command": "train.py", "seconds": 1.5}
+        report = models.publish(name, estimator, metrics, about, folder)
+        run.models[name] = notify.outcome_of(report, folder)
+    run.begun = True
+    run.read_seconds = 0.1
+    run.peak_mb = 300.0
+    notify.decide(run)
     return run
 
 
 @pytest.fixture(scope="module")
-def told(night):
+def told(good_run):
     """told({"genre": OSError("no")}, error) is the night's run where genre failed, with that error.
 
     {"genre": {"status": ...}} changes its outcome, {"genre": None}: it was not asked for. Names are
@@ -4216,7 +4227,7 @@ def told(night):
     """
 
     def told(changed=(), error=None, table=None, **more):
-        run = run_of(night.models)
+        run = copy.deepcopy(good_run)
         for name, change in dict(changed).items():
             if change is None:
                 del run.models[name]
@@ -4296,13 +4307,15 @@ def test_what_a_run_was_is_json_from_end_to_end(told):
     nothing | 3 | no connection
     endless | 1 | no answer within 1 s"""),
 )
-def test_discord_replies(webhook, night, told, caplog, monkeypatch, replies, posts, says):
+def test_discord_replies(webhook, told, caplog, monkeypatch, tmp_path, replies, posts, says):
     """The answers in turn, the last again and again; how many messages it gets; what is said."""
     caplog.set_level("DEBUG")
     monkeypatch.setattr(notify, "RETRY_DELAYS", (0.05, 0.1))
     url = webhook.url.replace("/204/", f"/{replies}/")
     seconds = 1 if replies == "endless" else 20
-    taken = notify.post_discord(told(), url, night.models / "report.png", seconds)
+    picture = tmp_path / "report.png"
+    picture.write_bytes(b"\x89PNG and so on")
+    taken = notify.post_discord(told(), url, picture, seconds)
     assert taken == replies.endswith(("200", "204"))
     assert len(webhook.got) == int(posts)
     assert says in caplog.text
