@@ -1006,7 +1006,8 @@ def _open_csv(path: str) -> Iterator[tuple[IO[str], IO[bytes]]]:
     codecs.register_error("windows", windows)
     raw: Any  # a buffered file, which can be peeked into
     try:
-        raw = _fetch(path) if re.match("https?://", path) else open(path, "rb")  # noqa: SIM115  (see below)
+        is_url = re.match("https?://", path)
+        raw = _fetch(path) if is_url else open(path, "rb")  # noqa: SIM115  (see below)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a CSV file") from error
     with raw:
