@@ -1478,8 +1478,8 @@ def one_run_at_a_time(folder: Path) -> Iterator[IO[str]]:
         file = open(folder / ".lock", "a+")  # noqa: SIM115 (closed below, once it is locked)
     except OSError as error:
         raise DataError(
-            f"cannot write to the models directory {folder} ({error.strerror}); choose another: "
-            f"--models-dir DIR"
+            f"cannot write to the models directory {folder} ({error.strerror}); make it writable "
+            f"for this user, or choose another: --models-dir DIR"
         ) from None
     with file:
         try:
@@ -1499,7 +1499,7 @@ def one_run_at_a_time(folder: Path) -> Iterator[IO[str]]:
 
 
 def check_folder(
-    folder: Path, fix: str = "choose another: --models-dir DIR"
+    folder: Path, fix: str = "make it writable for this user, or choose another: --models-dir DIR"
 ) -> list[tuple[str, str, str]]:
     """Return (what, "ok"|"warning"|"problem", sentence) of the models directory and its disk.
 
@@ -1926,12 +1926,16 @@ def load_models(models_dir: Folder, names: Iterable[str] = MODELS) -> dict[str, 
             loaded[name] = load_model(name, models_dir)
         except ModelError as error:
             log.warning("%s skipped: %s", name, error)
-    if not loaded:
+    _demand_models(loaded, models_dir)
+    return loaded
+
+
+def _demand_models(found: dict, models_dir: Folder) -> None:
+    if not found:
         raise ModelError(
             f"there are no models in {models_dir}; "
             f"train them: {db.command('train.py', *in_folder(models_dir))}"
         )
-    return loaded
 
 
 class Adds(NamedTuple):
@@ -2414,7 +2418,7 @@ def die_with(parent: int) -> None:
 
 
 def show(options: Namespace) -> int:
-    """Print the current models; 2 if there is none."""
+    """Print the current models. Raises ModelError where there is none."""
     rows: list[list] = []
     reports = {}
     for name in MODELS:
@@ -2444,7 +2448,8 @@ def show(options: Namespace) -> int:
         notify.print_lines([(f"Models in {options.models_dir}", "bold")])
         columns = ("model", "metric", "change>", "songs>", "table", "trained", "size>", "older>")
         notify.print_table(columns, rows)
-    return 0 if reports else 2
+    _demand_models(reports, options.models_dir)
+    return 0
 
 
 def similar(options: Namespace) -> int:

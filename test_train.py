@@ -883,12 +883,17 @@ def test_check_names_each_problem_with_its_fix(tmp_path, webhook):
         2,
         "database problem PostgreSQL at localhost:1/music",
         "Discord problem the webhook is gone (404); make a new one",
-        f"directory problem cannot write to {tmp_path}/file; choose another: --models-dir DIR",
+        f"directory problem cannot write to {tmp_path}/file; make it writable for this user, "
+        "or choose another: --models-dir DIR",
         "Prefect problem http://127.0.0.1:9/api does not answer as a Prefect API",
     )
     Run(
         f"--check --demo --models-dir {tmp_path}", PREFECT_API_URL="", PREFECT_HOME="/dev/null/x"
-    ).end(2, "Prefect problem cannot write to /dev/null; set PREFECT_HOME to another")
+    ).end(
+        2,
+        "Prefect problem cannot write to /dev/null; there is no place for /dev/null/x: set "
+        "PREFECT_HOME to another",
+    )
 
 
 def test_check_does_not_wait_for_what_never_answers(tmp_path):
@@ -3750,12 +3755,13 @@ def test_a_damaged_history_is_named_once_and_costs_nothing_else(tmp_path, caplog
     assert named_once(caplog, path)
 
 
-def test_a_model_that_cannot_be_read_is_named_once_and_trained_anew(tmp_path, caplog):
+def test_a_model_that_cannot_be_read_is_named_once_and_trained_anew(tmp_path, caplog, capsys):
     publish(tmp_path, 2, data={"rows": 1})
     path = tmp_path / "energy.joblib"
     path.unlink()
     unreadable(path)
     assert models.main(["show", "--models-dir", str(tmp_path)]) == 2
+    assert f"there are no models in {tmp_path}; train them: " in capsys.readouterr().err
     assert "energy" in models.owed(tmp_path)
     assert models.drift_since({}, "songs", tmp_path) == []
     assert publish(tmp_path, 1)["status"] == "trained"

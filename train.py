@@ -924,7 +924,7 @@ def check_prefect() -> list[tuple[str, str, str]]:
     said = f"{address} answers"
     if not address:
         home = get_current_settings().home
-        models.check_folder(home, "set PREFECT_HOME to another")
+        models.check_folder(home, f"there is no place for {home}: set PREFECT_HOME to another")
         said = f"a temporary server per run, its database in {home}"
     elif not answers(address):
         raise DataError(
