@@ -132,8 +132,8 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     are strings ("" where unknown), all others float32 (NaN where unknown). Songs without artist,
     title or one of the seven features that are REQUIRED are left out, with a warning. `most` limits
     the rows that are looked at. In `.attrs` are "warnings", sentences for the run, "wrong",
-    {reason or column: rows left out or values that cannot be read}, and "unique": no track_id
-    stands twice.
+    {reason or column: rows left out or values that cannot be read}, and "unique": how many
+    track_ids there are.
 
     Raises DataError (missing table or columns, another scale, nothing left) or
     DatabaseUnavailable.
@@ -158,7 +158,7 @@ def load_songs(url: str, table: str, most: int | None = None) -> pd.DataFrame:
     songs.attrs = {
         "warnings": layout.warnings + _warn_of_many(left_out, unread, read, layout.where),
         "wrong": left_out + unread,
-        "unique": True,
+        "unique": len(songs),
     }
     return songs
 

@@ -270,7 +270,7 @@ def _usable(songs: pd.DataFrame, name: str, at_least: int) -> pd.DataFrame:
         if not known.all():
             songs = songs[known].reset_index(drop=True)
     # No needless copy, of the table or of what a fork shares until it looks at it.
-    if not (songs.attrs.get("unique") or songs["track_id"].is_unique):
+    if songs.attrs.get("unique") != len(songs) and not songs["track_id"].is_unique:
         songs = songs.drop_duplicates("track_id", keep="last", ignore_index=True)
     if len(songs) < at_least:
         raise DataError(f"{name} needs at least {at_least} songs; the table has {len(songs)}")

@@ -3884,6 +3884,13 @@ def test_any_column_of_numbers_can_be_learnt_also_one_with_holes(songs):
         models._train_regressor("tempo", songs.drop(columns="tempo", errors="ignore"))
 
 
+def test_songs_that_were_read_and_then_repeated_are_learnt_from_once(url):
+    db.load_demo(60, url, "songs")
+    songs = db.load_songs(url, "songs")
+    assert models._usable(songs, "similar", 2) is songs, "a copy would be as large as the table"
+    assert len(models._usable(pd.concat([songs, songs]), "similar", 2)) == 60
+
+
 # ---- Models: what popularity starts from ---------------------------------------------------------
 def test_popularity_starts_at_the_mean_of_its_genre(songs):
     estimator = models.SongRegressor("popularity").fit(songs, songs.popularity)
