@@ -3910,10 +3910,11 @@ def models_dir(trained, tmp_path):
 
 
 @pytest.fixture
-def ask(capsys, caplog, models_dir):
+def ask(capsys, caplog, request):
     """ask("show") is what `models.py show` writes before it exits with that status."""
 
-    def ask(*words, status=0, folder=models_dir):
+    def ask(*words, status=0, folder=None):
+        folder = folder or request.getfixturevalue("models_dir")
         caplog.clear()
         assert models.main([*map(str, words), "--models-dir", str(folder)]) == status
         said = capsys.readouterr()
@@ -4213,13 +4214,15 @@ A_TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nOSErro
 
 
 @pytest.fixture(scope="module")
-def good_run(trained, tmp_path_factory):
+def good_run(tmp_path_factory):
     """The run of a night on which every model was trained."""
+    songs = db.demo_songs(600)
     folder = tmp_path_factory.mktemp("a night")
     parameters = {"table_name": "my songs", "demo": None, "csv_path": None, "force": False}
     parameters |= {"enable_notifications": True, "dask": None, "predict_into": None}
     run = notify.Run(parameters, [*models.MODELS], str(folder), "train.py", rows=500)
-    for name, (estimator, metrics) in trained.items():
+    for name, train in models.MODELS.items():
+        estimator, metrics = train(songs)
         about = {"run": run.started_at, "settings": {}, "rows": 500, "table": "my songs"}
         about |= {"command": "train.py", "seconds": 1.5}
         report = models.publish(name, estimator, metrics, about, folder)
