@@ -510,8 +510,7 @@ def fewness(songs: int, none: int = LARGE_TABLE) -> float:
 # ---- Saying how far it is ------------------------------------------------------------------------
 
 # Records have extra={"model", "phase", "share"}, the share from 0 to 1.
-# Of a part, at least between two shares that are told: they shall cost nothing.
-PROGRESS_STEP = 0.05
+PROGRESS_STEP = 0.05  # of a part, at least: the shares that are told shall cost nothing
 PROGRESS_SECONDS = 10  # what takes longer says each quarter where only INFO is seen
 
 Progress = Callable[[float], None]
@@ -1503,7 +1502,7 @@ def check_folder(
 ) -> list[tuple[str, str, str]]:
     """Return (what, "ok"|"warning"|"problem", sentence) of the models directory and its disk.
 
-    Raises DataError, with the fix, where it is not writable.
+    Raises DataError, with the fix, where it, or any other folder, is not writable.
     """
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -1697,7 +1696,7 @@ def clean_up(models_dir: Folder) -> None:
     These are known by their exact names: a folder may hold other things as well.
     """
     models_dir = Path(models_dir)
-    names = "|".join(MODELS)
+    names = "|".join(map(re.escape, MODELS))
     version = rf"({names})-{MOMENT}\.(joblib|json)"
     ours = rf"{version}|({names}|run)\.(joblib|json)|report\.png"
     for folder in (".", "metrics", "versions"):
@@ -1802,7 +1801,9 @@ def _version(report: Report, models_dir: Folder) -> Path:
 def _versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (path of the model, its report) of everything in versions/, the newest first."""
     versions = []
-    for path in reversed(_find(Path(models_dir) / "versions", rf"{name}-{MOMENT}\.json")):
+    for path in reversed(
+        _find(Path(models_dir) / "versions", rf"{re.escape(name)}-{MOMENT}\.json")
+    ):
         for report in read_objects(path, REPORT):
             versions.append((path.with_suffix(".joblib"), report))
     return versions
