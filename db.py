@@ -1664,8 +1664,8 @@ def _server_user(folder: Path) -> dict:
     if os.geteuid() != 0:
         return {}
     if folder.stat().st_uid == 0:
-        # fails if there is one already
-        subprocess.run(["useradd", "--system", "pgserver"], capture_output=True)
+        # fails if there is one already; cron has no /usr/sbin in its PATH
+        subprocess.run(["/usr/sbin/useradd", "--system", "pgserver"], capture_output=True)
         shutil.chown(folder, "pgserver", "pgserver")
     for parent in {*folder.parents, *(_binaries() / "postgres").parents}:
         mode = parent.stat().st_mode
