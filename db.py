@@ -1601,7 +1601,7 @@ def start_server(folder: str | Path, database: str) -> str:
         keeper = _start_keeper(folder)
         uri = f"postgresql://postgres@/{{}}?host={quote(data, safe='')}&port=5432"
         end = time.monotonic() + START_SECONDS
-        while not keeper.poll() and time.monotonic() < end:  # 0: another one keeps it
+        while not keeper.poll() and time.monotonic() < end:
             time.sleep(0.05)
             try:
                 _make_database(uri.format("postgres"), database)
@@ -1610,6 +1610,8 @@ def start_server(folder: str | Path, database: str) -> str:
                 # Every other refusal but "the database system is starting up" stays.
                 if error.pgcode or re.search("FATAL(?!.* the database system is )", str(error)):
                     raise
+            if keeper.poll() == 0:  # another one kept it, which may have ended since
+                keeper = _start_keeper(folder)
         raise OSError((folder / "log").read_text(errors="replace")[-600:].strip())
     except (OSError, LookupError, psycopg2.Error) as error:
         raise DataError(
@@ -1687,8 +1689,11 @@ def keep(folder: str, binaries: str, options: str) -> int:
     os.setsid()
     os.chdir(folder)
     lock = open("keeper.lock", "a")  # noqa: SIM115  (held until this process ends)
-    if _is_held(lock):
-        return 0
+    end = time.monotonic() + 1
+    while _is_held(lock):
+        if time.monotonic() > end:
+            return 0
+        time.sleep(0.05)
     user = json.loads(options)
     users = open("users.lock")  # noqa: SIM115
     data = f"{folder}/data"

@@ -1717,6 +1717,18 @@ def test_what_keeps_the_embedded_server_from_starting_is_said_at_once(
     db._servers.pop(folder, io.StringIO()).close()
 
 
+def test_a_server_that_has_just_died_is_started_again(folder):
+    """Its keeper, which notices within a moment, still stands in the way of the next."""
+    db.start_server(folder, "music")
+    with open(folder / "keeper.lock") as lock:
+        os.kill(int((folder / "data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Timer(1.5, lock.close).start()
+        url = db.start_server(folder, "music")
+    assert value(url, "count(*) FROM pg_tables WHERE schemaname = 'public'") == 0
+    db._servers.pop(folder).close()
+
+
 def test_a_database_that_cannot_be_made_is_said_at_once(folder):
     refused("cannot be started: zero-length delimited identifier", db.start_server, folder, "")
     db._servers.pop(folder).close()
