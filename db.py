@@ -204,7 +204,12 @@ def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _
             cursor.copy_expert(query, file)
         file.seek(0)
         songs = pd.read_csv(
-            file, names=list(kinds), dtype=kinds, keep_default_na=False, na_values=missing
+            file,
+            names=list(kinds),
+            dtype=kinds,
+            keep_default_na=False,
+            na_values=missing,
+            low_memory=False,  # equal texts are one, and side by side: a fork copies few pages
         )
     return songs, layout
 

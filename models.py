@@ -591,6 +591,7 @@ class GenreClassifier:
     DROPOUT = 0.2
     TOKEN_DROPOUT = 0.5
     CHUNK = 20_000  # songs predicted at a time
+    CODED = 2_000  # songs whose numbers are coded at a time: it takes ten times their memory
 
     def fit(
         self,
@@ -616,6 +617,7 @@ class GenreClassifier:
         self.fitted_on_ = len(y)
         self._fit_encoding(songs)
         numbers, texts = self._encode(songs)
+        trim_memory()
         self._fit_network(numbers, texts, y, rng, progress)
         return self
 
@@ -685,11 +687,10 @@ class GenreClassifier:
                 matrix, levels = incidence(songs[name].drop_duplicates(), tokens)
                 common = np.array([*levels], object)[matrix.sum(axis=0) >= self.MIN_NAMES]
                 self.tokens_[name] = numbered(common)
-        sample = songs.iloc[:: 1 + len(songs) // 50_000]
-        numbers = np.hstack([*self._bins(sample)])
-        self.mean_ = np.nanmean(numbers, axis=0)
+        bins = [*self._bins(songs.iloc[:: 1 + len(songs) // 50_000])]
+        self.mean_ = np.concatenate([np.nanmean(steps, axis=0) for steps in bins])
         # 0.1 more, because a bin that hardly varies must not shout.
-        self.scale_ = np.nanstd(numbers, axis=0) + np.float32(0.1)
+        self.scale_ = np.concatenate([np.nanstd(steps, axis=0) for steps in bins]) + np.float32(0.1)
 
     def _bins(self, songs: pd.DataFrame) -> Iterator[ndarray]:
         """Yield of each feature how far through each bin it is (0 to 1), and if it is the lowest.
@@ -713,11 +714,10 @@ class GenreClassifier:
             length = np.sqrt(np.maximum(matrix.sum(axis=1), 1))
             texts.append(diags_array(1 / length) @ matrix)
         numbers = np.empty((len(songs), len(self.mean_)), np.float32)  # the largest array of a run
-        start = 0
-        for bins in self._bins(songs):
-            its = slice(start, start + bins.shape[1])
-            numbers[:, its] = np.nan_to_num((bins - self.mean_[its]) / self.scale_[its])
-            start = its.stop
+        for start in range(0, len(songs), self.CODED):
+            part = slice(start, start + self.CODED)
+            bins = np.hstack([*self._bins(songs.iloc[part])])
+            numbers[part] = np.nan_to_num((bins - self.mean_) / self.scale_)
         return numbers, hstack(texts, format="csr")
 
     def _fit_network(
@@ -983,6 +983,7 @@ class SongRegressor:
         self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
+        trim_memory()
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
         self.weights_ = []
@@ -2068,7 +2069,8 @@ def _predictions(songs: pd.DataFrame, loaded: dict[str, Report]) -> Iterator[pd.
 # A run asks for steps with take(). One process, the fork server, has imported everything and holds
 # the songs; it takes each step in a fork of itself. So a step that crashes or is killed costs that
 # step alone, and the process that asked holds nothing heavy. The parts of a training are forks of
-# its step. As many forks work at once as there are cores; more would only hold memory.
+# its step. As many forks work at once as there are cores; more would only hold memory. A step whose
+# parts have answered waits for no core: little is left to do, and it holds what is to be saved.
 
 CORE_SECONDS = 0.005  # between two looks for a free core
 
@@ -2121,6 +2123,7 @@ def _hold_songs(url: str | None, table: str) -> tuple:
     if (url, table) not in _songs:
         songs = db.load_songs(url or db.database_url(), table)
         _songs[url, table] = songs, describe(songs)
+        trim_memory()
     return _songs[url, table]
 
 
@@ -2331,7 +2334,7 @@ def _take_parts(name: str, works: Sequence[Callable], in_forks: bool) -> list:
     finally:
         for fork in forks.values():
             fork.kill()
-        _wait_for_core()
+        trim_memory()
 
 
 class _Sender(QueueHandler):
@@ -2405,6 +2408,12 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def trim_memory() -> None:
+    """Give the kernel what was freed here, so that other processes can have it (glibc)."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def die_with(parent: int) -> None:
