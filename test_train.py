@@ -581,12 +581,11 @@ def test_the_commands_that_a_first_run_prints_work_as_printed(night):
 
 
 def test_after_a_good_night_there_is_nothing_left_to_do(night):
-    Run("--check --table-name 'my songs'", night.program).end(
-        0, "table ok my songs has 500 rows", "Discord ok the"
-    )
+    check = Run("--check --table-name 'my songs'", night.program)
     Run("--failed", night.program).end(
         0, f"nothing to do: the last run of every model in {night.models} trained it"
     )
+    check.end(0, "table ok my songs has 500 rows", "Discord ok the")
 
 
 def test_every_setting_may_stand_in_dot_env(prefect, tmp_path, webhook):
@@ -850,7 +849,10 @@ def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path,
         "WHERE track_id IN (SELECT track_id FROM spotify_songs LIMIT 60); "
         "ALTER TABLE spotify_songs DROP COLUMN year",
     )
-    Run(f"--check --models-dir {tmp_path}/models").end(
+    db.demo_songs(30).to_csv(tmp_path / "new.csv")
+    whole = Run(f"--check --models-dir {tmp_path}/models")
+    file = Run(f"--check --no-notify --table-name another --csv-path {tmp_path}/new.csv")
+    whole.end(
         0,
         "database ok PostgreSQL",
         "table ok spotify_songs has 600 rows",
@@ -864,47 +866,47 @@ def test_check_looks_at_everything_and_changes_nothing(prefect, table, tmp_path,
         "Discord ok the Discord webhook answers",
         f"Prefect ok {prefect} answers",
     )
-    db.demo_songs(30).to_csv(tmp_path / "new.csv")
-    Run(f"--check --no-notify --table-name another --csv-path {tmp_path}/new.csv").end(
-        0, "new.csv may be loaded into another (0 rows)", "--no-notify: nothing is posted"
-    )
+    file.end(0, "new.csv may be loaded into another (0 rows)", "--no-notify: nothing is posted")
     assert webhook.got == [None]
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_check_names_each_problem_with_its_fix(tmp_path, webhook):
+def test_check_names_each_problem_with_its_fix_and_waits_for_nobody(tmp_path, webhook):
     (tmp_path / "file").touch()
-    Run(
-        f"--check --models-dir {tmp_path}/file/x",
-        DATABASE_URL="postgresql://me:s3cr%3Aet%2F%40@localhost:1/music",
-        PREFECT_API_URL="http://127.0.0.1:9/api",
-        DISCORD_WEBHOOK_URL=webhook.url.replace("204", "404"),
-    ).end(
-        2,
-        "database problem PostgreSQL at localhost:1/music",
-        "Discord problem the webhook is gone (404); make a new one",
-        f"directory problem cannot write to {tmp_path}/file; make it writable for this user, "
-        "or choose another: --models-dir DIR",
-        "Prefect problem http://127.0.0.1:9/api does not answer as a Prefect API",
-    )
-    Run(
-        f"--check --demo --models-dir {tmp_path}", PREFECT_API_URL="", PREFECT_HOME="/dev/null/x"
-    ).end(
-        2,
-        "Prefect problem cannot write to /dev/null; there is no place for /dev/null/x: set "
-        "PREFECT_HOME to another",
-    )
-
-
-def test_check_does_not_wait_for_what_never_answers(tmp_path):
+    secret = "postgresql://me:s3cr%3Aet%2F%40@"
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         at = f"127.0.0.1:{deaf.getsockname()[1]}"
-        Run(
+        waits = Run(
             f"--check --models-dir {tmp_path}",
-            DATABASE_URL=f"postgresql://me:s3cr%3Aet%2F%40@{at}/music",
+            DATABASE_URL=f"{secret}{at}/music",
             PREFECT_API_URL=f"http://{at}/api",
             DISCORD_WEBHOOK_URL=DEAD.replace("127.0.0.1:9", at),
-        ).end(
+        )
+        wrong = Run(
+            f"--check --models-dir {tmp_path}/file/x",
+            DATABASE_URL=f"{secret}localhost:1/music",
+            PREFECT_API_URL="http://127.0.0.1:9/api",
+            DISCORD_WEBHOOK_URL=webhook.url.replace("204", "404"),
+        )
+        nowhere = Run(
+            f"--check --demo --models-dir {tmp_path}",
+            PREFECT_API_URL="",
+            PREFECT_HOME="/dev/null/x",
+        )
+        wrong.end(
+            2,
+            "database problem PostgreSQL at localhost:1/music",
+            "Discord problem the webhook is gone (404); make a new one",
+            f"directory problem cannot write to {tmp_path}/file; make it writable for this user, "
+            "or choose another: --models-dir DIR",
+            "Prefect problem http://127.0.0.1:9/api does not answer as a Prefect API",
+        )
+        nowhere.end(
+            2,
+            "Prefect problem cannot write to /dev/null; there is no place for /dev/null/x: set "
+            "PREFECT_HOME to another",
+        )
+        waits.end(
             2,
             "database problem no answer within 4 s",
             "Discord problem no answer",
@@ -1086,17 +1088,17 @@ def stop(run, folder, webhook, number=signal.SIGTERM, group=False):
         return told
 
 
-@pytest.mark.parametrize("group", [False, True])
-def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, pulse, monkeypatch, group):
+def test_a_signal_amid_a_fit(table, toys, tmp_path, webhook, pulse, monkeypatch):
     """To the process that was started, or to all that it has started as well, as systemd does."""
     monkeypatch.setenv("HEARTBEAT_URL", pulse.url.replace("REPLIES", "200"))
-    run = Run(f"--models-dir {tmp_path} --only clusters,endless", **toys("endless")).at(
-        "clusters: done"
-    )
-    stop(run, tmp_path, webhook, group=group)
+    line = "--only clusters,endless --models-dir"
+    one, group = (Run(f"{line} {tmp_path}/{name}", **toys("endless")) for name in ("one", "group"))
+    stop(one.at("clusters: done"), tmp_path / "one", webhook)
+    stop(group.at("clusters: done"), tmp_path / "group", webhook, group=True)
     assert last_run()["state"]["type"] == "CRASHED"
-    assert pulse.got == ["/start", "/fail"]
-    assert models.owed(tmp_path) == ["genre", "energy", "popularity", "similar"]
+    assert sorted(pulse.got) == ["/fail", "/fail", "/start", "/start"]
+    for name in "one", "group":
+        assert models.owed(tmp_path / name) == ["genre", "energy", "popularity", "similar"]
 
 
 def test_a_signal_before_the_flow_and_while_the_database_is_waited_for(
@@ -2913,12 +2915,10 @@ def test_check_files_a_problem_of_a_csv_under_csv(url, tmp_path):
     bad = write(tmp_path / "bad.csv", [["x", "y"]], ["title", "artist"])
     good = write(tmp_path / "good.csv", [GOOD])
     nobody = url.replace("owner", "nobody")
-    for path, address, *said in (
-        (bad, url, f"CSV problem {bad} lacks the columns dance", "database ok", "table ok"),
-        (good, nobody, "CSV ok", "database problem"),
-    ):
-        line = f"--check --no-notify --models-dir {tmp_path}/models --csv-path {path}"
-        Run(line, DATABASE_URL=address).end(2, *said)
+    line = f"--check --no-notify --models-dir {tmp_path}/models --csv-path"
+    first = Run(f"{line} {bad}", DATABASE_URL=url)
+    Run(f"{line} {good}", DATABASE_URL=nobody).end(2, "CSV ok", "database problem")
+    first.end(2, f"CSV problem {bad} lacks the columns dance", "database ok", "table ok")
 
 
 def test_a_refusal_is_not_logged_as_well(url, tmp_path, caplog):
@@ -3151,8 +3151,15 @@ def test_a_training_without_forks_says_how_far_it_is(songs, caplog, monkeypatch)
     assert len(quiet) == models.SPLITS + 1, "what is quick has no line per quarter"
 
 
+@pytest.fixture(scope="module")
+def fork_server():
+    """The fork server of this process, while the tests need one."""
+    with models.fork_server():
+        yield models._fork_server.process.pid
+
+
 def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_counts(
-    songs, trained, caplog, monkeypatch
+    songs, trained, fork_server, caplog, monkeypatch
 ):
     """In the fork server each of the four parts of a training is a process."""
     caplog.set_level("DEBUG", "models")
@@ -3167,31 +3174,28 @@ def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_co
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     names = "genre", "popularity"
-    with models.fork_server():
-        for name in names:
-            caplog.clear()
-            _, metrics = models.take(models.MODELS[name], songs)
-            assert json.dumps(metrics) == json.dumps(trained[name][1])
-            check_shares(name, caplog)
-        over.set()
-        watching.join()
+    for name in names:
+        caplog.clear()
+        _, metrics = models.take(models.MODELS[name], songs)
+        assert json.dumps(metrics) == json.dumps(trained[name][1])
+        check_shares(name, caplog)
+    over.set()
+    watching.join()
     parts = models.SPLITS + 1 if os.cpu_count() > 1 else 0
     assert len(processes) == len(["this one", "the fork server"]) + len(names) * (1 + parts)
 
 
-def test_a_fork_that_cannot_start_costs_its_step_alone():
+def test_a_fork_that_cannot_start_costs_its_step_alone(fork_server):
     """Where hardly a file can be opened: two are, to take the step's connection."""
-    with models.fork_server():
-        assert models.take(len, "warm") == 4
-        server = models._fork_server.process.pid
-        taken = {int(name) for name in os.listdir(f"/proc/{server}/fd")}
-        _, _, third = sorted({*range(len(taken) + 3)} - taken)[:3]
-        before = resource.prlimit(server, resource.RLIMIT_NOFILE)
-        resource.prlimit(server, resource.RLIMIT_NOFILE, (third, before[1]))
-        refused("Too many open files", models.take, len, "none", kind=OSError)
-        resource.prlimit(server, resource.RLIMIT_NOFILE, before)
-        assert models.take(len, "again") == 5
-        assert models._fork_server.process.pid == server
+    assert models.take(len, "warm") == 4
+    taken = {int(name) for name in os.listdir(f"/proc/{fork_server}/fd")}
+    _, _, third = sorted({*range(len(taken) + 3)} - taken)[:3]
+    before = resource.prlimit(fork_server, resource.RLIMIT_NOFILE)
+    resource.prlimit(fork_server, resource.RLIMIT_NOFILE, (third, before[1]))
+    refused("Too many open files", models.take, len, "none", kind=OSError)
+    resource.prlimit(fork_server, resource.RLIMIT_NOFILE, before)
+    assert models.take(len, "again") == 5
+    assert models._fork_server.process.pid == fork_server
 
 
 def test_what_takes_long_says_each_quarter(monkeypatch, caplog):
@@ -4350,7 +4354,9 @@ def test_discord_replies(webhook, told, caplog, monkeypatch, tmp_path, replies, 
     assert TOKEN not in caplog.text
 
 
-def test_discord_is_told_without_a_picture_that_cannot_be_drawn(webhook, told, tmp_path):
+def test_discord_is_told_without_a_picture_that_cannot_be_drawn(
+    webhook, told, fork_server, tmp_path
+):
     import train
 
     run = told(models_dir=str(tmp_path / "absent"))
