@@ -1241,12 +1241,12 @@ def test_a_judge_and_a_fit_that_are_killed_are_trained_again_alone(table, tmp_pa
     db.load_demo(2_500, table, "spotify_songs")
     deep = tmp_path / ("x" * 98)
     deep.mkdir()
-    run = Run(f"--only genre,popularity --models-dir {tmp_path}/models", TMPDIR=deep)
+    run = Run(f"--only genre,energy --models-dir {tmp_path}/models", TMPDIR=deep)
     (fit, *_), (*_, judge) = at_work(run)
     os.kill(fit, signal.SIGKILL)
     os.kill(judge, signal.SIGKILL)
     again = "it was killed (was memory short?); it was trained again, alone"
-    run.end(0, "2 of 2 models trained", f"genre: {again}", f"popularity: {again}")
+    run.end(0, "2 of 2 models trained", f"genre: {again}", f"energy: {again}")
     assert webhook.got[0][0]["color"] == YELLOW
 
 
