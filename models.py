@@ -1739,9 +1739,9 @@ def _worse(report: Report) -> str | None:
         return None
     if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
-    said, _ = notify.metric_and_change(report["metrics"], None)
+    primary = notify.figures(report["metrics"])[0]
     return (
-        f"held back: {said}, the current model has {notify.number(before)}; to publish all the "
+        f"held back: {primary}, the current model has {notify.number(before)}; to publish all the "
         f"same: {report['command']} --only {report['model']} --force"
     )
 
@@ -2444,7 +2444,7 @@ def show(options: Namespace) -> int:
         rows.append(
             [
                 name,
-                *notify.metric_and_change(report["metrics"], report.get("previous")),
+                *notify.metric_and_change(notify.outcome_of(report, options.models_dir)),
                 f"{report['rows']:,}",
                 report["table"],
                 f"{notify.duration(age.total_seconds())} ago",
@@ -2566,8 +2566,8 @@ def roll_back(options: Namespace) -> int:
         raise ModelError(f"there is no folder {folder}; say where the models are: --models-dir DIR")
     with one_run_at_a_time(folder):
         report = rollback(options.model, folder)
-    metric, _ = notify.metric_and_change(report["metrics"], None)
     trained = f"trained {report['trained_at']} on {report['table']}"
+    metric = notify.figures(report["metrics"])[0]
     print(f"{options.model} is again the version {trained} ({metric})")
     return 0
 
