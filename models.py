@@ -98,6 +98,11 @@ DRIFT_RATIO = 1.5  # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25  # change of a feature's mean, in standard deviations
 
 
+def seeded() -> Generator:
+    """Return a new generator of random numbers, the same ones each time."""
+    return np.random.default_rng(SEED)
+
+
 # ---- The training functions: songs in; a fitted estimator and its metrics out --------------------
 
 
@@ -159,7 +164,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
     kmeans = KMeans(n_clusters, n_init=4, random_state=SEED)
     pipeline = make_pipeline(StandardScaler(), kmeans).fit(features)
     sizes = _largest_first(kmeans)
-    sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
+    sample = seeded().permutation(len(songs))[:SILHOUETTE_SAMPLE]
     standardised = pipeline[0].transform(features.iloc[sample])
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
     clusters = kmeans.labels_[sample]
@@ -604,7 +609,7 @@ class GenreClassifier:
 
         `table_songs` is the number of songs of the table, where `songs` are a part of it.
         """
-        rng = np.random.default_rng(SEED)
+        rng = seeded()
         self.size_ = table_songs or len(songs)
         # The texts have no name: of a million they would hold 80 MB.
         self.classes_, y = np.unique(genre.to_numpy(object).astype(str), return_inverse=True)
@@ -972,7 +977,7 @@ class SongRegressor:
 
         self.size_ = table_songs or len(songs)
         actual = y.to_numpy(float)
-        rng = np.random.default_rng(SEED)
+        rng = seeded()
         audio = present(songs, AUDIO + MORE_AUDIO)
         self.features_ = [name for name in audio if name != self.target]
         common = genres(songs).value_counts().index[: self.MAX_GENRES]
@@ -1161,7 +1166,7 @@ class SimilarSongs:
         self.titles_ = songs["track_name"].to_numpy(object)
         self.artists_ = songs["artist_name"].to_numpy(object)
         self.recording_ = recordings(songs).astype(np.int32)
-        self.sample_ = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
+        self.sample_ = seeded().permutation(len(songs))[:QUERY_SAMPLE]
         company, asked = self._company(songs)
         sound = self._sound(songs, self.DIMENSIONS - company.shape[1])
         self.tree_ = KDTree(np.hstack([sound, company]), leafsize=20)
@@ -1289,8 +1294,7 @@ class SimilarSongs:
         counts = artist.T @ own
         places = np.eye(len(levels))  # a point of length 1 for each genre, far from the others
         if len(levels) > self.COMPANY_DIMENSIONS:  # at random: in more than two that is far apart
-            size = (len(levels), self.COMPANY_DIMENSIONS)
-            places = normalize(np.random.default_rng(SEED).normal(size=size))
+            places = normalize(seeded().normal(size=(len(levels), self.COMPANY_DIMENSIONS)))
 
         def points(mixture) -> ndarray:
             return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
@@ -1395,7 +1399,7 @@ def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Callable)
 
     if len(songs) < 2:
         return {}
-    rng = np.random.default_rng(SEED)
+    rng = seeded()
     some = songs.iloc[np.sort(rng.permutation(len(songs))[:LEAN_SONGS])]
     columns = [name for name in estimator.looks_at() if name in some]
     copies = [some]
