@@ -980,18 +980,16 @@ class SongRegressor:
         rng = seeded()
         audio = present(songs, AUDIO + MORE_AUDIO)
         self.features_ = [name for name in audio if name != self.target]
-        common = genres(songs).value_counts().index[: self.MAX_GENRES]
-        self.genres_ = numbered(common)
+        self.genres_ = numbered(genres(songs).value_counts().index[: self.MAX_GENRES])
         self._fit_start(songs, actual, rng)
         residual = actual - self._start(songs)
         X, rows = self._training_rows(songs, residual, rng)
-        self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
         trim_memory()
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
-        self.weights_ = []
+        self.weights_ = [1 - extra_weight] * self.fits
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
                 learning_rate=self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_),
@@ -1000,7 +998,6 @@ class SongRegressor:
                 **self.TREES,
             )
             self.trees_.append(trees.fit(X, residual[rows]))
-            self.weights_.append(1 - extra_weight)
             progress((fit + 1) / self.fits)
         if extra_weight:
             extra = ExtraTreesRegressor(random_state=SEED, **self.EXTRA_TREES)
@@ -1034,7 +1031,10 @@ class SongRegressor:
     def _training_rows(
         self, songs: pd.DataFrame, residual: ndarray, rng: Generator
     ) -> tuple[ndarray, ndarray]:
-        """Learn known_; return (X, rows): what the trees learn from, and the song of each row."""
+        """Learn known_; return (X, rows): what the trees learn from, and the song of each row.
+
+        fitted_on_ is how many songs these are.
+        """
         known, new = self._fit_known(songs, residual, rng)
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for
         # typical new artists.
@@ -1047,6 +1047,7 @@ class SongRegressor:
             rows = rows[kept]
             hidden = hidden[kept]
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
+        self.fitted_on_ = len(some)
         table = [self._audio(songs.iloc[some])[at]]
         for key in known:
             table.append(np.where(hidden[:, None], new[key][rows], known[key][rows]))
