@@ -771,7 +771,7 @@ class GenreClassifier:
         """Return a batch's tokens and the matrix songs x those tokens, half its entries dropped."""
         used, columns = np.unique(text.indices, return_inverse=True)
         kept = (rng.random(text.nnz) > self.TOKEN_DROPOUT) / np.float32(1 - self.TOKEN_DROPOUT)
-        data = text.data * kept.astype(np.float32)
+        data = text.data * kept
         return used, type(text)((data, columns, text.indptr), (text.shape[0], len(used)))
 
     def _gradients(
@@ -864,11 +864,10 @@ def text_counts(songs: pd.DataFrame) -> ndarray:
     def text(name) -> pd.Series:
         return column(songs, name).astype("str").str.casefold()
 
-    artist = text("artist_name")
     title = text("track_name")
     album = text("album_name")
     counts = [
-        artist.str.count(";"),
+        text("artist_name").str.count(";"),
         title.str.len(),
         album.str.len(),
         title == album,
@@ -1205,14 +1204,11 @@ class SimilarSongs:
         while waiting:
             candidates = min(candidates, songs)
             distances, found = self.tree_.query(points[waiting], candidates, workers=workers)
-            unanswered = []
             for at, distance, others in zip(waiting, distances, found):
                 chosen = self._choose(rows[at], others, k, same_artist)
                 if len(chosen) == k or candidates == songs:
                     answers[at] = others[chosen], np.exp(-(distance[chosen] ** 2) / 2)
-                else:
-                    unanswered.append(at)
-            waiting = unanswered
+            waiting = [at for at in waiting if at not in answers]
             candidates *= 3
         return [answers[at] for at in sorted(answers)]
 
@@ -1428,9 +1424,10 @@ def _plot_genres(answers: pd.DataFrame) -> Metrics:
     songs = Counter(answers["actual"])
     wrong = answers[answers["actual"] != answers["predicted"]]
     pairs = Counter(zip(wrong["actual"], wrong["predicted"]))
-    confusions = []
-    for (genre, other), count in pairs.most_common(CONFUSIONS):
-        confusions.append([genre, other, count, count / songs[genre]])
+    confusions = [
+        [genre, other, count, count / songs[genre]]
+        for (genre, other), count in pairs.most_common(CONFUSIONS)
+    ]
     return {"confusions": confusions}
 
 
