@@ -379,11 +379,12 @@ def _neighbours_of_own_genre(index: SimilarSongs, genre: pd.Series) -> pd.DataFr
     import pandas as pd
 
     names = genre.fillna("").to_numpy(object)
-    same = []
     answers = index.neighbours_of(index.sample_, points=index.asked_)
-    for row, (neighbours, _) in zip(index.sample_, answers):
-        if names[row]:
-            same.append(names[neighbours] == names[row])
+    same = [
+        names[neighbours] == names[row]
+        for row, (neighbours, _) in zip(index.sample_, answers)
+        if names[row]
+    ]
     return pd.DataFrame(same, dtype=float)
 
 
@@ -412,11 +413,6 @@ FEATURED = re.compile(
 def credits(artist_name: str) -> list[str]:
     """Return the credited artists: "A;B" is A and B."""
     return [name.strip() for name in artist_name.casefold().split(";")]
-
-
-def first_artist(artist_name: str) -> list[str]:
-    """Return the first of the credited artists, as a list of one."""
-    return credits(artist_name)[:1]
 
 
 def featured(track_name: str) -> list[str]:
@@ -894,7 +890,7 @@ def summary_without_own_fold(matrix: csr_array, moments: ndarray, fold: ndarray)
     total = matrix.T @ moments
     others = np.empty_like(moments)
     for k in np.unique(fold):
-        own = np.flatnonzero(fold == k)
+        own = fold == k
         part = matrix[own]
         others[own] = part @ (total - part.T @ moments[own])
     return summary(others)
@@ -1283,7 +1279,7 @@ class SimilarSongs:
         from sklearn.preprocessing import normalize
 
         own, levels = incidence(column(songs, "genre"), whole)
-        artist, _ = incidence(songs["artist_name"], first_artist)
+        artist, _ = incidence(songs["artist_name"], lambda name: credits(name)[:1])
         self.artist_ = artist.indices
         self.settings_ = {"company": len(levels) > 1}
         if not levels:  # normalize() refuses a matrix of no columns
