@@ -1441,20 +1441,9 @@ def _plot_regression(answers: pd.DataFrame) -> Metrics:
 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: models, their versions and a picture
 
-# The keys that a report and a line of the history have at least.
-REPORT = {
-    "model",
-    "run",
-    "status",
-    "trained_at",
-    "sha256",
-    "metrics",
-    "settings",
-    "table",
-    "rows",
-    "bytes",
-}
+# The keys that a line of the history and a report have at least.
 LINE = {"model", "run", "status"}
+REPORT = LINE | {"trained_at", "sha256", "metrics", "settings", "table", "rows", "bytes"}
 
 
 class ModelError(db.Expected):
@@ -1569,8 +1558,9 @@ def read_report(name: str, models_dir: Folder = MODELS_DIR) -> Report | None:
 def list_versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (model path, report) of the versions beside the current model, the newest first."""
     digest = _sha256(_paths(name, models_dir)[0])
-    versions = _versions(name, models_dir)
-    return [(path, report) for path, report in versions if report["sha256"] != digest]
+    return [
+        (path, report) for path, report in _versions(name, models_dir) if report["sha256"] != digest
+    ]
 
 
 def to_train(name: str, models_dir: Folder) -> str:
@@ -1647,8 +1637,8 @@ def publish(
         if report["status"] == "trained":
             _put_in_place(version, report, models_dir)
     except BaseException:
-        in_place = _sha256(_paths(name, models_dir)[0])
-        if in_place != report.get("sha256"):  # a rename may fail and be done all the same
+        # A rename may fail and be done all the same.
+        if _sha256(_paths(name, models_dir)[0]) != report.get("sha256"):
             _remove(version, version.with_suffix(".json"))
         raise
     _prune(name, models_dir)
