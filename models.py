@@ -2457,16 +2457,17 @@ def similar(options: Namespace) -> int:
     index = load_model("similar", options.models_dir)["estimator"]
     row = _row_meant(index, options.song, options.artist)
     song = _song(index, row)
-    answers = []
-    for other, alike in zip(*index.neighbours(row, options.k, options.same_artist)):
-        answers.append({**_song(index, other), "similarity": round(float(alike), 4)})
+    answers = [
+        {**_song(index, other), "similarity": round(float(alike), 4)}
+        for other, alike in zip(*index.neighbours(row, options.k, options.same_artist))
+    ]
     if options.json:
         print(json.dumps({"song": song, "similar": answers}, indent=1, ensure_ascii=False))
     else:
-        lines = []
-        for answer in answers:
-            track_id, title, artist, alike = answer.values()
-            lines.append((f"{alike:.3f}", title, artist, track_id))
+        lines = [
+            (f"{one['similarity']:.3f}", one["track_name"], one["artist_name"], one["track_id"])
+            for one in answers
+        ]
         notify.print_lines([(f"Like {song['track_name']} by {song['artist_name']}", "bold")])
         notify.print_table(("alike>", "title", "artist", "track_id"), lines)
     if len(answers) < options.k:
@@ -2503,12 +2504,13 @@ def _row_meant(index: SimilarSongs, text: str, artist: str | None) -> int:
     if len(rows) == 1:
         return rows[0]
     asked = f'"{text}" by {artist}' if artist else f'"{text}"'
-    if not rows:
-        suggestions = index.suggestions(text)
-        said = "did you mean:" if suggestions else "models.py titles lists what there is"
-        raise ModelError("\n  ".join([f"no song is called {asked}; {said}", *suggestions]))
+    listed = _listed(index, rows)
     said = f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
-    raise ModelError("\n  ".join([said, *_listed(index, rows)]))
+    if not rows:
+        listed = index.suggestions(text)
+        why = "did you mean:" if listed else "models.py titles lists what there is"
+        said = f"no song is called {asked}; {why}"
+    raise ModelError("\n  ".join([said, *listed]))
 
 
 def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
