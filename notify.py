@@ -474,8 +474,8 @@ def what_next(run: Run) -> list[str]:
 
 def in_words(predicted: dict) -> str:
     """Return what predicting did, a dict(rows, into, seconds), in words."""
-    took = duration(predicted["seconds"])
-    return f"predictions of {predicted['rows']:,} songs are in {predicted['into']}, {took}"
+    said = f"predictions of {predicted['rows']:,} songs are in {predicted['into']}"
+    return f"{said}, {duration(predicted['seconds'])}"
 
 
 def _rows_of_csv(csv: dict) -> str:
@@ -602,7 +602,7 @@ def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
     """A logging filter: a record below INFO moves a bar, if there is one, and goes no further."""
     if record.levelno >= logging.INFO:
         return True
-    for handler in logging.getLogger().handlers:
+    for handler in logging.root.handlers:
         handler.filter(record)  # the terminal's has that of live_status
     return False
 
@@ -810,7 +810,7 @@ def _log_handler() -> Any:
 
     What is live goes below its lines. None where there is no terminal, or a poor one.
     """
-    for handler in logging.getLogger().handlers:
+    for handler in logging.root.handlers:
         console = getattr(handler, "console", None)
         if console and console.file.isatty() and not console.is_dumb_terminal:
             return handler if "utf" in console.encoding else None
