@@ -984,7 +984,6 @@ class SongRegressor:
         trim_memory()
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
-        self.weights_ = [1 - extra_weight] * self.fits
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
                 learning_rate=self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_),
@@ -994,6 +993,7 @@ class SongRegressor:
             )
             self.trees_.append(trees.fit(X, residual[rows]))
             progress((fit + 1) / self.fits)
+        self.weights_ = [1 - extra_weight for _ in self.trees_]
         if extra_weight:
             extra = ExtraTreesRegressor(random_state=SEED, **self.EXTRA_TREES)
             self.trees_.append(extra.fit(X, residual[rows]))
@@ -1044,8 +1044,7 @@ class SongRegressor:
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
         self.fitted_on_ = len(some)
         table = [self._audio(songs.iloc[some])[at]]
-        for key in known:
-            table.append(np.where(hidden[:, None], new[key][rows], known[key][rows]))
+        table += [np.where(hidden[:, None], new[key][rows], known[key][rows]) for key in known]
         return np.hstack(table), rows
 
     def _fit_known(
@@ -2556,9 +2555,11 @@ def roll_back(options: Namespace) -> int:
         raise ModelError(f"there is no folder {folder}; say where the models are: --models-dir DIR")
     with one_run_at_a_time(folder):
         report = rollback(options.model, folder)
-    trained = f"trained {report['trained_at']} on {report['table']}"
     metric = notify.figures(report["metrics"])[0]
-    print(f"{options.model} is again the version {trained} ({metric})")
+    print(
+        f"{options.model} is again the version trained {report['trained_at']} "
+        f"on {report['table']} ({metric})"
+    )
     return 0
 
 
