@@ -98,6 +98,11 @@ DRIFT_RATIO = 1.5  # ... where the share also changed by this factor
 DRIFT_DEVIATIONS = 0.25  # change of a feature's mean, in standard deviations
 
 
+def seeded() -> Generator:
+    """Return a new generator of random numbers, the same ones each time."""
+    return np.random.default_rng(SEED)
+
+
 # ---- The training functions: songs in; a fitted estimator and its metrics out --------------------
 
 
@@ -159,7 +164,7 @@ def train_clusters(songs: pd.DataFrame, n_clusters: int = 2) -> tuple[Any, Metri
     kmeans = KMeans(n_clusters, n_init=4, random_state=SEED)
     pipeline = make_pipeline(StandardScaler(), kmeans).fit(features)
     sizes = _largest_first(kmeans)
-    sample = np.random.default_rng(SEED).permutation(len(songs))[:SILHOUETTE_SAMPLE]
+    sample = seeded().permutation(len(songs))[:SILHOUETTE_SAMPLE]
     standardised = pipeline[0].transform(features.iloc[sample])
     labels = [_in_two_words(center) for center in kmeans.cluster_centers_]
     clusters = kmeans.labels_[sample]
@@ -374,11 +379,12 @@ def _neighbours_of_own_genre(index: SimilarSongs, genre: pd.Series) -> pd.DataFr
     import pandas as pd
 
     names = genre.fillna("").to_numpy(object)
-    same = []
     answers = index.neighbours_of(index.sample_, points=index.asked_)
-    for row, (neighbours, _) in zip(index.sample_, answers):
-        if names[row]:
-            same.append(names[neighbours] == names[row])
+    same = [
+        names[neighbours] == names[row]
+        for row, (neighbours, _) in zip(index.sample_, answers)
+        if names[row]
+    ]
     return pd.DataFrame(same, dtype=float)
 
 
@@ -407,11 +413,6 @@ FEATURED = re.compile(
 def credits(artist_name: str) -> list[str]:
     """Return the credited artists: "A;B" is A and B."""
     return [name.strip() for name in artist_name.casefold().split(";")]
-
-
-def first_artist(artist_name: str) -> list[str]:
-    """Return the first of the credited artists, as a list of one."""
-    return credits(artist_name)[:1]
 
 
 def featured(track_name: str) -> list[str]:
@@ -604,7 +605,7 @@ class GenreClassifier:
 
         `table_songs` is the number of songs of the table, where `songs` are a part of it.
         """
-        rng = np.random.default_rng(SEED)
+        rng = seeded()
         self.size_ = table_songs or len(songs)
         # The texts have no name: of a million they would hold 80 MB.
         self.classes_, y = np.unique(genre.to_numpy(object).astype(str), return_inverse=True)
@@ -766,7 +767,7 @@ class GenreClassifier:
         """Return a batch's tokens and the matrix songs x those tokens, half its entries dropped."""
         used, columns = np.unique(text.indices, return_inverse=True)
         kept = (rng.random(text.nnz) > self.TOKEN_DROPOUT) / np.float32(1 - self.TOKEN_DROPOUT)
-        data = text.data * kept.astype(np.float32)
+        data = text.data * kept
         return used, type(text)((data, columns, text.indptr), (text.shape[0], len(used)))
 
     def _gradients(
@@ -859,11 +860,10 @@ def text_counts(songs: pd.DataFrame) -> ndarray:
     def text(name) -> pd.Series:
         return column(songs, name).astype("str").str.casefold()
 
-    artist = text("artist_name")
     title = text("track_name")
     album = text("album_name")
     counts = [
-        artist.str.count(";"),
+        text("artist_name").str.count(";"),
         title.str.len(),
         album.str.len(),
         title == album,
@@ -890,7 +890,7 @@ def summary_without_own_fold(matrix: csr_array, moments: ndarray, fold: ndarray)
     total = matrix.T @ moments
     others = np.empty_like(moments)
     for k in np.unique(fold):
-        own = np.flatnonzero(fold == k)
+        own = fold == k
         part = matrix[own]
         others[own] = part @ (total - part.T @ moments[own])
     return summary(others)
@@ -972,21 +972,18 @@ class SongRegressor:
 
         self.size_ = table_songs or len(songs)
         actual = y.to_numpy(float)
-        rng = np.random.default_rng(SEED)
+        rng = seeded()
         audio = present(songs, AUDIO + MORE_AUDIO)
         self.features_ = [name for name in audio if name != self.target]
-        common = genres(songs).value_counts().index[: self.MAX_GENRES]
-        self.genres_ = numbered(common)
+        self.genres_ = numbered(genres(songs).value_counts().index[: self.MAX_GENRES])
         self._fit_start(songs, actual, rng)
         residual = actual - self._start(songs)
         X, rows = self._training_rows(songs, residual, rng)
-        self.fitted_on_ = len(np.unique(rows))
         # HistGradientBoosting cannot bin a column without a single value.
         X[:, np.isnan(X).all(axis=0)] = 0
         trim_memory()
         extra_weight = self.EXTRA_WEIGHT * fewness(self.size_, self.EXTRA_NONE)
         self.trees_ = []
-        self.weights_ = []
         for fit in range(self.fits):
             trees = HistGradientBoostingRegressor(
                 learning_rate=self.settings.rate * self.RATE_OF_FEW ** fewness(self.size_),
@@ -995,8 +992,8 @@ class SongRegressor:
                 **self.TREES,
             )
             self.trees_.append(trees.fit(X, residual[rows]))
-            self.weights_.append(1 - extra_weight)
             progress((fit + 1) / self.fits)
+        self.weights_ = [1 - extra_weight for _ in self.trees_]
         if extra_weight:
             extra = ExtraTreesRegressor(random_state=SEED, **self.EXTRA_TREES)
             self.trees_.append(extra.fit(X, residual[rows]))
@@ -1029,7 +1026,10 @@ class SongRegressor:
     def _training_rows(
         self, songs: pd.DataFrame, residual: ndarray, rng: Generator
     ) -> tuple[ndarray, ndarray]:
-        """Learn known_; return (X, rows): what the trees learn from, and the song of each row."""
+        """Learn known_; return (X, rows): what the trees learn from, and the song of each row.
+
+        fitted_on_ is how many songs these are.
+        """
         known, new = self._fit_known(songs, residual, rng)
         # Songs that share nothing once hidden belong to `new`; among `known` they would pass for
         # typical new artists.
@@ -1042,9 +1042,9 @@ class SongRegressor:
             rows = rows[kept]
             hidden = hidden[kept]
         some, at = np.unique(rows, return_inverse=True)  # most songs stand in X twice
+        self.fitted_on_ = len(some)
         table = [self._audio(songs.iloc[some])[at]]
-        for key in known:
-            table.append(np.where(hidden[:, None], new[key][rows], known[key][rows]))
+        table += [np.where(hidden[:, None], new[key][rows], known[key][rows]) for key in known]
         return np.hstack(table), rows
 
     def _fit_known(
@@ -1161,7 +1161,7 @@ class SimilarSongs:
         self.titles_ = songs["track_name"].to_numpy(object)
         self.artists_ = songs["artist_name"].to_numpy(object)
         self.recording_ = recordings(songs).astype(np.int32)
-        self.sample_ = np.random.default_rng(SEED).permutation(len(songs))[:QUERY_SAMPLE]
+        self.sample_ = seeded().permutation(len(songs))[:QUERY_SAMPLE]
         company, asked = self._company(songs)
         sound = self._sound(songs, self.DIMENSIONS - company.shape[1])
         self.tree_ = KDTree(np.hstack([sound, company]), leafsize=20)
@@ -1199,14 +1199,11 @@ class SimilarSongs:
         while waiting:
             candidates = min(candidates, songs)
             distances, found = self.tree_.query(points[waiting], candidates, workers=workers)
-            unanswered = []
             for at, distance, others in zip(waiting, distances, found):
                 chosen = self._choose(rows[at], others, k, same_artist)
                 if len(chosen) == k or candidates == songs:
                     answers[at] = others[chosen], np.exp(-(distance[chosen] ** 2) / 2)
-                else:
-                    unanswered.append(at)
-            waiting = unanswered
+            waiting = [at for at in waiting if at not in answers]
             candidates *= 3
         return [answers[at] for at in sorted(answers)]
 
@@ -1281,7 +1278,7 @@ class SimilarSongs:
         from sklearn.preprocessing import normalize
 
         own, levels = incidence(column(songs, "genre"), whole)
-        artist, _ = incidence(songs["artist_name"], first_artist)
+        artist, _ = incidence(songs["artist_name"], lambda name: credits(name)[:1])
         self.artist_ = artist.indices
         self.settings_ = {"company": len(levels) > 1}
         if not levels:  # normalize() refuses a matrix of no columns
@@ -1289,8 +1286,7 @@ class SimilarSongs:
         counts = artist.T @ own
         places = np.eye(len(levels))  # a point of length 1 for each genre, far from the others
         if len(levels) > self.COMPANY_DIMENSIONS:  # at random: in more than two that is far apart
-            size = (len(levels), self.COMPANY_DIMENSIONS)
-            places = normalize(np.random.default_rng(SEED).normal(size=size))
+            places = normalize(seeded().normal(size=(len(levels), self.COMPANY_DIMENSIONS)))
 
         def points(mixture) -> ndarray:
             return self.COMPANY_WEIGHT * normalize(mixture.sqrt() @ places)
@@ -1395,7 +1391,7 @@ def leans_on(estimator: Any, songs: pd.DataFrame, target: str, metric: Callable)
 
     if len(songs) < 2:
         return {}
-    rng = np.random.default_rng(SEED)
+    rng = seeded()
     some = songs.iloc[np.sort(rng.permutation(len(songs))[:LEAN_SONGS])]
     columns = [name for name in estimator.looks_at() if name in some]
     copies = [some]
@@ -1423,9 +1419,10 @@ def _plot_genres(answers: pd.DataFrame) -> Metrics:
     songs = Counter(answers["actual"])
     wrong = answers[answers["actual"] != answers["predicted"]]
     pairs = Counter(zip(wrong["actual"], wrong["predicted"]))
-    confusions = []
-    for (genre, other), count in pairs.most_common(CONFUSIONS):
-        confusions.append([genre, other, count, count / songs[genre]])
+    confusions = [
+        [genre, other, count, count / songs[genre]]
+        for (genre, other), count in pairs.most_common(CONFUSIONS)
+    ]
     return {"confusions": confusions}
 
 
@@ -1443,20 +1440,9 @@ def _plot_regression(answers: pd.DataFrame) -> Metrics:
 
 SPACE_NEEDED = 100 << 20  # bytes free for a night: models, their versions and a picture
 
-# The keys that a report and a line of the history have at least.
-REPORT = {
-    "model",
-    "run",
-    "status",
-    "trained_at",
-    "sha256",
-    "metrics",
-    "settings",
-    "table",
-    "rows",
-    "bytes",
-}
+# The keys that a line of the history and a report have at least.
 LINE = {"model", "run", "status"}
+REPORT = LINE | {"trained_at", "sha256", "metrics", "settings", "table", "rows", "bytes"}
 
 
 class ModelError(db.Expected):
@@ -1571,8 +1557,9 @@ def read_report(name: str, models_dir: Folder = MODELS_DIR) -> Report | None:
 def list_versions(name: str, models_dir: Folder) -> list[tuple[Path, Report]]:
     """Return (model path, report) of the versions beside the current model, the newest first."""
     digest = _sha256(_paths(name, models_dir)[0])
-    versions = _versions(name, models_dir)
-    return [(path, report) for path, report in versions if report["sha256"] != digest]
+    return [
+        (path, report) for path, report in _versions(name, models_dir) if report["sha256"] != digest
+    ]
 
 
 def to_train(name: str, models_dir: Folder) -> str:
@@ -1649,8 +1636,8 @@ def publish(
         if report["status"] == "trained":
             _put_in_place(version, report, models_dir)
     except BaseException:
-        in_place = _sha256(_paths(name, models_dir)[0])
-        if in_place != report.get("sha256"):  # a rename may fail and be done all the same
+        # A rename may fail and be done all the same.
+        if _sha256(_paths(name, models_dir)[0]) != report.get("sha256"):
             _remove(version, version.with_suffix(".json"))
         raise
     _prune(name, models_dir)
@@ -1739,9 +1726,9 @@ def _worse(report: Report) -> str | None:
         return None
     if value is not None and value >= before - max(GATE_RELATIVE * abs(before), GATE_ABSOLUTE):
         return None
-    said, _ = notify.metric_and_change(report["metrics"], None)
+    primary = notify.figures(report["metrics"])[0]
     return (
-        f"held back: {said}, the current model has {notify.number(before)}; to publish all the "
+        f"held back: {primary}, the current model has {notify.number(before)}; to publish all the "
         f"same: {report['command']} --only {report['model']} --force"
     )
 
@@ -2444,7 +2431,7 @@ def show(options: Namespace) -> int:
         rows.append(
             [
                 name,
-                *notify.metric_and_change(report["metrics"], report.get("previous")),
+                *notify.metric_and_change(notify.outcome_of(report, options.models_dir)),
                 f"{report['rows']:,}",
                 report["table"],
                 f"{notify.duration(age.total_seconds())} ago",
@@ -2469,16 +2456,17 @@ def similar(options: Namespace) -> int:
     index = load_model("similar", options.models_dir)["estimator"]
     row = _row_meant(index, options.song, options.artist)
     song = _song(index, row)
-    answers = []
-    for other, alike in zip(*index.neighbours(row, options.k, options.same_artist)):
-        answers.append({**_song(index, other), "similarity": round(float(alike), 4)})
+    answers = [
+        {**_song(index, other), "similarity": round(float(alike), 4)}
+        for other, alike in zip(*index.neighbours(row, options.k, options.same_artist))
+    ]
     if options.json:
         print(json.dumps({"song": song, "similar": answers}, indent=1, ensure_ascii=False))
     else:
-        lines = []
-        for answer in answers:
-            track_id, title, artist, alike = answer.values()
-            lines.append((f"{alike:.3f}", title, artist, track_id))
+        lines = [
+            (f"{one['similarity']:.3f}", one["track_name"], one["artist_name"], one["track_id"])
+            for one in answers
+        ]
         notify.print_lines([(f"Like {song['track_name']} by {song['artist_name']}", "bold")])
         notify.print_table(("alike>", "title", "artist", "track_id"), lines)
     if len(answers) < options.k:
@@ -2515,12 +2503,13 @@ def _row_meant(index: SimilarSongs, text: str, artist: str | None) -> int:
     if len(rows) == 1:
         return rows[0]
     asked = f'"{text}" by {artist}' if artist else f'"{text}"'
-    if not rows:
-        suggestions = index.suggestions(text)
-        said = "did you mean:" if suggestions else "models.py titles lists what there is"
-        raise ModelError("\n  ".join([f"no song is called {asked}; {said}", *suggestions]))
+    listed = _listed(index, rows)
     said = f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
-    raise ModelError("\n  ".join([said, *_listed(index, rows)]))
+    if not rows:
+        listed = index.suggestions(text)
+        why = "did you mean:" if listed else "models.py titles lists what there is"
+        said = f"no song is called {asked}; {why}"
+    raise ModelError("\n  ".join([said, *listed]))
 
 
 def _listed(index: SimilarSongs, rows: list[int]) -> list[str]:
@@ -2566,9 +2555,11 @@ def roll_back(options: Namespace) -> int:
         raise ModelError(f"there is no folder {folder}; say where the models are: --models-dir DIR")
     with one_run_at_a_time(folder):
         report = rollback(options.model, folder)
-    metric, _ = notify.metric_and_change(report["metrics"], None)
-    trained = f"trained {report['trained_at']} on {report['table']}"
-    print(f"{options.model} is again the version {trained} ({metric})")
+    metric = notify.figures(report["metrics"])[0]
+    print(
+        f"{options.model} is again the version trained {report['trained_at']} "
+        f"on {report['table']} ({metric})"
+    )
     return 0
 
 

@@ -354,19 +354,20 @@ def size(count: int | None) -> str:
     return decimal(count) if count else ""
 
 
-def metric_and_change(metrics: dict, previous: float | None) -> tuple[str, str]:
-    """Return the primary metric and its change, such as ("accuracy 0.713", "+0.004").
+def metric_and_change(outcome: Outcome) -> tuple[str, str]:
+    """Return a model's primary metric and its change, such as ("accuracy 0.713", "+0.004").
 
     The change is "first" where nothing came before, "was 0.709" where the metric is not known now;
     both are "" where there are no metrics.
     """
-    if not metrics:
+    if not outcome.metrics:
         return "", ""
-    value = next(iter(metrics.values()))
+    value = next(iter(outcome.metrics.values()))
+    before = outcome.previous
     change = "first"
-    if previous is not None:
-        change = f"was {number(previous)}" if value is None else f"{value - previous:+.3f}"
-    return figures(metrics)[0], change
+    if before is not None:
+        change = f"was {number(before)}" if value is None else f"{value - before:+.3f}"
+    return figures(outcome.metrics)[0], change
 
 
 def figures(metrics: dict) -> list[str]:
@@ -406,7 +407,7 @@ def said_of(outcome: Outcome) -> str:
     """Return what became of a model: "accuracy 0.713 (+0.004)" if it was trained, the reason."""
     if outcome.status != "trained":
         return reason(outcome)
-    metric, change = metric_and_change(outcome.metrics, outcome.previous)
+    metric, change = metric_and_change(outcome)
     said = f"{metric} ({change})"
     return f"{said}, {reason(outcome)}" if outcome.guessing else said
 
@@ -419,7 +420,7 @@ def in_short(name: str, outcome: Outcome) -> str:
 
 def table_row(name: str, outcome: Outcome) -> dict[str, str]:
     """Return a model as a row of a table; the columns are its keys."""
-    metric, change = metric_and_change(outcome.metrics, outcome.previous)
+    metric, change = metric_and_change(outcome)
     return {
         "model": name,
         "status": outcome.word,
@@ -473,8 +474,8 @@ def what_next(run: Run) -> list[str]:
 
 def in_words(predicted: dict) -> str:
     """Return what predicting did, a dict(rows, into, seconds), in words."""
-    took = duration(predicted["seconds"])
-    return f"predictions of {predicted['rows']:,} songs are in {predicted['into']}, {took}"
+    said = f"predictions of {predicted['rows']:,} songs are in {predicted['into']}"
+    return f"{said}, {duration(predicted['seconds'])}"
 
 
 def _rows_of_csv(csv: dict) -> str:
@@ -601,7 +602,7 @@ def _moves_bar_or_goes_on(record: logging.LogRecord) -> bool:
     """A logging filter: a record below INFO moves a bar, if there is one, and goes no further."""
     if record.levelno >= logging.INFO:
         return True
-    for handler in logging.getLogger().handlers:
+    for handler in logging.root.handlers:
         handler.filter(record)  # the terminal's has that of live_status
     return False
 
@@ -809,7 +810,7 @@ def _log_handler() -> Any:
 
     What is live goes below its lines. None where there is no terminal, or a poor one.
     """
-    for handler in logging.getLogger().handlers:
+    for handler in logging.root.handlers:
         console = getattr(handler, "console", None)
         if console and console.file.isatty() and not console.is_dumb_terminal:
             return handler if "utf" in console.encoding else None
@@ -895,7 +896,7 @@ def _draw_model(axes: "Axes", name: str, outcome: Outcome) -> None:
     """Draw one panel: a headline with metric and change, a few lines of details, the drawing."""
     draw = next((draw for key, draw in DRAWINGS.items() if outcome.plot.get(key)), None)
     if outcome.status == "trained":
-        metric, change = metric_and_change(outcome.metrics, outcome.previous)
+        metric, change = metric_and_change(outcome)
         headline = f"{metric} ({change})"
         headline_colour = "black"
         colour = WARNING.colour if outcome.guessing else "#707070"
