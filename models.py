@@ -890,7 +890,7 @@ def summary_without_own_fold(matrix: csr_array, moments: ndarray, fold: ndarray)
     total = matrix.T @ moments
     others = np.empty_like(moments)
     for k in np.unique(fold):
-        own = fold == k
+        own = np.flatnonzero(fold == k)
         part = matrix[own]
         others[own] = part @ (total - part.T @ moments[own])
     return summary(others)
@@ -2354,11 +2354,13 @@ def serve_forks(parent: int) -> int:
     """
     global _cores, _cores_file
     die_with(parent)  # before the imports, which take two seconds
+    gc.disable()  # a tenth of them
     import joblib
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
     import sklearn.pipeline  # noqa: F401
 
+    gc.enable()
     notify.quiet_logs(keep_shares=True)
     logging.root.handlers.clear()  # what is logged goes to whoever asks for a step
     threads = ThreadPoolExecutor(joblib.cpu_count())
