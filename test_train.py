@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -406,7 +407,15 @@ def prefect_server(home, port):
 
 @pytest.fixture(scope="session")
 def prefect(tmp_path_factory):
-    with prefect_server(tmp_path_factory.mktemp("prefect"), free_port()) as api:
+    """Of two workers of pytest-xdist, the later takes over the database that the other has made."""
+    home = tmp_path_factory.mktemp("prefect")
+    made = tmp_path_factory.getbasetemp().parent / "prefect.db"
+    if made.exists():
+        shutil.copy(made, home)
+    with prefect_server(home, free_port()) as api:
+        if "PYTEST_XDIST_WORKER" in os.environ and not made.exists():
+            with contextlib.closing(sqlite3.connect(home / "prefect.db")) as database:
+                database.execute("VACUUM INTO ?", [str(made)])
         yield api
 
 
@@ -986,6 +995,7 @@ def test_a_prefect_that_cannot_be_imported_is_told(
     assert len(webhook.got) == 1
 
 
+@slow
 def test_why_prefects_temporary_server_does_not_start_is_told_within_seconds(tmp_path, webhook):
     (tmp_path / "prefect.db").write_bytes(b"no database " * 1000)
     own = {"PREFECT_API_URL": None, "DATABASE_URL": "postgresql://localhost:1/music"}
@@ -1236,6 +1246,7 @@ def at_work(run):
     return steps
 
 
+@slow
 def test_a_judge_and_a_fit_that_are_killed_are_trained_again_alone(table, tmp_path, webhook):
     """And no folder for temporary files is too deep for it."""
     db.load_demo(2_500, table, "spotify_songs")
@@ -4232,7 +4243,7 @@ A_TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1\nOSErro
 @pytest.fixture(scope="module")
 def good_run(tmp_path_factory):
     """The run of a night on which every model was trained."""
-    songs = db.demo_songs(600)
+    songs = db.demo_songs(300)
     folder = tmp_path_factory.mktemp("a night")
     parameters = {"table_name": "my songs", "demo": None, "csv_path": None, "force": False}
     parameters |= {"enable_notifications": True, "dask": None, "predict_into": None}
