@@ -172,10 +172,7 @@ def _last_of_each(songs: pd.DataFrame, left_out: Counter[str]) -> pd.DataFrame:
 
 
 def _read_table(url: str, table: str, most: int | None) -> tuple[pd.DataFrame, _Layout]:
-    """Return our columns of the table, as text or, where they are numbers there, as float32.
-
-    And how they were found.
-    """
+    """Return our columns of a table (numbers float32, others text) and how they were found."""
     import pandas as pd
 
     with tempfile.TemporaryFile() as file:
