@@ -3192,6 +3192,7 @@ def test_a_training_in_forks_gives_the_same_says_how_far_it_is_and_its_memory_co
 def test_a_fork_that_cannot_start_costs_its_step_alone(fork_server):
     """Where hardly a file can be opened: two are, to take the step's connection."""
     assert models.take(len, "warm") == 4
+    time.sleep(0.5)  # it may have answered before the server has closed its end
     taken = {int(name) for name in os.listdir(f"/proc/{fork_server}/fd")}
     _, _, third = sorted({*range(len(taken) + 3)} - taken)[:3]
     before = resource.prlimit(fork_server, resource.RLIMIT_NOFILE)
