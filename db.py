@@ -1579,8 +1579,8 @@ def _explain(error: psycopg2.Error, parts: dict[str, str], read_only: bool) -> E
 
 # ---- The embedded server -------------------------------------------------------------------------
 # Every user holds a shared lock for as long as he lives, and starts a keeper. One keeper is the
-# server's parent and stops it when there are no users any more, however they ended; where there is
-# one already, another ends at once.
+# server's parent and stops it when there are no users any more, however they ended. Another waits a
+# second, as that one may be about to end, and then ends itself.
 _servers: dict[Path, IO[str]] = {}  # {folder: open lock file} of this process
 SOCKET_PATH = 93 if sys.platform == "linux" else 89  # bytes of its folder's path, at most
 

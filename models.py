@@ -1489,7 +1489,7 @@ def check_folder(
 ) -> list[tuple[str, str, str]]:
     """Return (what, "ok"|"warning"|"problem", sentence) of the models directory and its disk.
 
-    Raises DataError, with the fix, where it, or any other folder, is not writable.
+    Raises DataError, with that fix, where `folder` is not writable, whatever it is for.
     """
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -2354,7 +2354,7 @@ def serve_forks(parent: int) -> int:
     """
     global _cores, _cores_file
     die_with(parent)  # before the imports, which take two seconds
-    gc.disable()  # a tenth of them
+    gc.disable()  # which is a tenth of that
     import joblib
     import matplotlib.figure  # noqa: F401 (once, not in each fork)
     import sklearn.ensemble
@@ -2505,9 +2505,11 @@ def _row_meant(index: SimilarSongs, text: str, artist: str | None) -> int:
     if len(rows) == 1:
         return rows[0]
     asked = f'"{text}" by {artist}' if artist else f'"{text}"'
-    listed = _listed(index, rows)
-    said = f"{len(rows):,} songs could be meant by {asked}; say which, --artist NAME or a track_id:"
-    if not rows:
+    if rows:
+        listed = _listed(index, rows)
+        which = "say which, --artist NAME or a track_id:"
+        said = f"{len(rows):,} songs could be meant by {asked}; {which}"
+    else:
         listed = index.suggestions(text)
         why = "did you mean:" if listed else "models.py titles lists what there is"
         said = f"no song is called {asked}; {why}"
